@@ -1,0 +1,107 @@
+"""The data that programs are run on: checked once, before anything has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pvae.errors import DataError
+
+__all__ = ["Data", "as_tensors", "check_observations", "check_support"]
+
+Data = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
+"""One array ``(N, *event)``, or a tuple of arrays with the same ``N``, passed on as ``model(*batch)``."""
+
+
+def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
+    """Checks data and returns them as a tuple of tensors with the same leading ``N >= 1``, all entries finite.
+
+    Args:
+        name: What to call the data in an error.
+        data: One array or a sequence of arrays. NumPy arrays share memory with the tensors where they can.
+
+    Raises:
+        DataError: Not arrays, no data, different lengths, or nan or infinite entries (how many, and the first's index).
+    """
+    arrays = data if isinstance(data, tuple | list) else (data,)
+    wrong = [type(a).__name__ for a in arrays if not isinstance(a, Tensor | np.ndarray)]
+    if wrong or not arrays:
+        came = ", ".join(wrong) or "an empty sequence"
+        raise DataError(f"{name} must be a tensor, a NumPy array or a tuple of them; got {came}.")
+    tensors = tuple(torch.as_tensor(a) for a in arrays)
+    shapes = [tuple(t.shape) for t in tensors]
+    if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1:
+        raise DataError(f"{name} must have one leading dimension of N data, the same for every tensor; got {shapes}.")
+    if any(t.numel() == 0 for t in tensors):
+        raise DataError(f"{name} is empty: its shape is {shapes if len(shapes) > 1 else shapes[0]}. Pass some data.")
+    for position, tensor in enumerate(tensors):
+        _check_finite(name if len(tensors) == 1 else f"{name}[{position}]", tensor)
+    return tensors
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    # The sum is finite where every entry is, and far cheaper than a mask; a sum that overflowed is looked at closely.
+    if torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.is_floating_point() else None)):
+        return
+    bad = ~torch.isfinite(tensor)
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise DataError(
+            f"{name} holds {int(bad.sum())} nan or infinite entries, the first at index {first}. "
+            "Remove or impute them first."
+        )
+
+
+def check_support(site: str, distribution: Any, value: Tensor) -> None:
+    """Raises `DataError` where ``value`` lies outside the support of an observed site's distribution.
+
+    Looks at supports of single entries that do not depend on parameters (booleans, reals, positive numbers, ...),
+    below any ``to_event``, ``expand`` or ``mask``.
+    """
+    support = getattr(type(_base(distribution)), "support", None)
+    if not isinstance(support, constraints.Constraint) or support.event_dim or support is constraints.real:
+        return
+    bad = ~support.check(value)
+    if not bad.any():
+        return
+    family, example = type(_base(distribution)).__name__, value[bad][0].item()
+    advice = "Rescale the data, or choose a likelihood for such values."
+    if support is constraints.boolean:
+        advice = (
+            "Binarize the data by name, pvae.datasets.mnist(binarization='threshold' | 'static' | 'dynamic') or "
+            "pvae.datasets.binarize(x, 'threshold'), or choose a likelihood for grey values, such as Gaussian."
+        )
+    raise DataError(
+        f"site '{site}' is {family}, whose support is {support}, but {bad.double().mean().item():.3%} of its data are "
+        f"outside (for example {example:g}; smallest {value.min().item():g}, largest {value.max().item():g}). {advice}"
+    )
+
+
+def check_observations(sites: Mapping[str, Any], batch: tuple[Tensor, ...], data: tuple[Tensor, ...]) -> None:
+    """Checks all the ``data``, not only the traced ``batch``, against the support of the observed sites.
+
+    Args:
+        sites: Traced sites of the model, by name.
+        batch: What the model was traced on.
+        data: The tensors that the batch is of. One is checked where an observed site took its batch as it was.
+    """
+    for name, site in sites.items():
+        if site["type"] != "sample" or not site["is_observed"]:
+            continue
+        value = site["value"]
+        for rows, tensor in zip(batch, data, strict=True):
+            if value.numel() == rows.numel() and torch.equal(value.reshape(-1), rows.reshape(-1).to(value)):
+                check_support(name, site["fn"], tensor)
+
+
+def _base(distribution: Any) -> Any:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return distribution

@@ -1,0 +1,64 @@
+"""What pvae raises, and the argument checks that raise it.
+
+Every error names the argument, file or site, what was expected, what came, and what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "ArgumentError",
+    "DataError",
+    "DatasetError",
+    "DeviceError",
+    "NumericalError",
+    "PVAEError",
+    "ProgramError",
+    "one_of",
+    "positive_int",
+]
+
+
+class PVAEError(Exception):
+    """Base class of every error that pvae raises on purpose."""
+
+
+class ArgumentError(PVAEError, ValueError):
+    """An argument has a value that makes no sense, such as ``num_samples=0``."""
+
+
+class DataError(PVAEError, ValueError):
+    """The data do not fit: not finite, empty, of another shape, or outside a likelihood's support."""
+
+
+class ProgramError(PVAEError, ValueError):
+    """A model and a guide do not fit each other, or lack what an estimate per datum needs."""
+
+
+class DeviceError(PVAEError, RuntimeError):
+    """A device was asked for that this machine does not have."""
+
+
+class NumericalError(PVAEError, ArithmeticError):
+    """A loss, a gradient or a log-weight became nan or infinite."""
+
+
+class DatasetError(PVAEError, OSError):
+    """A dataset's files are missing, damaged, or cannot be downloaded."""
+
+
+def positive_int(name: str, value: object) -> int:
+    """Returns ``value`` as an int, or raises `ArgumentError` naming the argument ``name``."""
+    integral = hasattr(value, "__index__") and not isinstance(value, bool)
+    if not integral or value.__index__() < 1:  # type: ignore[attr-defined]
+        raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    return value.__index__()  # type: ignore[attr-defined]
+
+
+def one_of(name: str, value: str, choices: Iterable[str]) -> str:
+    """Returns ``value`` if it is among ``choices``, or raises `ArgumentError` that lists them."""
+    choices = list(choices)
+    if value not in choices:
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+    return value

@@ -1,0 +1,150 @@
+"""Running somebody's Pyro programs and leaving the process as it was found.
+
+While `pvae.fit` or `pvae.log_evidence` runs, the caller's random numbers, param store, gradient mode, validation
+setting and train/eval modes are set aside; afterwards they are put back. Only the modules' device may change.
+"""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.params.param_store import ParamStoreDict
+from torch import Tensor, nn
+
+from pvae.errors import ArgumentError, DeviceError
+
+__all__ = ["Program", "isolated", "modules_of", "outside_modules", "place", "resolve_device", "resolve_seed"]
+
+Program = Callable[..., Any]
+"""A Pyro model or guide: called with one batch, it makes ``pyro.sample`` statements."""
+
+
+def modules_of(*programs: Program) -> list[nn.Module]:
+    """The modules that programs are made of: themselves, the object they are methods of, or what they close over."""
+    found: list[Any] = []
+    queue: list[Any] = list(programs)
+    while queue:
+        thing = queue.pop(0)
+        if any(thing is other for other in found):
+            continue
+        found.append(thing)
+        if isinstance(thing, partial):
+            queue.append(thing.func)
+        elif inspect.ismethod(thing):
+            queue += [thing.__self__, *vars(thing.__self__).values(), thing.__func__]
+        elif inspect.isfunction(thing):
+            variables = inspect.getclosurevars(thing)
+            queue += [v for v in variables.nonlocals.values() if isinstance(v, nn.Module) or callable(v)]
+            queue += [v for v in variables.globals.values() if isinstance(v, nn.Module)]
+    return [thing for thing in found if isinstance(thing, nn.Module)]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``"auto"`` is the GPU where there is one, else the CPU; anything else must be there.
+
+    Raises:
+        DeviceError: A CUDA device was asked for and this machine has none.
+        ArgumentError: Not the name of a device.
+    """
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device must be 'auto', 'cpu', 'cuda' or a torch.device; got {device!r}.") from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(f"device={str(device)!r}: no CUDA device was found. Use device='auto' or 'cpu'.")
+        count = torch.cuda.device_count()
+        if chosen.index is not None and chosen.index >= count:
+            raise DeviceError(f"device={str(device)!r}: this machine has {count} CUDA device(s), numbered from 0.")
+        return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+    return chosen
+
+
+def place(
+    modules: Iterable[nn.Module], tensors: tuple[Tensor, ...], device: str | torch.device
+) -> tuple[torch.device, tuple[Tensor, ...]]:
+    """Moves modules to the device, and gives floating-point data the modules' dtype (float64 data become float32).
+
+    Integers and booleans keep their dtype, as they may be labels or masks; data stay where they are, and each batch
+    is moved when it is used. With ``device="auto"`` a pair without modules to move stays on the data's device.
+    """
+    modules = list(modules)
+    if device == "auto" and not modules:
+        return tensors[0].device, tensors
+    chosen = resolve_device(device)
+    for module in modules:
+        module.to(chosen)
+    dtype = next((p.dtype for m in modules for p in m.parameters() if p.is_floating_point()), None)
+    if dtype is not None:
+        tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    return chosen, tensors
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The seed itself, or a fresh one from the operating system for ``None``."""
+    if seed is None:
+        return secrets.randbits(63)
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed.__index__() < 2**63:
+        raise ArgumentError(f"seed must be a whole number from 0 to 2**63 - 1, or None for a fresh one; got {seed!r}.")
+    return seed.__index__()
+
+
+@contextmanager
+def isolated(
+    modules: Iterable[nn.Module] = (),
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    training: bool = False,
+    params: Mapping[str, Any] | None = None,
+) -> Iterator[ParamStoreDict]:
+    """Runs a block with its own random numbers, param store and modes, and puts the caller's back afterwards.
+
+    Args:
+        modules: Put into train or eval mode for the block.
+        seed: Seeds the CPU's and the device's global generators for the block.
+        device: Where the block computes.
+        training: Train mode and gradients on, or eval mode and gradients off.
+        params: State of the param store to start from, as from ``get_state()``; left out, an empty one.
+
+    Yields:
+        The block's own param store.
+    """
+    device = torch.device(device)
+    cuda = [device] if device.type == "cuda" else []
+    modes = [(m, m.training) for root in modules for m in root.modules()]
+    store = pyro.get_param_store()
+    state: Any = {key: dict((params or {}).get(key, {})) for key in ("params", "constraints")}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.set_grad_enabled(training))
+        # Data and programs are checked once, up front, so validation in each step would only cost time.
+        stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(store.scope(state))
+        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        for module, _ in modes:
+            module.training = training
+        yield store
+
+
+def outside_modules(store: ParamStoreDict) -> Any:
+    """The state of the parameters that ``pyro.param`` made, without those that live in a module.
+
+    A module keeps its own parameters; a store that lists them under its name may mean another module of that name.
+    """
+    state: Any = store.get_state()
+    names = [name for name, value in state["params"].items() if not isinstance(value, nn.Parameter)]
+    return {key: {name: state[key][name] for name in names} for key in ("params", "constraints")}

@@ -1,0 +1,170 @@
+"""Tensors to features: the trunks under the distributions. Nothing here knows a distribution.
+
+Every network takes any leading dimensions, ``(..., *in_shape) -> (..., *out_shape)``, so that the same
+module serves a batch ``(N, ...)`` and a set of particles for each datum ``(K, N, ...)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from pvae.errors import ArgumentError, positive_int
+
+__all__ = ["Batched", "conv_decoder", "conv_encoder", "mlp", "soft_clip"]
+
+Shape = int | Sequence[int]
+
+
+def soft_clip(x: Tensor, bound: float) -> Tensor:
+    """``bound * tanh(x / bound)``: the identity near zero, smoothly held inside ``(-bound, bound)``.
+
+    Keeps a log-scale away from values whose exponential under- or overflows, without the dead gradient
+    of a hard clamp.
+    """
+    return bound * torch.tanh(x / bound)
+
+
+class Batched(nn.Module):
+    """Runs a network that wants exactly one batch dimension over any number of them.
+
+    Args:
+        network: Maps ``(B, *in_shape)`` to ``(B, *out_shape)``.
+        in_shape: The shape of one input; all dimensions left of it are folded into ``B``.
+    """
+
+    def __init__(self, network: nn.Module, in_shape: Shape) -> None:
+        super().__init__()
+        self.network = network
+        self.in_shape = _shape("in_shape", in_shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(..., *in_shape)`` to ``(..., *out_shape)``."""
+        leading = x.shape[: x.dim() - len(self.in_shape)]
+        y = self.network(x.reshape(-1, *self.in_shape))
+        return y.reshape(*leading, *y.shape[1:])
+
+
+def mlp(
+    in_shape: Shape,
+    hidden: Sequence[int],
+    out_shape: Shape,
+    *,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """A multilayer perceptron ``(..., *in_shape) -> (..., *out_shape)``.
+
+    Args:
+        in_shape: Shape of one input; an int for a vector. More than one dimension is flattened first.
+        hidden: Widths of the hidden layers; empty for a linear map.
+        out_shape: Shape of one output; an int for a vector.
+        activation: Makes the module put after each hidden layer.
+    """
+    in_shape, out_shape = _shape("in_shape", in_shape), _shape("out_shape", out_shape)
+    widths = [math.prod(in_shape), *(positive_int("hidden", h) for h in hidden)]
+    layers: list[nn.Module] = [nn.Flatten(-len(in_shape))] if len(in_shape) > 1 else []
+    for width_in, width_out in pairwise(widths):
+        layers += [nn.Linear(width_in, width_out), activation()]
+    layers.append(nn.Linear(widths[-1], math.prod(out_shape)))
+    if len(out_shape) > 1:
+        layers.append(nn.Unflatten(-1, out_shape))
+    return nn.Sequential(*layers)
+
+
+def conv_encoder(
+    in_shape: Sequence[int],
+    out_features: int,
+    *,
+    channels: Sequence[int] = (32, 64),
+    hidden: int = 256,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> Batched:
+    """A convolutional trunk ``(..., C, H, W) -> (..., out_features)``.
+
+    Each stage halves the height and the width while they are even: 28 -> 14 -> 7, 8 -> 4 -> 2, 10 -> 5 -> 5.
+
+    Args:
+        in_shape: ``(C, H, W)`` of one image.
+        out_features: Width of the output.
+        channels: Channels after each stage.
+        hidden: Width of the dense layer between the last stage and the output.
+        activation: Makes the module put after each stage and after the dense layer.
+    """
+    in_channels, height, width = _image_shape("in_shape", in_shape)
+    sizes = _stages(height, width, len(channels))
+    layers: list[nn.Module] = []
+    for (h, w), (h_next, w_next), c_in, c_out in _pairs(sizes, [in_channels, *channels]):
+        kernel, stride = _kernel_and_stride(h, h_next), _kernel_and_stride(w, w_next)
+        layers += [nn.Conv2d(c_in, c_out, *zip(kernel, stride, strict=True), padding=1), activation()]
+    features = math.prod(sizes[-1]) * [in_channels, *channels][-1]
+    layers += [nn.Flatten(), nn.Linear(features, hidden), activation(), nn.Linear(hidden, out_features)]
+    return Batched(nn.Sequential(*layers), in_shape)
+
+
+def conv_decoder(
+    in_features: int,
+    out_shape: Sequence[int],
+    *,
+    channels: Sequence[int] = (32, 64),
+    hidden: int = 256,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> Batched:
+    """The mirror image of `conv_encoder`: ``(..., in_features) -> (..., C, H, W)``.
+
+    Args:
+        in_features: Width of the input.
+        out_shape: ``(C, H, W)`` of one output.
+        channels: Channels after each stage of the encoder that this mirrors, so they are run through backwards.
+        hidden: Width of the dense layer between the input and the first stage.
+        activation: Makes the module put after the dense layers and between stages.
+    """
+    out_channels, height, width = _image_shape("out_shape", out_shape)
+    sizes = _stages(height, width, len(channels))
+    widths = [out_channels, *channels]
+    smallest = (widths[-1], *sizes[-1])
+    layers: list[nn.Module] = [nn.Linear(in_features, hidden), activation()]
+    layers += [nn.Linear(hidden, math.prod(smallest)), activation(), nn.Unflatten(-1, smallest)]
+    for (h, w), (h_next, w_next), c_in, c_out in _pairs(sizes[::-1], widths[::-1]):
+        kernel, stride = _kernel_and_stride(h_next, h), _kernel_and_stride(w_next, w)
+        layers += [nn.ConvTranspose2d(c_in, c_out, *zip(kernel, stride, strict=True), padding=1), activation()]
+    # The last stage gives the output itself, so nothing is put after it.
+    return Batched(nn.Sequential(*layers[:-1] if channels else layers), in_features)
+
+
+def _stages(height: int, width: int, count: int) -> list[tuple[int, int]]:
+    """Heights and widths before the first and after each of ``count`` stages."""
+    sizes = [(height, width)]
+    for _ in range(count):
+        h, w = sizes[-1]
+        sizes.append((h // 2 if h % 2 == 0 else h, w // 2 if w % 2 == 0 else w))
+    return sizes
+
+
+def _kernel_and_stride(larger: int, smaller: int) -> tuple[int, int]:
+    """With padding 1, kernel 4 and stride 2 halve an even size exactly; kernel 3 and stride 1 keep any size."""
+    return (4, 2) if smaller < larger else (3, 1)
+
+
+def _pairs(sizes: list[tuple[int, int]], channels: list[int]):
+    return zip(sizes, sizes[1:], channels, channels[1:], strict=False)
+
+
+def _shape(name: str, shape: Shape) -> tuple[int, ...]:
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not sizes:
+        raise ArgumentError(f"{name} must have at least one dimension, got ().")
+    return tuple(positive_int(name, size) for size in sizes)
+
+
+def _image_shape(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
+    sizes = _shape(name, shape)
+    if len(sizes) != 3:
+        raise ArgumentError(
+            f"{name} must be (channels, height, width), got {sizes}. "
+            "Give images without a channel one: x[:, None] has shape (N, 1, height, width)."
+        )
+    return sizes[0], sizes[1], sizes[2]

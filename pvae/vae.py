@@ -1,0 +1,225 @@
+"""The VAE: three distributions put together into a Pyro model and a Pyro guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from weakref import WeakKeyDictionary
+
+import pyro
+import torch
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor, nn
+
+from pvae import likelihoods, networks
+from pvae.checks import check_support
+from pvae.errors import DataError, ProgramError, one_of, positive_int
+from pvae.isolation import isolated, resolve_seed
+from pvae.posteriors import DiagonalNormal
+from pvae.priors import StandardNormal
+
+__all__ = ["VAE"]
+
+# Pyro's param store knows modules by name alone: two of one name would share an entry, and the second would not train.
+# So every VAE has a number of its own, copies too.
+_numbers: WeakKeyDictionary[VAE, int] = WeakKeyDictionary()
+_next_number = count()
+
+
+class VAE(nn.Module):
+    """A variational autoencoder: a prior p(z), a decoder p(x|z) and an encoder q(z|x), each a module that returns a
+    distribution.
+
+    `model` and `guide` are ordinary Pyro programs with a plate ``"data"`` and the sites ``"z"`` and ``"x"``. Train them
+    with `pvae.fit` or with ``pyro.infer.SVI``, and measure log p(x) with `pvae.log_evidence`.
+
+    Args:
+        prior: ``prior()`` is p(z), with event shape ``(D,)``.
+        decoder: ``decoder(z)`` is p(x|z), with event shape ``(*event)``.
+        encoder: ``encoder(x)`` is q(z|x), with event shape ``(D,)``.
+
+    Raises:
+        ProgramError: The three do not fit each other; they are tried on two data of zeros.
+
+    Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes; Rezende, Mohamed and Wierstra, 2014, Stochastic
+    Backpropagation and Approximate Inference in Deep Generative Models.
+    """
+
+    def __init__(self, prior: nn.Module, decoder: nn.Module, encoder: nn.Module) -> None:
+        super().__init__()
+        self.prior = prior
+        self.decoder = decoder
+        self.encoder = encoder
+        self.latent_dim, self.event_shape = _tried(self)
+
+    @classmethod
+    def mlp(
+        cls,
+        event_shape: int | Sequence[int] = (28, 28),
+        latent_dim: int = 50,
+        hidden: Sequence[int] = (400,),
+        likelihood: str = "bernoulli",
+        *,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> VAE:
+        """A VAE of two multilayer perceptrons, with a standard normal prior and a diagonal normal encoder.
+
+        Args:
+            event_shape: Shape of one datum.
+            latent_dim: ``D``, the number of latent dimensions.
+            hidden: Widths of the encoder's hidden layers; the decoder has them in reverse order.
+            likelihood: ``"bernoulli"``, ``"gaussian"`` (one learned scale) or ``"gaussian-per-pixel"``. For anything
+                else put the parts together: ``VAE(prior, decoder, encoder)``.
+            activation: Makes the module put after each hidden layer.
+        """
+        event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        latent_dim = positive_int("latent_dim", latent_dim)
+        make, outputs = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
+        hidden = list(hidden)
+        return cls(
+            StandardNormal(latent_dim),
+            make(
+                networks.mlp(latent_dim, hidden[::-1], (outputs, *event_shape), activation=activation),
+                event_shape=event_shape,
+            ),
+            DiagonalNormal(networks.mlp(event_shape, hidden, 2 * latent_dim, activation=activation)),
+        )
+
+    @classmethod
+    def conv(
+        cls,
+        event_shape: Sequence[int] = (1, 28, 28),
+        latent_dim: int = 50,
+        channels: Sequence[int] = (32, 64),
+        hidden: int = 256,
+        likelihood: str = "bernoulli",
+        *,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> VAE:
+        """A VAE of two convolutional networks, for images ``(C, H, W)`` of any size.
+
+        Args:
+            event_shape: ``(C, H, W)`` of one image; the sizes are halved at each stage while they are even.
+            latent_dim: ``D``, the number of latent dimensions.
+            channels: Channels after each stage of the encoder; the decoder has them in reverse order.
+            hidden: Width of the dense layer between the stages and the latent.
+            likelihood: As in `mlp`.
+            activation: Makes the module put after each stage and dense layer.
+        """
+        latent_dim = positive_int("latent_dim", latent_dim)
+        make, outputs = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
+        options = {"channels": tuple(channels), "hidden": hidden, "activation": activation}
+        encoder = networks.conv_encoder(event_shape, 2 * latent_dim, **options)
+        out_shape = (outputs * event_shape[0], *event_shape[1:])
+        decoder = networks.conv_decoder(latent_dim, out_shape, **options)
+        return cls(StandardNormal(latent_dim), make(decoder, event_shape=event_shape), DiagonalNormal(encoder))
+
+    def model(self, x: Tensor) -> None:
+        """The generative program: ``z ~ p(z)``, ``x ~ p(x|z)``, for each datum of ``x``, shape ``(N, *event)``.
+
+        ``x`` is converted to the parameters' dtype, so integers and float64 are taken too.
+
+        Raises:
+            DataError: ``x`` has another shape, or (where Pyro's validation is on) values that p(x|z) cannot take.
+        """
+        x = self._as_events(x)
+        self._register("prior")
+        self._register("decoder")
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", self.prior())
+            px = self.decoder(z)
+            if is_validation_enabled():
+                check_support("x", px, x)
+            pyro.sample("x", px, obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """The recognition program: ``z ~ q(z|x)`` for each datum of ``x``, shape ``(N, *event)``."""
+        x = self._as_events(x)
+        self._register("encoder")
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", self.encoder(x))
+
+    def encode(self, x: Tensor) -> torch.distributions.Distribution:
+        """Returns q(z|x), with batch shape ``(N,)`` and event shape ``(D,)``, for ``x`` of shape ``(N, *event)``."""
+        return self.encoder(self._as_events(x))
+
+    def decode(self, z: Tensor) -> torch.distributions.Distribution:
+        """Returns p(x|z), with batch shape ``(...)`` and event shape ``(*event)``, for ``z`` of shape ``(..., D)``."""
+        if z.shape[-1:] != (self.latent_dim,):
+            raise DataError(f"z must have shape (..., {self.latent_dim}), got {tuple(z.shape)}.")
+        return self.decoder(z)
+
+    def sample(self, num_samples: int = 1, *, seed: int | None = None, mean: bool = False) -> Tensor:
+        """Draws ``z ~ p(z)``, ``x ~ p(x|z)``.
+
+        Args:
+            num_samples: How many data to draw.
+            seed: Same seed, same draws; ``None`` for fresh ones.
+            mean: Return E[x|z] in place of the draw of x (smoother to look at, not a sample of the model).
+
+        Returns:
+            Shape ``(num_samples, *event)``.
+        """
+        num_samples = positive_int("num_samples", num_samples)
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        with isolated([self], seed=resolve_seed(seed), device=device):
+            px = self.decoder(self.prior().sample((num_samples,)))
+            return px.mean if mean else px.sample()
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Returns ``E[x' | z]`` at ``z = E[z | x]`` under the encoder, shape ``(N, *event)`` like ``x``."""
+        with isolated([self], seed=0):
+            return self.decode(self.encode(x).mean).mean
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows beside the parts."""
+        return f"event_shape={self.event_shape}, latent_dim={self.latent_dim}"
+
+    def _register(self, part: str) -> None:
+        if self not in _numbers:
+            _numbers[self] = next(_next_number)
+        pyro.module(f"vae{_numbers[self]}.{part}", getattr(self, part))
+
+    def _as_events(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.event_shape or x.dim() == 0:
+            expected = ", ".join(["N", *map(str, self.event_shape)])
+            raise DataError(
+                f"x must have shape ({expected}), got {tuple(x.shape)}. "
+                "Reshape the data, or build the VAE with another event_shape."
+            )
+        dtype = next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+        return x.to(dtype)
+
+
+def _tried(vae: VAE) -> tuple[int, tuple[int, ...]]:
+    """Runs the three parts once, and returns the latent dimension and the event shape they agree on."""
+    with isolated([vae], seed=0):
+        pz = vae.prior()
+        if len(pz.event_shape) != 1 or pz.batch_shape:
+            raise ProgramError(
+                f"prior() must have batch shape () and event shape (D,), got {_shapes(pz)}. Does it miss .to_event(1)?"
+            )
+        px = _ran("decoder", vae.decoder, pz.sample((2,)))
+        if px.batch_shape != (2,):
+            raise ProgramError(
+                f"decoder(z) must have batch shape (2,) for z of shape (2, {pz.event_shape[0]}), got {_shapes(px)}. "
+                "Does it miss .to_event(...)?"
+            )
+        qz = _ran("encoder", vae.encoder, torch.zeros_like(px.mean))
+        if qz.batch_shape != (2,) or qz.event_shape != pz.event_shape:
+            raise ProgramError(
+                f"encoder(x) must have batch shape (2,) and the prior's event shape {tuple(pz.event_shape)} for x of "
+                f"shape {(2, *px.event_shape)}, got {_shapes(qz)}."
+            )
+    return pz.event_shape[0], tuple(px.event_shape)
+
+
+def _ran(name: str, part: nn.Module, argument: Tensor) -> torch.distributions.Distribution:
+    try:
+        return part(argument)
+    except (RuntimeError, ValueError) as error:
+        raise ProgramError(f"the {name} cannot take an argument of shape {tuple(argument.shape)}: {error}") from error
+
+
+def _shapes(distribution: torch.distributions.Distribution) -> str:
+    return f"batch shape {tuple(distribution.batch_shape)} and event shape {tuple(distribution.event_shape)}"
