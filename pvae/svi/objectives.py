@@ -1,0 +1,123 @@
+"""What SVI minimises, and the look at a pair before it does: the only file that traces programs for training.
+
+An objective is either one of Pyro's ELBO objects (`pyro.infer.Trace_ELBO`, `pyro.infer.RenyiELBO`, ...) or a plain
+callable ``objective(model, guide, *batch)`` that returns a scalar loss to differentiate. Either way the loss is in
+nats, summed over the batch, as Pyro's are: so every datum weighs the same in a ragged last batch as in a full one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+
+from pvae.checks import check_observations
+from pvae.errors import ArgumentError, ProgramError
+from pvae.isolation import Program
+
+__all__ = ["Objective", "Verified", "is_elbo", "loss_and_grads", "resolve", "validation_loss", "verify"]
+
+Objective = ELBO | Callable[..., Tensor]
+
+
+class Verified(NamedTuple):
+    """What `verify` found out about a pair."""
+
+    params: list[Tensor]  # unconstrained, as an optimizer moves them
+    subsampled_from: int | None  # the size that a plate scales each batch up to; None where no plate does
+
+
+def resolve(objective: Objective | None) -> Objective:
+    """The objective itself, or Pyro's ``Trace_ELBO`` with one particle for ``None``."""
+    if objective is None:
+        return Trace_ELBO()
+    if not callable(objective):
+        raise ArgumentError(
+            "objective must be one of Pyro's ELBO objects, a callable (model, guide, *batch) -> loss, or None for "
+            f"Trace_ELBO; got {objective!r}."
+        )
+    return objective
+
+
+def is_elbo(objective: Objective) -> bool:
+    """Whether minus the objective estimates the ELBO itself, not another bound or a weighted loss."""
+    return isinstance(objective, ELBO) and not isinstance(objective, RenyiELBO)
+
+
+def loss_and_grads(
+    objective: Objective, model: Program, guide: Program, batch: tuple[Tensor, ...]
+) -> tuple[float, list[Tensor]]:
+    """Runs forward and backward on one batch.
+
+    Returns:
+        The loss, in nats summed over the batch, and the unconstrained parameters that the programs met.
+    """
+    with poutine.trace(param_only=True) as met:
+        if isinstance(objective, ELBO):
+            pyro_elbo: Any = objective  # its subclasses have loss_and_grads, the base class does not
+            loss = pyro_elbo.loss_and_grads(model, guide, *batch)
+        else:
+            loss = objective(model, guide, *batch)
+            loss.backward()
+    return float(loss), _params(met.trace.nodes)
+
+
+def validation_loss(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> float:
+    """Minus the ELBO of one batch, in nats summed over it, whatever the objective of training is."""
+    return float(Trace_ELBO().loss(model, guide, *batch))
+
+
+def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> Verified:
+    """Runs the pair once without training it, and raises where it would go wrong.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        batch: One batch, as it would be trained on.
+        data: All the data that batches are drawn from, to check them against the observed sites' supports; ``None`` if
+            the batch was transformed.
+
+    Raises:
+        ProgramError: The latent sites of the model and the guide differ, or there is nothing to train.
+        DataError: Data outside the support of their site.
+    """
+    with torch.no_grad(), pyro.validation_enabled(True):
+        guide_trace = poutine.trace(guide).get_trace(*batch)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    _check_latents(_latents(model_trace), _latents(guide_trace))
+    check_observations(model_trace.nodes, batch, batch if data is None else data)
+    params = _params({**guide_trace.nodes, **model_trace.nodes})
+    if not params:
+        raise ProgramError(
+            "neither the model nor the guide has parameters to train. Register modules with pyro.module, or make "
+            "parameters with pyro.param."
+        )
+    plates = {plate for site in model_trace.nodes.values() for plate in site.get("cond_indep_stack", ())}
+    subsampled = (p.full_size for p in plates if p.size == len(batch[0]) and p.full_size != p.size)
+    return Verified(params, next(subsampled, None))
+
+
+def _params(sites: Any) -> list[Tensor]:
+    params = [site["value"].unconstrained() for site in sites.values() if site["type"] == "param"]
+    return list({id(p): p for p in params}.values())
+
+
+def _latents(trace: Any) -> dict[str, Any]:
+    return dict(prune_subsample_sites(trace).iter_stochastic_nodes())
+
+
+def _check_latents(model: dict[str, Any], guide: dict[str, Any]) -> None:
+    # A discrete latent that is summed out is in the model alone; an auxiliary variable is in the guide alone.
+    missing = {name for name in model.keys() - guide.keys() if model[name]["infer"].get("enumerate") is None}
+    extra = {name for name in guide.keys() - model.keys() if not guide[name]["infer"].get("is_auxiliary")}
+    if missing or extra:
+        raise ProgramError(
+            f"the model and the guide must have the same latent sites. Model: {sorted(model)}; guide: {sorted(guide)}. "
+            f"Only in the model: {sorted(missing)}; only in the guide: {sorted(extra)}."
+        )
