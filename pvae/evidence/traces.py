@@ -1,0 +1,248 @@
+"""A Pyro model and guide seen as densities for each datum: the only file that traces programs for evidence.
+
+Pyro's own importance weights are joint over the data plate: one number for each particle and the whole batch. Here the
+particles get a plate of their own, outside all of the pair's plates, and the log-densities are summed over everything
+but particles and data, which leaves shape ``(K, N)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from pvae.checks import check_observations
+from pvae.errors import ProgramError
+from pvae.isolation import Program
+
+__all__ = ["Pair"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and a guide whose sites all lie in one plate over the data.
+
+    Scales (``poutine.scale``, a subsampling plate) are no part of log p(x) and are left out; masks are applied.
+
+    Attributes:
+        model: The generative program.
+        guide: The recognition program.
+        data_dim: Dimension of the data plate in a site's batch shape, negative.
+        particle_dim: Dimension of the particle plate, left of all others, negative.
+        shares_prior: Whether draws from the prior can serve all data at once: p(x|z) is one Bernoulli site whose
+            probabilities depend on the latents alone.
+    """
+
+    model: Program
+    guide: Program
+    data_dim: int
+    particle_dim: int
+    shares_prior: bool = False
+
+    @classmethod
+    def of(cls, model: Program, guide: Program, data: tuple[Tensor, ...], device: torch.device) -> Pair:
+        """Looks at a pair and its data, and raises where log p(x) for each datum is not defined by them.
+
+        The data plate is the one whose size follows the number of data: the pair is run on one datum and on two, on
+        the device.
+
+        Raises:
+            ProgramError: No such plate, a site outside of it, latent sites that differ, or a guide with point masses.
+            DataError: Data outside the support of their site.
+        """
+        traces = {}
+        with pyro.validation_enabled(True):
+            for rows in (1, 2):
+                batch = tuple(t[[i % len(t) for i in range(rows)]].to(device) for t in data)
+                guide_trace = poutine.trace(guide).get_trace(*batch)
+                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+                traces[rows] = {"model": _sites(model_trace), "guide": _sites(guide_trace)}
+        _check_latents(traces[2]["model"], traces[2]["guide"])
+        check_observations(traces[2]["model"], batch, data)
+        data_dim = _data_dim(traces[1], traces[2])
+        nesting = max(-plate.dim for sites in traces[2].values() for s in sites.values() for plate in _plates(s))
+        pair = cls(model, guide, data_dim, -nesting - 1)
+        try:
+            latents, _ = pair.draw_guide(batch, num_samples=3)
+            pair.log_pxz(batch, 3, latents)
+        except (RuntimeError, ValueError, IndexError) as error:
+            shapes = {name: tuple(site["value"].shape) for name, site in traces[2]["model"].items()}
+            raise ProgramError(
+                "the model and the guide must broadcast over a particle plate left of their own plates: with 3 "
+                "particles and 2 data, latents get a leading dimension of 3 and the pair failed. Without particles its "
+                f"sites have shapes {shapes}. Let its networks take any leading dimensions (pvae.networks.Batched does "
+                f"that for a module). The failure was: {error}"
+            ) from error
+        return replace(pair, shares_prior=pair._shared_site(batch, 3) is not None)
+
+    def draw_guide(self, batch: tuple[Tensor, ...], num_samples: int) -> tuple[poutine.Trace, Tensor]:
+        """Draws latents from the guide.
+
+        Returns:
+            Their trace, and log q(z|x), shape ``(K, N)``.
+        """
+        trace = self._trace(self.guide, batch, num_samples)
+        return trace, self._log_density(trace, batch, num_samples, _any)
+
+    def log_pxz(self, batch: tuple[Tensor, ...], num_samples: int, latents: poutine.Trace) -> Tensor:
+        """Returns log p(x, z) at the latents of a trace, shape ``(K, N)``."""
+        trace = self._trace(poutine.replay(self.model, trace=latents), batch, num_samples)
+        return self._log_density(trace, batch, num_samples, _any)
+
+    def draw_prior(self, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
+        """Draws latents from the prior, afresh for each datum, and returns log p(x|z), shape ``(K, N)``."""
+        trace = self._trace(self.model, batch, num_samples)
+        return self._log_density(trace, batch, num_samples, _observed)
+
+    def draw_shared_prior(self, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
+        """As `draw_prior`, but with the same K latents for all data of the batch: where `shares_prior`.
+
+        ``log p(x_n|z_k) = sum_j x_nj l_kj - sum_j log(1 + exp(l_kj))`` for logits l: one decoding of K latents, and one
+        product of the matrices of logits and of data.
+        """
+        site = self._shared_site(batch, num_samples)
+        if site is None:
+            raise ProgramError("draws from the prior cannot be shared here: see Pair.shares_prior.")
+        logits = _leaf(site["fn"]).logits.select(self._event_dim(site), 0).reshape(num_samples, -1)
+        x = site["value"].reshape(len(batch[0]), -1)
+        return (logits @ x.T).double() - softplus(logits).sum(1, keepdim=True).double()
+
+    def _shared_site(self, batch: tuple[Tensor, ...], num_samples: int) -> Any | None:
+        """The observed site, with K latents drawn for one datum and used for all of the batch, if that is sound."""
+        # Without the plate's own sites, which would replay its size, 1, too.
+        latents = prune_subsample_sites(self._trace(self.model, tuple(t[:1] for t in batch), num_samples))
+        try:
+            trace = self._trace(poutine.replay(self.model, trace=latents), batch, num_samples)
+        except (RuntimeError, ValueError, IndexError):  # the model wants one latent for each datum
+            return None
+        sites = list(_sites(trace).values())
+        observed = [site for site in sites if site["is_observed"]]
+        shared = len(observed) == 1 and all(self._is_shared(site) for site in sites)
+        bernoulli = shared and isinstance(_leaf(observed[0]["fn"]), dist.Bernoulli) and observed[0]["mask"] is None
+        return observed[0] if bernoulli else None
+
+    def _is_shared(self, site: Any) -> bool:
+        """Whether a site's distribution is the same for all data.
+
+        A plate expands what does not depend on its data without copying, so that the stride of every parameter along
+        it is 0 (or its size 1, for one datum). Only univariate families below ``to_event`` show all their parameters
+        in this way.
+        """
+        dim = self._event_dim(site)
+        leaf = _leaf(site["fn"])
+        parameters = [leaf.__dict__[name] for name in leaf.arg_constraints if name in leaf.__dict__]
+        return (
+            not leaf.event_shape
+            and not isinstance(leaf, dist.TransformedDistribution)
+            and len(_plates(site)) == 2  # particles and data
+            and all(p.stride(dim) == 0 or p.shape[dim] == 1 for p in parameters)
+        )
+
+    def _event_dim(self, site: Any) -> int:
+        """The data plate's dimension in the parameters of a site's distribution below ``to_event``."""
+        return self.data_dim - len(site["fn"].event_shape)
+
+    def _trace(self, program: Program, batch: tuple[Tensor, ...], num_samples: int) -> poutine.Trace:
+        with pyro.plate("pvae_particles", num_samples, dim=self.particle_dim):
+            return poutine.trace(program).get_trace(*batch)
+
+    def _log_density(
+        self, trace: poutine.Trace, batch: tuple[Tensor, ...], num_samples: int, which: Callable[[Any], bool]
+    ) -> Tensor:
+        """Sums the log-densities of the sites that ``which`` picks over all but particles and data."""
+        total = torch.zeros((), dtype=torch.float64, device=batch[0].device)
+        for site in _sites(trace).values():
+            if not which(site):
+                continue
+            log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+            ones = (1,) * (-self.particle_dim - log_prob.dim())
+            log_prob = log_prob.reshape(ones + log_prob.shape)
+            inner = [d for d in range(self.particle_dim + 1, 0) if d != self.data_dim]
+            total = total + (log_prob.sum(inner) if inner else log_prob).double()
+        return total.expand(num_samples, len(batch[0]))
+
+
+def _any(site: Any) -> bool:
+    return True
+
+
+def _observed(site: Any) -> bool:
+    return site["is_observed"]
+
+
+def _sites(trace: poutine.Trace) -> dict[str, Any]:
+    """The sample sites that have a density: not plates' subsamples, and not ``pyro.deterministic``."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {
+        name: site
+        for name, site in nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
+    }
+
+
+def _plates(site: Any) -> list[Any]:
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+
+
+def _check_latents(model: dict[str, Any], guide: dict[str, Any]) -> None:
+    latent = sorted(name for name, site in model.items() if not site["is_observed"])
+    proposed = sorted(name for name, site in guide.items() if not site["is_observed"])
+    if latent != proposed:
+        summed = [name for name in latent if model[name]["infer"].get("enumerate")]
+        raise ProgramError(
+            f"the guide must sample just the model's latent sites. Model: {latent}; guide: {proposed}. Only in the "
+            f"model: {sorted({*latent} - {*proposed})}; only in the guide: {sorted({*proposed} - {*latent})}."
+            + (f" Latents that are enumerated ({summed}) cannot be summed out here." if summed else "")
+        )
+    points = [name for name in proposed if isinstance(_leaf(guide[name]["fn"]), dist.Delta)]
+    if points:
+        raise ProgramError(
+            f"the guide has a point mass at {points}: a Delta has no density to weigh draws by. Use a guide with a "
+            "density, such as a Normal."
+        )
+
+
+def _leaf(distribution: Any) -> Any:
+    """The distribution below ``to_event`` and ``mask``."""
+    while isinstance(distribution, dist.Independent | dist.MaskedDistribution):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> int:
+    """The dimension of the plate whose size is 1 for one datum and 2 for two, and that every site is in."""
+    sites = {f"{name} ({program})": site for program, found in two.items() for name, site in found.items()}
+    follows = {
+        (plate.name, plate.dim)
+        for program, found in two.items()
+        for name, site in found.items()
+        for plate in _plates(site)
+        if plate.size == 2 and (plate.name, 1) in {(p.name, p.size) for p in _plates(one[program].get(name, _NOWHERE))}
+    }
+    common = [
+        (name, dim)
+        for name, dim in follows
+        if all((name, dim) in {(p.name, p.dim) for p in _plates(site)} for site in sites.values())
+    ]
+    if len(common) == 1:
+        return common[0][1]
+    shown = "; ".join(
+        f"'{name}' has plates {[(p.name, p.size) for p in _plates(site)]}, batch shape {tuple(site['fn'].batch_shape)}"
+        for name, site in sites.items()
+    )
+    raise ProgramError(
+        "log p(x) for each datum needs one plate over the data, of size len(x), around every sample site of the model "
+        f"and the guide: with pyro.plate('data', len(x)): ... On two data, {shown or 'there are no sample sites'}."
+    )
+
+
+_NOWHERE: Any = {"cond_indep_stack": ()}
