@@ -1,0 +1,47 @@
+"""Variational autoencoders as Pyro programs: trained by SVI, and measured by log p(x) with its error."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from pvae import datasets, evidence, likelihoods, networks, plots, posteriors, priors, svi, testing
+from pvae.errors import (
+    ArgumentError,
+    DataError,
+    DatasetError,
+    DeviceError,
+    NumericalError,
+    ProgramError,
+    PVAEError,
+)
+from pvae.evidence import EvidenceEstimate, log_evidence, log_weights
+from pvae.svi import FitResult, fit
+from pvae.vae import VAE
+
+try:
+    __version__ = version("pvae")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "VAE",
+    "ArgumentError",
+    "DataError",
+    "DatasetError",
+    "DeviceError",
+    "EvidenceEstimate",
+    "FitResult",
+    "NumericalError",
+    "PVAEError",
+    "ProgramError",
+    "datasets",
+    "evidence",
+    "fit",
+    "likelihoods",
+    "log_evidence",
+    "log_weights",
+    "networks",
+    "plots",
+    "posteriors",
+    "priors",
+    "svi",
+    "testing",
+]

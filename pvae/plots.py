@@ -1,0 +1,141 @@
+"""Results to matplotlib Axes. Nothing here trains or samples; every function draws what it is given and returns it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pvae.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["images", "latent_plane", "learning_curve", "reconstructions", "running_estimate", "weight_histogram"]
+
+# Two colours that stay apart for colour-blind readers and in grey print: Wong, 2011, Points of View: Color blindness.
+COLORS = {"guide": "#0072B2", "prior": "#D55E00"}
+_GREY = "0.35"
+
+
+def learning_curve(history: Mapping[str, Any], ax: Axes | None = None) -> Axes:
+    """Draws the ELBO of each epoch, as in ``FitResult.history``, in nats per datum."""
+    ax = _axes(ax)
+    epochs = np.arange(1, len(history["seconds"]) + 1)
+    labels = {"elbo": "training (while learning)", "objective": "training objective", "validation_elbo": "validation"}
+    styles = {"validation_elbo": {"color": COLORS["guide"], "marker": "o", "markersize": 4}}
+    for name, label in labels.items():
+        if name in history:
+            ax.plot(epochs, history[name], label=label, **styles.get(name, {"color": _GREY, "linestyle": "--"}))
+    ax.set(xlabel="epoch", ylabel="ELBO, nats per datum", title="Learning curve")
+    ax.locator_params(axis="x", integer=True)
+    ax.legend(frameon=False)
+    return ax
+
+
+def images(x: Tensor, ax: Axes | None = None, *, columns: int = 8) -> Axes:
+    """Draws a grid of grey images, row by row.
+
+    Args:
+        x: Shape ``(N, H, W)`` or ``(N, 1, H, W)``, in [0, 1].
+        ax: Where to draw; a new figure if left out.
+        columns: Images in a row.
+    """
+    ax = _axes(ax)
+    x = _grey(x)
+    columns = min(columns, len(x))
+    rows, (height, width) = math.ceil(len(x) / columns), x.shape[1:]
+    # One blank line between images; unused places stay blank.
+    canvas = torch.ones(rows * (height + 1) - 1, columns * (width + 1) - 1)
+    for i, image in enumerate(x):
+        top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
+        canvas[top : top + height, left : left + width] = 1 - image
+    ax.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_axis_off()
+    return ax
+
+
+def reconstructions(x: Tensor, reconstructed: Tensor, ax: Axes | None = None) -> Axes:
+    """Draws data in the upper row and their reconstructions below, each of shape ``(N, H, W)`` or ``(N, 1, H, W)``."""
+    ax = images(torch.cat([_grey(x), _grey(reconstructed)]), ax, columns=len(x))
+    ax.set_title("Above: test images. Below: E[x | z] at the guide's mean")
+    return ax
+
+
+def latent_plane(samples: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
+    """Draws where samples of z fall in a plane of the latent space.
+
+    Args:
+        samples: Name (``"prior"``, ``"guide"``) to points, shape ``(K, 2)``.
+        ax: Where to draw; a new figure if left out.
+    """
+    ax = _axes(ax)
+    for name, z in samples.items():
+        z = z.detach().cpu()
+        ax.scatter(z[:, 0], z[:, 1], s=6, alpha=0.5, linewidths=0, color=COLORS.get(name), label=name, rasterized=True)
+    ax.set(xlabel="latent dimension $i$", ylabel="latent dimension $j$", title="Where samples of z fall")
+    ax.set_aspect("equal", "datalim")
+    ax.legend(frameon=False, markerscale=2, loc="upper right")
+    return ax
+
+
+def weight_histogram(log_weights: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
+    """Draws how the log-weights of one datum are distributed under each proposal.
+
+    Args:
+        log_weights: Name (``"prior"``, ``"guide"``) to log-weights, nats, shape ``(K,)``.
+        ax: Where to draw; a new figure if left out.
+    """
+    ax = _axes(ax)
+    values = {name: w.detach().cpu().double().numpy() for name, w in log_weights.items()}
+    low, high = min(v.min() for v in values.values()), max(v.max() for v in values.values())
+    bins = np.linspace(low, high, 80)
+    for name, value in values.items():
+        weights = np.full(len(value), 1 / len(value))
+        ax.hist(value, bins=bins.tolist(), weights=weights, alpha=0.7, color=COLORS.get(name), label=name)
+    ax.set(xlabel="log w, nats", ylabel="share of samples", title="How well they explain x")
+    ax.set_yscale("log")
+    ax.legend(frameon=False, loc="upper left")
+    return ax
+
+
+def running_estimate(log_weights: Mapping[str, Tensor], ax: Axes | None = None, *, elbo: float | None = None) -> Axes:
+    """Draws the estimate of log p(x) of one datum from its first K log-weights, for growing K.
+
+    Args:
+        log_weights: Name (``"prior"``, ``"guide"``) to log-weights in the order they were drawn, nats, shape ``(K,)``.
+        ax: Where to draw; a new figure if left out.
+        elbo: Drawn as a level line, if given.
+    """
+    ax = _axes(ax)
+    for name, w in log_weights.items():
+        w = w.detach().cpu().double()
+        counts = torch.arange(1, len(w) + 1, dtype=torch.float64)
+        estimate = w.logcumsumexp(0) - counts.log()
+        ax.plot(counts, estimate, color=COLORS.get(name), label=f"{name}: {estimate[-1].item():.1f}")
+    if elbo is not None:
+        ax.axhline(elbo, color=_GREY, linestyle=":", label=f"ELBO: {elbo:.1f}")
+    ax.set_xscale("log")
+    ax.set(xlabel="samples K", ylabel="estimate of log p(x), nats", title="What they say log p(x) is")
+    ax.legend(frameon=False, loc="lower right")
+    return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(layout="constrained")[1]
+
+
+def _grey(x: Tensor) -> Tensor:
+    x = x.detach().cpu().float()
+    x = x[:, 0] if x.dim() == 4 and x.shape[1] == 1 else x
+    if x.dim() != 3 or not len(x):
+        raise DataError(f"images must have shape (N, H, W) or (N, 1, H, W), got {tuple(x.shape)}.")
+    return x
