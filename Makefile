@@ -1,0 +1,49 @@
+# Every target makes what it needs, in an environment of its own: VENV=/elsewhere puts that somewhere else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: help demo test test-all lint types docs bench clean
+
+help:  ## say what the targets do
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(VENV)/.demo  ## train on MNIST (or digits), print the table, write figures and report.json to results/
+	$(BIN)/python examples/mnist_svi.py --output-dir results
+
+test: $(VENV)/.test  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.test  ## run all tests; those on real MNIST need PVAE_DATA to name its folder
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.docs  ## build the site into docs/_build/html, running its tutorials
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/.bench  ## measure training and evidence beside Pyro
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/evidence.py
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) results docs/_build docs/jupyter_execute .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("pvae needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each set of packages; it is renewed when the project's requirements change.
+$(VENV)/.demo: $(BIN)/python pyproject.toml
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.test $(VENV)/.docs $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(BIN)/python pyproject.toml
+	$(PIP) -e .[$*]
+	touch $@
