@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import socket
 import tempfile
@@ -180,11 +181,11 @@ def _read(folder: Path, file: _File) -> Tensor:
     magic = bytes([0, 0, 8, len(file.shape)])
     if content[:4] != magic:
         raise DatasetError(f"{path} is not an IDX file: it begins with {content[:16]!r}, expected {magic!r}. {mend}")
-    shape = tuple(np.frombuffer(content[4:header], ">u4").tolist())
-    if shape != file.shape or len(content) - header != int(np.prod(file.shape)):
+    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
+    if shape != file.shape or len(content) - header != math.prod(file.shape):
         raise DatasetError(
             f"{path} declares the shape {shape} and holds {len(content) - header} bytes of data, expected "
-            f"{file.shape} and {int(np.prod(file.shape))} bytes. {mend}"
+            f"{file.shape} and {math.prod(file.shape)} bytes. {mend}"
         )
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 != file.md5:

@@ -18,7 +18,7 @@ import torch
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
-from pvae.errors import ArgumentError, DeviceError
+from pvae.errors import ArgumentError, DeviceError, PVAEError
 
 __all__ = ["Program", "isolated", "modules_of", "outside_modules", "place", "resolve_device", "resolve_seed"]
 
@@ -36,7 +36,7 @@ def modules_of(*programs: Program) -> list[nn.Module]:
             continue
         found.append(thing)
         if isinstance(thing, partial):
-            queue.append(thing.func)
+            queue += [thing.func, *thing.args]  # Pyro's handlers wrap programs in partials
         elif inspect.ismethod(thing):
             queue += [thing.__self__, *vars(thing.__self__).values(), thing.__func__]
         elif inspect.isfunction(thing):
@@ -137,7 +137,11 @@ def isolated(
                 torch.cuda.manual_seed(seed)
         for module, _ in modes:
             module.training = training
-        yield store
+        try:
+            yield store
+        except PVAEError as error:
+            # Pyro's tracer raises a copy with a table of shapes below it; the original says all there is to say.
+            raise (error.__cause__ if type(error.__cause__) is type(error) else error) from None
 
 
 def outside_modules(store: ParamStoreDict) -> Any:

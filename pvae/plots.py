@@ -54,7 +54,7 @@ def images(x: Tensor, ax: Axes | None = None, *, columns: int = 8) -> Axes:
     for i, image in enumerate(x):
         top, left = (i // columns) * (height + 1), (i % columns) * (width + 1)
         canvas[top : top + height, left : left + width] = 1 - image
-    ax.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(canvas.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     return ax
 

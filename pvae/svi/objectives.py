@@ -63,9 +63,10 @@ def loss_and_grads(
             pyro_elbo: Any = objective  # its subclasses have loss_and_grads, the base class does not
             loss = pyro_elbo.loss_and_grads(model, guide, *batch)
         else:
-            loss = objective(model, guide, *batch)
-            loss.backward()
-    return float(loss), _params(met.trace.nodes)
+            differentiable = objective(model, guide, *batch)
+            differentiable.backward()
+            loss = differentiable.item()
+    return loss, _params(met.trace.nodes)
 
 
 def validation_loss(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> float:

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pyro import distributions as dist
+
+from pvae.checks import as_tensors, check_observations, check_support
+from pvae.errors import DataError
+
+
+def test_one_array_or_several():
+    x, y = torch.zeros(3, 2), np.ones((3,), dtype=np.int64)
+    assert [t.shape for t in as_tensors("data", x)] == [(3, 2)]
+    assert [t.dtype for t in as_tensors("data", (x, y))] == [torch.float32, torch.int64]
+    assert as_tensors("data", [x, y])[0] is x
+
+
+def test_numpy_data_share_memory():
+    x = np.zeros((3, 2), dtype=np.float32)
+    assert as_tensors("data", x)[0].numpy().base is x or np.shares_memory(as_tensors("data", x)[0].numpy(), x)
+
+
+@pytest.mark.parametrize(
+    "data, match",
+    [
+        ("images", "str"),
+        ([1.0, 2.0], "float"),
+        ((), "empty sequence"),
+        (torch.tensor(1.0), "leading dimension"),
+        ((torch.zeros(3), torch.zeros(4)), r"\[\(3,\), \(4,\)\]"),
+        (torch.zeros(0, 5), r"empty.*\(0, 5\)"),
+        (torch.zeros(5, 0), "empty"),
+    ],
+)
+def test_what_is_no_data_is_refused(data, match):
+    with pytest.raises(DataError, match=f"x_train.*{match}"):
+        as_tensors("x_train", data)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_entries_that_are_not_finite_are_counted_and_the_first_is_named(bad, dtype):
+    x = torch.zeros(5, 3, dtype=dtype)
+    x[2, 1] = x[4, 0] = bad
+    with pytest.raises(DataError, match=r"data holds 2 nan or infinite entries, the first at index \(2, 1\)"):
+        as_tensors("data", x)
+    with pytest.raises(DataError, match=r"data\[1\] holds 2"):
+        as_tensors("data", (torch.zeros(5), x))
+
+
+def test_infinities_that_cancel_are_found():
+    with pytest.raises(DataError, match="2 nan or infinite"):
+        as_tensors("data", torch.tensor([torch.inf, -torch.inf]))
+
+
+def test_large_but_finite_entries_are_fine():
+    as_tensors("data", torch.full((1000,), 3e38))
+    as_tensors("data", torch.full((1000,), 1e308, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "distribution, value",
+    [
+        (dist.Bernoulli(0.5), 0.5),
+        (dist.Bernoulli(torch.full((3,), 0.5)).to_event(1).expand([2]), 255.0),
+        (dist.Bernoulli(0.5).mask(True), -1.0),
+        (dist.Poisson(1.0), 1.5),
+        (dist.Exponential(1.0), -0.1),
+        (dist.Beta(1.0, 1.0), 2.0),
+    ],
+)
+def test_values_outside_the_support_are_refused(distribution, value):
+    x = torch.ones(2, 3)
+    x[1, 2] = value
+    with pytest.raises(DataError, match=rf"site 'obs' .* 16\.667% .* example {value:g}"):
+        check_support("obs", distribution, x)
+
+
+@pytest.mark.parametrize("distribution", [dist.Bernoulli(0.5), dist.Normal(0.0, 1.0), dist.Poisson(1.0)])
+def test_values_inside_the_support_pass(distribution):
+    check_support("obs", distribution, torch.tensor([0.0, 1.0]))
+
+
+def test_all_data_are_checked_not_only_the_batch():
+    data = torch.zeros(100, 4)
+    data[99, 3] = 0.5
+    batch = (data[:10],)
+    site = {"type": "sample", "is_observed": True, "value": data[:10].reshape(10, 2, 2), "fn": dist.Bernoulli(0.5)}
+    with pytest.raises(DataError, match="site 'x'"):
+        check_observations({"x": site}, batch, (data,))
+    check_observations({"x": site | {"is_observed": False}}, batch, (data,))
+    check_observations({"x": site | {"value": 1 - data[:10]}}, batch, (data,))  # the model changed its data: its affair

@@ -1,0 +1,52 @@
+"""The same work on the GPU. Skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import pvae
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_training_ends_at_the_same_elbo_as_on_the_cpu(place, bits):
+    """Noise differs between devices. The sd of an epoch's ELBO is below 1.5 / sqrt(300) = 0.09; 6 sigma of two."""
+    on_cpu = pvae.VAE.mlp(6, 2, [8])
+    on_gpu = copy.deepcopy(on_cpu)
+    options = {"epochs": 40, "batch_size": 32, "lr": 0.01, "progress": False}
+    cpu = pvae.fit(on_cpu.model, on_cpu.guide, bits, device="cpu", **options)
+    gpu = pvae.fit(on_gpu.model, on_gpu.guide, bits.to(place), device="cuda", validation=bits, **options)
+    assert gpu.device.type == "cuda"
+    assert all(p.is_cuda for p in on_gpu.parameters())
+    assert gpu.history["elbo"][-1] == pytest.approx(cpu.history["elbo"][-1], abs=6 * 0.09 * 2**0.5)
+
+
+@pytest.mark.parametrize("proposal", ["guide", "prior"])
+def test_log_px_is_the_same_as_on_the_cpu(proposal, bits):
+    on_cpu = pvae.VAE.mlp(6, 2, [8])
+    on_gpu = copy.deepcopy(on_cpu)
+    options = {"num_samples": 2000, "proposal": proposal}
+    cpu = pvae.log_evidence(on_cpu.model, on_cpu.guide, bits, device="cpu", **options)
+    gpu = pvae.log_evidence(on_gpu.model, on_gpu.guide, bits, device="cuda", **options)
+    error = (cpu.std_error.square() + gpu.std_error.square()).sqrt()
+    assert ((cpu.log_px - gpu.log_px).abs() < 5 * error + 1e-5).all()
+    assert gpu.log_px.device.type == "cpu"
+
+
+def test_seeds_and_the_callers_random_numbers_on_the_gpu(bits):
+    vae = pvae.VAE.mlp(6, 2, [8]).cuda()
+    before = torch.cuda.get_rng_state()
+    first = pvae.log_evidence(vae.model, vae.guide, bits, num_samples=50, device="cuda")
+    again = pvae.log_evidence(vae.model, vae.guide, bits, num_samples=50, device="cuda")
+    assert torch.equal(first.log_px, again.log_px)
+    assert torch.equal(vae.sample(4, seed=1), vae.sample(4, seed=1))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_auto_is_the_gpu(bits):
+    vae = pvae.VAE.mlp(6, 2, [8])
+    assert pvae.fit(vae.model, vae.guide, bits, epochs=1, progress=False).device.type == "cuda"

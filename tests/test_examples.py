@@ -1,0 +1,154 @@
+"""Every example, run as a person runs it, with tiny arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = ["--epochs", "1", "--num-samples", "2", "--num-eval", "3", "--hidden", "8", "--latent-dim", "2"]
+TINY = ["--dataset", "digits", *SMALL]
+RUNS = {"mnist_svi.py": TINY}
+
+
+def run(script, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def test_every_example_is_run_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == RUNS.keys()
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_examples_say_what_they_take(script):
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert "--cuda" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results") / "made by the example"
+    done = run("mnist_svi.py", *TINY, "--num-samples", 30, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout, folder
+
+
+def test_the_table_has_every_row(results):
+    printed, _ = results
+    for row in ("ELBO", "log p(x) by the guide", "log p(x) by the prior", "with 100 times the samples"):
+        assert row in printed
+    assert "digits, threshold binarization, 1437 training images, on cpu" in printed
+
+
+def test_the_report_has_every_number(results):
+    _, folder = results
+    report = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    keys = "dataset binarization num_train num_test epochs seed device versions train_seconds elbo log_px"
+    assert set(keys.split()) <= report.keys()
+    assert report["dataset"] == "digits"
+    assert report["binarization"] == "threshold"
+    assert (report["num_train"], report["num_test"], report["num_eval"], report["epochs"]) == (1437, 360, 3, 1)
+    for proposal, k in (("guide", 30), ("prior", 30), ("prior_100x", 3000)):
+        numbers = report["log_px"][proposal]
+        expected = {"mean", "std_error", "num_samples", "ess_median", "khat_median", "khat_above_0.7", "seconds"}
+        assert expected <= numbers.keys()
+        assert numbers["num_samples"] == k
+        assert 0 <= numbers["khat_above_0.7"] <= 1
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert report["elbo"] == report["history"]["validation_elbo"][-1]
+
+
+def test_the_figures_are_pictures(results):
+    _, folder = results
+    names = {"learning_curve", "reconstructions", "samples", "why_the_guide_beats_the_prior"}
+    assert {path.stem for path in folder.glob("*.png")} == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--network", "conv"],
+        ["--likelihood", "gaussian"],
+        ["--likelihood", "gaussian-per-pixel", "--network", "conv"],
+        ["--binarization", "dynamic", "--hidden", "8", "4", "--seed", "3"],
+    ],
+)
+def test_every_choice_runs(options, tmp_path):
+    done = run("mnist_svi.py", *TINY, *options, "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["binarization"] == ("none" if "gaussian" in " ".join(options) else report["binarization"])
+
+
+def offline(tmp_path):
+    """An empty home, and a proxy that refuses: nothing can be downloaded."""
+    proxy = "http://127.0.0.1:9"
+    return {"HOME": str(tmp_path), "XDG_CACHE_HOME": "", "PVAE_DATA": "", "http_proxy": proxy, "https_proxy": proxy}
+
+
+def test_without_mnist_and_network_auto_falls_back_aloud(tmp_path):
+    done = run("mnist_svi.py", *SMALL, "--output-dir", tmp_path / "out", **offline(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "NO MNIST: USING SCIKIT-LEARN'S 8 x 8 DIGITS INSTEAD" in done.stdout.splitlines()[0]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["dataset"] == "digits"
+
+
+def test_mnist_that_cannot_be_had_is_an_error(tmp_path):
+    done = run("mnist_svi.py", "--dataset", "mnist", "--output-dir", tmp_path / "out", **offline(tmp_path))
+    assert done.returncode == 1
+    assert "error: MNIST is not in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_one_line_and_exit_2(tmp_path):
+    done = run("mnist_svi.py", "--cuda", "--output-dir", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--cuda: no CUDA device" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (["--epochs", "0"], "--epochs: must be a whole number of at least 1"),
+        (["--num-samples", "-5"], "--num-samples"),
+        (["--num-eval", "many"], "--num-eval"),
+        (["--likelihood", "poisson"], "--likelihood"),
+        (["--dataset", "cifar"], "--dataset"),
+    ],
+)
+def test_a_bad_command_line_is_exit_2(arguments, match):
+    done = run("mnist_svi.py", *arguments)
+    assert done.returncode == 2
+    assert match in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (["--binarization", "none"], "site 'x' is Bernoulli"),
+        (["--network", "conv", "--hidden", "8", "8"], "--hidden takes one width"),
+        (["--lr", "-1"], "lr must be"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_error(arguments, match, tmp_path):
+    done = run("mnist_svi.py", *TINY, *arguments, "--output-dir", tmp_path)
+    assert done.returncode == 1
+    assert match in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import functools
+
+import pyro
+import pytest
+import torch
+from torch import nn
+
+from pvae import isolation
+from pvae.errors import ArgumentError, DeviceError
+from pvae.isolation import isolated, modules_of, outside_modules, place, resolve_device, resolve_seed
+
+GLOBAL_MODULE = nn.Linear(1, 1)
+
+
+def uses_a_global(x):
+    return GLOBAL_MODULE(x)
+
+
+class PlainClass:
+    def __init__(self):
+        self.decoder = nn.Linear(2, 2)
+
+    def model(self, x):
+        return self.decoder(x)
+
+
+def test_modules_are_found_where_programs_keep_them(module_pair):
+    local = nn.Linear(1, 1)
+
+    def closure(x):
+        return local(x)
+
+    plain = PlainClass()
+    assert modules_of(module_pair) == [module_pair]
+    assert modules_of(module_pair.model, module_pair.guide) == [module_pair]
+    assert modules_of(plain.model) == [plain.decoder]
+    assert modules_of(closure) == [local]
+    assert modules_of(functools.partial(closure, 1)) == [local]
+    assert modules_of(pyro.poutine.scale(closure, 2.0)) == [local]
+    assert modules_of(uses_a_global) == [GLOBAL_MODULE]
+    assert modules_of(lambda x: x) == []
+
+
+def test_a_block_has_a_state_of_its_own(caller_state):
+    pyro.param("mine", torch.tensor(1.0))
+    before = caller_state()
+    with isolated(seed=3) as store:
+        assert not store
+        assert not torch.is_grad_enabled()
+        assert not pyro.infer.util.is_validation_enabled()
+        pyro.param("theirs", torch.tensor(2.0))
+        first = torch.randn(3)
+    before.assert_unchanged()
+    with isolated(seed=3, training=True):
+        assert torch.is_grad_enabled()
+        assert torch.equal(torch.randn(3), first)
+    before.assert_unchanged()
+
+
+def test_state_is_restored_after_an_error(caller_state):
+    module = nn.Sequential(nn.Dropout(), nn.Linear(1, 1))
+    module[0].eval()
+    before = caller_state()
+
+    def fails():
+        with isolated([module], seed=0):
+            assert not module.training
+            pyro.param("theirs", torch.tensor(2.0))
+            torch.randn(1)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fails()
+    before.assert_unchanged()
+    assert [m.training for m in module.modules()] == [True, False, True]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("validation", [True, False])
+def test_modes_are_restored_whatever_they_were(grad, validation, caller_state):
+    with torch.set_grad_enabled(grad), pyro.validation_enabled(validation):
+        before = caller_state()
+        with isolated(seed=0, training=not grad):
+            pass
+        before.assert_unchanged()
+
+
+def test_outside_modules_leaves_out_what_lives_in_a_module():
+    pyro.module("net", nn.Linear(1, 1))
+    pyro.param("scale", torch.tensor(2.0), constraint=torch.distributions.constraints.positive)
+    state = outside_modules(pyro.get_param_store())
+    assert list(state["params"]) == list(state["constraints"]) == ["scale"]
+    with isolated(seed=0, params=state) as store:
+        assert store["scale"].item() == pytest.approx(2.0)
+
+
+def test_place_gives_floats_the_modules_dtype_and_leaves_labels():
+    x, y = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    _, placed = place([nn.Linear(2, 2)], (x, y), "cpu")
+    assert [t.dtype for t in placed] == [torch.float32, torch.int64]
+    _, placed = place([nn.Linear(2, 2).double()], (x, y), "cpu")
+    assert placed[0] is x
+    device, placed = place([], (x, y), "auto")
+    assert device == x.device
+    assert placed[0] is x
+
+
+def test_device_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        resolve_device("cuda")
+    with pytest.raises(ArgumentError, match="'auto'"):
+        resolve_device("gpu")
+    with pytest.raises(ArgumentError, match="'auto'"):
+        resolve_device(None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 1)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(DeviceError, match="2 CUDA device"):
+        resolve_device("cuda:2")
+
+
+def test_seeds():
+    assert resolve_seed(0) == 0
+    assert resolve_seed(None) != resolve_seed(None)
+    for bad in (-1, 2**63, 1.5, "0", True):
+        with pytest.raises(ArgumentError, match="seed"):
+            resolve_seed(bad)
+
+
+def test_everything_public_is_exported():
+    assert set(isolation.__all__) >= {"isolated", "place"}

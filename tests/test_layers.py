@@ -1,0 +1,89 @@
+"""The architecture, read from the imports: who may import whom, and what `import pvae` loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pvae
+
+ROOT = Path(pvae.__file__).parent
+GROUND = {"errors", "checks", "isolation", "networks", "datasets", "graphs", "testing", "evidence.weights"}
+PARTS = {"priors", "likelihoods", "posteriors"}
+MODELS = {"vae", "autoencoder"}
+REPORTS = {"diagnostics", "io_arviz", "plots", "estimator"}
+CHECKS = {"checks", "isolation"}
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of pvae that a file imports anywhere, by their name inside pvae."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.removeprefix("pvae.") for name in names if name.startswith("pvae.")}
+    return found & MODULES.keys()
+
+
+def allowed(name: str) -> set[str]:
+    if name == "isolation" or name == "checks" or name in GROUND:
+        return {"errors"}
+    if name in PARTS:
+        return {"errors", "networks", "checks"}
+    if name in MODELS:
+        return {"errors", "networks", *CHECKS, *PARTS}
+    if name == "svi" or name.startswith("svi."):
+        return {"errors", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "svi"}
+    if name == "evidence" or name.startswith("evidence."):
+        return {"errors", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "evidence"}
+    if name in REPORTS:
+        return MODULES.keys() - REPORTS - {"__init__"}
+    raise AssertionError(f"pvae/{name}: say in this test which layer it belongs to")
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"__init__"}))
+def test_a_module_imports_only_what_its_layer_may(name):
+    assert imported(MODULES[name]) <= allowed(name)
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if n.startswith(("svi", "evidence"))))
+def test_only_two_files_trace_programs(name):
+    traces = "poutine" in MODULES[name].read_text()
+    assert traces == (name in {"evidence.traces", "svi.objectives"})
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_module_says_what_it_exports(name):
+    tree = ast.parse(MODULES[name].read_text())
+    names = {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets}
+    assert "__all__" in names
+    assert ast.get_docstring(tree)
+
+
+def test_modules_stay_small():
+    too_long = {name: n for name, path in MODULES.items() if (n := len(path.read_text().splitlines())) > 400}
+    assert not too_long
+
+
+def test_import_loads_nothing_heavy():
+    code = "import sys, pvae; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"arviz", "matplotlib", "torchvision", "sklearn", "xarray"} & set(run.stdout.split())
+
+
+def test_the_face_is_complete():
+    assert all(hasattr(pvae, name) for name in pvae.__all__)
+    assert len(pvae.__all__) <= 27

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+from pvae import plots
+from pvae.errors import DataError
+
+matplotlib.use("Agg")
+plt = pytest.importorskip("matplotlib.pyplot")
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close("all")
+
+
+def test_learning_curve_draws_what_the_history_has():
+    history = {"elbo": np.array([-3.0, -2.0]), "validation_elbo": np.array([-2.5, -2.1]), "seconds": np.ones(2)}
+    ax = plots.learning_curve(history)
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[-3.0, -2.0], [-2.5, -2.1]]
+    assert "nats per datum" in ax.get_ylabel()
+    one = plots.learning_curve({"objective": np.array([-1.0]), "seconds": np.ones(1)})
+    assert len(one.lines) == 1
+
+
+def test_learning_curve_of_several_runs_goes_on_given_axes():
+    _, ax = plt.subplots()
+    assert plots.learning_curve({"elbo": [-1.0], "seconds": [1.0]}, ax) is ax
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (5, 1, 4, 3)])
+def test_images_are_placed_row_by_row(shape):
+    x = torch.rand(shape)
+    canvas = plots.images(x, columns=2).images[0].get_array()
+    assert canvas.shape == (3 * 5 - 1, 2 * 4 - 1)
+    np.testing.assert_allclose(canvas[5:9, 4:7], 1 - x.reshape(5, 4, 3)[3])
+    assert (canvas[10:, 4:] == 1).all()
+
+
+def test_reconstructions_stand_below_their_images():
+    x, y = torch.zeros(3, 2, 2), torch.ones(3, 2, 2)
+    canvas = plots.reconstructions(x, y).images[0].get_array()
+    assert canvas.shape == (5, 8)
+    assert canvas[0, 0] == 1
+    assert canvas[3, 0] == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4, 4), (0, 4, 4)])
+def test_what_is_no_image_is_refused(shape):
+    with pytest.raises(DataError, match="images must have shape"):
+        plots.images(torch.zeros(shape))
+
+
+def test_running_estimate_is_the_log_mean_of_the_first_weights():
+    w = torch.randn(50)
+    ax = plots.running_estimate({"guide": w}, elbo=-1.0)
+    curve = ax.lines[0].get_ydata()
+    assert curve[0] == pytest.approx(w[0].item())
+    assert curve[-1] == pytest.approx(w.double().exp().mean().log().item())
+    assert ax.get_legend_handles_labels()[1] == [f"guide: {curve[-1]:.1f}", "ELBO: -1.0"]
+
+
+def test_weight_histogram_counts_every_weight():
+    weights = {"prior": torch.randn(1000) - 5, "guide": torch.randn(500)}
+    ax = plots.weight_histogram(weights)
+    assert [sum(bar.get_height() for bar in bars) for bars in ax.containers] == pytest.approx([1, 1])
+    plots.weight_histogram({"guide": torch.zeros(10)})  # all equal: still a histogram
+
+
+def test_latent_plane_draws_every_point():
+    ax = plots.latent_plane({"prior": torch.randn(30, 2), "guide": torch.randn(20, 2, requires_grad=True)})
+    assert [len(c.get_offsets()) for c in ax.collections] == [30, 20]
+    assert ax.get_legend_handles_labels()[1] == ["prior", "guide"]
