@@ -141,7 +141,7 @@ def isolated(
             yield store
         except PVAEError as error:
             # Pyro's tracer raises a copy with a table of shapes below it; the original says all there is to say.
-            raise (error.__cause__ if type(error.__cause__) is type(error) else error) from None
+            raise (error.__cause__ if isinstance(error.__cause__, PVAEError) else error) from None
 
 
 def outside_modules(store: ParamStoreDict) -> Any:
