@@ -146,11 +146,17 @@ def table(rows: list[tuple[str, pvae.EvidenceEstimate]]) -> str:
 def sentence(guide: pvae.EvidenceEstimate, prior: pvae.EvidenceEstimate, long_prior: pvae.EvidenceEstimate) -> str:
     """What the table shows, in plain words and only as far as it shows it."""
     gap, long_gap = guide.mean - prior.mean, guide.mean - long_prior.mean
-    k, times = prior.num_samples, f"{PRIOR_FACTOR} times as many"
-    found = f"finds {gap:.1f} nats more of log p(x) than the prior" if gap > 0.05 else "finds no more than the prior"
-    because = f"of whose samples about {prior.ess.median().item():.0f} of {k} explained the image"
-    last = f"with {times}, the prior still misses {long_gap:.1f}" if long_gap > 0.05 else f"it took {times} to catch up"
-    return f"With {k} samples for each image the guide {found}, {because}; {last}."
+    counted = (
+        f"about {guide.ess.median().item():.0f} of the guide's {guide.num_samples} samples counted for an image, "
+        f"and {prior.ess.median().item():.0f} of the prior's"
+    )
+    if gap < 0.05:
+        return f"Guide and prior agree, but {counted}."
+    rest = f"still misses {long_gap:.1f}" if long_gap >= 0.05 else "catches up"
+    return (
+        f"The guide finds {gap:.1f} nats more of log p(x) than the prior, because {counted}; "
+        f"with {PRIOR_FACTOR} times as many, the prior {rest}."
+    )
 
 
 def draw_figures(vae: pvae.VAE, result: pvae.FitResult, x: torch.Tensor, args: argparse.Namespace) -> None:

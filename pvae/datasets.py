@@ -33,7 +33,7 @@ __all__ = ["BINARIZATIONS", "Dataset", "binarize", "digits", "mnist"]
 BINARIZATIONS = ("none", "threshold", "static", "dynamic")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """Images with labels, split for training and test.
 
@@ -54,6 +54,10 @@ class Dataset:
     test_x: Tensor
     test_y: Tensor
     transform: Callable[[Tensor], Tensor] | None
+
+    def __repr__(self) -> str:
+        train, test = tuple(self.train_x.shape), tuple(self.test_x.shape)
+        return f"Dataset({self.name}, {self.binarization} binarization, training {train}, test {test})"
 
 
 def binarize(x: Tensor, how: str, *, seed: int = 0) -> Tensor:
@@ -87,7 +91,7 @@ def mnist(root: str | os.PathLike[str] | None = None, binarization: str = "dynam
     itself; downloads them through torchvision if they are not there. Every file's header and MD5 are checked.
 
     Args:
-        root: The folder; by default ``$PVAE_DATA``, else ``pvae`` in the user's cache folder.
+        root: The folder; by default ``$PVAE_DATA``, else ``pvae`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
         binarization: One of `BINARIZATIONS`.
         seed: Of the bits that are drawn once.
 

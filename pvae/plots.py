@@ -25,11 +25,11 @@ _GREY = "0.35"
 def learning_curve(history: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     """Draws the ELBO of each epoch, as in ``FitResult.history``, in nats per datum."""
     ax = _axes(ax)
-    epochs = np.arange(1, len(history["seconds"]) + 1)
     labels = {"elbo": "training (while learning)", "objective": "training objective", "validation_elbo": "validation"}
     styles = {"validation_elbo": {"color": COLORS["guide"], "marker": "o", "markersize": 4}}
     for name, label in labels.items():
         if name in history:
+            epochs = np.arange(1, len(history[name]) + 1)
             ax.plot(epochs, history[name], label=label, **styles.get(name, {"color": _GREY, "linestyle": "--"}))
     ax.set(xlabel="epoch", ylabel="ELBO, nats per datum", title="Learning curve")
     ax.locator_params(axis="x", integer=True)

@@ -64,6 +64,8 @@ class VAE(nn.Module):
     ) -> VAE:
         """A VAE of two multilayer perceptrons, with a standard normal prior and a diagonal normal encoder.
 
+        Weights are drawn by torch's own initialization, so ``torch.manual_seed`` before the call fixes them.
+
         Args:
             event_shape: Shape of one datum.
             latent_dim: ``D``, the number of latent dimensions.
@@ -96,7 +98,7 @@ class VAE(nn.Module):
         *,
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> VAE:
-        """A VAE of two convolutional networks, for images ``(C, H, W)`` of any size.
+        """A VAE of two convolutional networks, for images ``(C, H, W)`` of any size; weights as in `mlp`.
 
         Args:
             event_shape: ``(C, H, W)`` of one image; the sizes are halved at each stage while they are even.
@@ -117,7 +119,8 @@ class VAE(nn.Module):
     def model(self, x: Tensor) -> None:
         """The generative program: ``z ~ p(z)``, ``x ~ p(x|z)``, for each datum of ``x``, shape ``(N, *event)``.
 
-        ``x`` is converted to the parameters' dtype, so integers and float64 are taken too.
+        ``x`` is converted to the parameters' dtype and device, here and in every method, so integers and float64 are
+        taken too.
 
         Raises:
             DataError: ``x`` has another shape, or (where Pyro's validation is on) values that p(x|z) cannot take.
@@ -147,7 +150,7 @@ class VAE(nn.Module):
         """Returns p(x|z), with batch shape ``(...)`` and event shape ``(*event)``, for ``z`` of shape ``(..., D)``."""
         if z.shape[-1:] != (self.latent_dim,):
             raise DataError(f"z must have shape (..., {self.latent_dim}), got {tuple(z.shape)}.")
-        return self.decoder(z)
+        return self.decoder(z.to(next(self.parameters(), z)))
 
     def sample(self, num_samples: int = 1, *, seed: int | None = None, mean: bool = False) -> Tensor:
         """Draws ``z ~ p(z)``, ``x ~ p(x|z)``.
@@ -161,8 +164,7 @@ class VAE(nn.Module):
             Shape ``(num_samples, *event)``.
         """
         num_samples = positive_int("num_samples", num_samples)
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        with isolated([self], seed=resolve_seed(seed), device=device):
+        with isolated([self], seed=resolve_seed(seed), device=_device(self)):
             px = self.decoder(self.prior().sample((num_samples,)))
             return px.mean if mean else px.sample()
 
@@ -187,13 +189,12 @@ class VAE(nn.Module):
                 f"x must have shape ({expected}), got {tuple(x.shape)}. "
                 "Reshape the data, or build the VAE with another event_shape."
             )
-        dtype = next((p.dtype for p in self.parameters()), torch.get_default_dtype())
-        return x.to(dtype)
+        return x.to(next(self.parameters(), x))
 
 
 def _tried(vae: VAE) -> tuple[int, tuple[int, ...]]:
     """Runs the three parts once, and returns the latent dimension and the event shape they agree on."""
-    with isolated([vae], seed=0):
+    with isolated([vae], seed=0, device=_device(vae)):
         pz = vae.prior()
         if len(pz.event_shape) != 1 or pz.batch_shape:
             raise ProgramError(
@@ -212,6 +213,10 @@ def _tried(vae: VAE) -> tuple[int, tuple[int, ...]]:
                 f"shape {(2, *px.event_shape)}, got {_shapes(qz)}."
             )
     return pz.event_shape[0], tuple(px.event_shape)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def _ran(name: str, part: nn.Module, argument: Tensor) -> torch.distributions.Distribution:

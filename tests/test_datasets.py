@@ -60,6 +60,7 @@ def test_shapes_and_types(load):
     assert data.train_x.max() == 1
     assert data.transform is None
     assert data.name in ("mnist", "digits")
+    assert len(repr(data)) < 100
 
 
 @pytest.mark.parametrize("how", ["threshold", "static"])

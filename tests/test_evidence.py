@@ -117,7 +117,7 @@ def test_a_narrow_guide_is_flagged_and_its_interval_withheld():
     lower, upper = estimate.interval()
     assert lower[estimate.unreliable].isnan().all()
     assert upper[estimate.unreliable].isnan().all()
-    assert "do not trust" in str(estimate)
+    assert "unreliable (k-hat > 0.7)" in str(estimate)
 
 
 # --- draws, chunks, seeds -----------------------------------------------------------------------------------------
@@ -364,6 +364,19 @@ def test_scales_are_no_part_of_log_px_and_masks_are():
         assert abs(value - exact) < 6 * error + 1e-9
 
 
+def test_plates_may_have_any_name():
+    oracle = linear_gaussian(2, 3, guide_shift=0.3)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", oracle.proposal(x))
+
+    x = oracle.sample(9)
+    assert torch.equal(
+        pvae.log_evidence(oracle.model, guide, x, num_samples=9).log_px, evidence(oracle, x, num_samples=9).log_px
+    )
+
+
 def test_a_tuple_of_data(bits):
     def model(x, y):
         with pyro.plate("data", len(x)):
@@ -445,8 +458,8 @@ def test_programs_run_in_eval_mode_without_gradients(bits):
         ({"num_samples": 2.5}, "num_samples"),
         ({"num_samples": True}, "num_samples"),
         ({"chunk_size": 0}, "chunk_size"),
-        ({"proposal": "posterior"}, "'guide' or 'prior', got 'posterior'"),
-        ({"proposal": None}, "proposal"),
+        ({"proposal": "posterior"}, "proposal.*'guide', 'prior'; got 'posterior'"),
+        ({"proposal": None}, "proposal.*no name, shares_draws, log_weights"),
         ({"seed": -1}, "seed"),
         ({"device": "tpu7"}, "device"),
         ({"data": torch.zeros(0, 6)}, "data is empty"),
@@ -572,6 +585,7 @@ def test_the_estimate_describes_itself(estimate):
     assert estimate.data_std_error == pytest.approx(estimate.log_px.std().item() / 30**0.5)
     assert str(estimate).splitlines()[0] == "log p(x) of 30 data, 100 samples each from the guide"
     assert len(str(estimate).splitlines()) < 24
+    assert repr(estimate) == str(estimate)
 
 
 def test_too_few_samples_for_khat_are_said(small_vae, bits):

@@ -99,6 +99,7 @@ def test_training_learns(bits, small_vae):
     elbo = result.history["elbo"]
     independent = sum(dist.Bernoulli(p).entropy().item() for p in bits.mean(0))
     assert elbo.shape == (60,)
+    assert repr(result) == f"FitResult(60 epochs, elbo {elbo[-1]:.2f}, on cpu, seed 0)"
     assert elbo[-1] > -independent + 0.5, "no better than six independent bits"
 
 

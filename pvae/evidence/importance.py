@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pvae.checks import Data, as_tensors
 from pvae.errors import ArgumentError, positive_int
@@ -31,7 +31,7 @@ KHAT_LIMIT = 0.7
 """Above this k-hat neither an estimate nor its standard error can be trusted (Vehtari et al., 2024)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class EvidenceEstimate:
     """Estimates of log p(x) for N data, with what is known of their error. All tensors are float64, on the CPU.
 
@@ -64,7 +64,7 @@ class EvidenceEstimate:
 
     @property
     def num_data(self) -> int:
-        """``N``."""
+        """How many data, ``N``."""
         return len(self.log_px)
 
     @property
@@ -74,7 +74,7 @@ class EvidenceEstimate:
 
     @property
     def mean_std_error(self) -> float:
-        """Monte Carlo standard error of `mean`: what more draws would cure.
+        """Monte Carlo standard error of `mean`, which more draws would make smaller.
 
         Where data shared draws their errors may all point one way, so this is an upper bound then.
         """
@@ -84,7 +84,7 @@ class EvidenceEstimate:
 
     @property
     def data_std_error(self) -> float:
-        """Standard error of `mean` over the choice of data: what more data would cure; nan for N = 1."""
+        """Standard error of `mean` over the choice of data, which more data would make smaller; nan for N = 1."""
         return self.log_px.std().item() / self.num_data**0.5 if self.num_data > 1 else float("nan")
 
     @property
@@ -120,13 +120,15 @@ class EvidenceEstimate:
         attributes = {"num_samples": self.num_samples, "proposal": self.proposal, "seed": self.seed, "units": "nats"}
         return xarray.Dataset({k: ("datum", v.numpy()) for k, v in values.items()}, attrs=attributes)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         khat = f"median {self.khat.median().item():.2f}"
         bad = int(self.unreliable.sum())
         if self.num_samples < MIN_SAMPLES_FOR_KHAT:
             verdict = f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples: how far to trust this is not known"
         elif bad:
-            verdict = f"do not trust {bad} of {self.num_data} data (k-hat > {KHAT_LIMIT}): their error is unknown"
+            verdict = (
+                f"{bad} of {self.num_data} data are unreliable (k-hat > {KHAT_LIMIT}): take theirs as lower bounds"
+            )
         else:
             verdict = f"all {self.num_data} data have k-hat <= {KHAT_LIMIT}"
         return "\n".join(
@@ -159,7 +161,7 @@ def log_evidence(
     ``log p(x) = log E_q[w]`` with ``w = p(x, z) / q(z)``, estimated by ``log (1/K) sum_k w_k`` over K draws of z. The
     pair can be any Pyro programs with one plate over the data around all their sites. Draws and data stream through in
     chunks; memory does not grow with K. Nothing is trained: parameters, modes, random numbers and param store are left
-    as they were.
+    as they were, but modules stay on ``device``.
 
     Args:
         model: The generative program.
@@ -220,7 +222,7 @@ def log_weights(
     Takes and raises what `log_evidence` does; for the same arguments these are the same draws.
 
     Returns:
-        Nats, float64, on the CPU, shape ``(K, N)``: ``8 K N`` bytes of memory.
+        Nats, float64, on the CPU, of shape ``(K, N)``, which takes ``8 K N`` bytes of memory.
     """
     num_samples, seed = positive_int("num_samples", num_samples), resolve_seed(seed)
     proposal = proposals.resolve(proposal)

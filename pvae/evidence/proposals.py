@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pvae.errors import ArgumentError
+from pvae.errors import ArgumentError, one_of
 from pvae.evidence.traces import Pair
 
 __all__ = ["Guide", "Prior", "Proposal", "resolve"]
@@ -50,7 +50,7 @@ class Prior:
     name: str = "prior"
 
     def shares_draws(self, pair: Pair) -> bool:
-        """Yes where p(x|z) is a Bernoulli of the latents alone: each draw is decoded once, for all data."""
+        """Yes where p(x|z) is a Bernoulli of the latents alone, so that a draw is decoded once for a batch of data."""
         return pair.shares_prior
 
     def log_weights(self, pair: Pair, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
@@ -65,8 +65,12 @@ _NAMED = {"guide": Guide, "prior": Prior}
 
 def resolve(proposal: str | Proposal) -> Proposal:
     """The proposal itself, or the one with that name."""
-    if isinstance(proposal, str) and proposal in _NAMED:
-        return _NAMED[proposal]()
-    if isinstance(proposal, str) or not hasattr(proposal, "log_weights"):
-        raise ArgumentError(f"proposal must be {' or '.join(map(repr, _NAMED))}, got {proposal!r}.")
+    if isinstance(proposal, str):
+        return _NAMED[one_of("proposal", proposal, _NAMED)]()
+    missing = [name for name in ("name", "shares_draws", "log_weights") if not hasattr(proposal, name)]
+    if missing:
+        raise ArgumentError(
+            f"proposal must be {' or '.join(map(repr, _NAMED))}, or an object like pvae.evidence.proposals.Proposal; "
+            f"got {proposal!r}, which has no {', '.join(missing)}."
+        )
     return proposal

@@ -113,7 +113,7 @@ class Pair:
         if site is None:
             raise ProgramError("draws from the prior cannot be shared here: see Pair.shares_prior.")
         logits = _leaf(site["fn"]).logits.select(self._event_dim(site), 0).reshape(num_samples, -1)
-        x = site["value"].reshape(len(batch[0]), -1)
+        x = site["value"].reshape(len(batch[0]), -1).to(logits)
         return (logits @ x.T).double() - softplus(logits).sum(1, keepdim=True).double()
 
     def _shared_site(self, batch: tuple[Tensor, ...], num_samples: int) -> Any | None:
@@ -219,30 +219,24 @@ def _leaf(distribution: Any) -> Any:
 
 
 def _data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> int:
-    """The dimension of the plate whose size is 1 for one datum and 2 for two, and that every site is in."""
-    sites = {f"{name} ({program})": site for program, found in two.items() for name, site in found.items()}
-    follows = {
-        (plate.name, plate.dim)
-        for program, found in two.items()
-        for name, site in found.items()
-        for plate in _plates(site)
-        if plate.size == 2 and (plate.name, 1) in {(p.name, p.size) for p in _plates(one[program].get(name, _NOWHERE))}
-    }
-    common = [
-        (name, dim)
-        for name, dim in follows
-        if all((name, dim) in {(p.name, p.dim) for p in _plates(site)} for site in sites.values())
+    """The dimension at which every site has a plate of size 1 for one datum, and of size 2 for two."""
+
+    def dims(site: Any, size: int) -> set[int]:
+        return {plate.dim for plate in _plates(site) if plate.size == size}
+
+    sites = {f"{name} ({program})": (program, name, site) for program in two for name, site in two[program].items()}
+    follows = [
+        dims(site, 2) & dims(one[program][name], 1) if name in one[program] else set()
+        for program, name, site in sites.values()
     ]
+    common = set.intersection(*follows) if follows else set()
     if len(common) == 1:
-        return common[0][1]
+        return common.pop()
     shown = "; ".join(
-        f"'{name}' has plates {[(p.name, p.size) for p in _plates(site)]}, batch shape {tuple(site['fn'].batch_shape)}"
-        for name, site in sites.items()
+        f"'{label}' has plates {[(p.name, p.size) for p in _plates(site)]}, batch shape {tuple(site['fn'].batch_shape)}"
+        for label, (_, _, site) in sites.items()
     )
     raise ProgramError(
         "log p(x) for each datum needs one plate over the data, of size len(x), around every sample site of the model "
         f"and the guide: with pyro.plate('data', len(x)): ... On two data, {shown or 'there are no sample sites'}."
     )
-
-
-_NOWHERE: Any = {"cond_indep_stack": ()}

@@ -148,8 +148,8 @@ def pareto_khat(largest: Tensor, num_samples: int) -> Tensor:
         num_samples: ``K``, the number of draws they are the largest of.
 
     Returns:
-        Shape ``(N,)``: ``-inf`` where the tail's weights differ by less than 0.1% (as with an exact posterior, where
-        one draw is enough and what differs is rounding), nan for ``K < 25``.
+        One k-hat for each datum, shape ``(N,)``. It is ``-inf`` where the tail's weights differ by less than 0.1% (as
+        with an exact posterior, where one draw is enough and what differs is rounding), and nan for ``K < 25``.
 
     Source: Zhang and Stephens, 2009, A New and Efficient Estimation Method for the Generalized Pareto Distribution;
     prior on k and length of the tail from Vehtari et al., 2024, Pareto Smoothed Importance Sampling.
@@ -170,7 +170,8 @@ def pareto_khat(largest: Tensor, num_samples: int) -> Tensor:
     nearest = torch.where(excess > 0, excess, torch.inf).amin(1)
     quartile = torch.where(quartile > 0, quartile, nearest).clamp(min=1e-300)
     theta = 1 / excess[:, -1:] + steps / (3 * quartile[:, None])  # (N, size)
-    k = torch.log1p(-theta[:, :, None] * excess[:, None, :]).mean(-1)
+    # One grid point at a time, so that memory is that of the tail.
+    k = torch.stack([torch.log1p(-t[:, None] * excess).mean(-1) for t in theta.T], 1)
     log_likelihood = m * ((-theta / k).log() - k - 1)
     # At theta = 0, the exponential distribution, the expression is 0/0: that point is left out.
     best = (theta * log_likelihood.nan_to_num(-torch.inf).softmax(-1)).sum(-1, keepdim=True)

@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pvae.checks import Data, as_tensors
 from pvae.errors import ArgumentError, NumericalError, positive_int
@@ -23,14 +23,14 @@ from pvae.svi import objectives
 __all__ = ["FitResult", "fit"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class FitResult:
     """What `fit` returns. The trained parameters of modules are in the modules themselves.
 
     Attributes:
-        history: One entry an epoch: ``"elbo"``, the training ELBO in nats per datum, averaged over the epoch while the
-            parameters moved (``"objective"`` in its place, minus the loss, where the objective is not an ELBO);
-            ``"validation_elbo"`` where validation data were given; ``"seconds"``.
+        history: One-dimensional arrays with an entry for each epoch. ``"elbo"`` is the training ELBO in nats per datum,
+            averaged over the epoch while the parameters moved (``"objective"`` in its place, minus the loss, where the
+            objective is not an ELBO); ``"validation_elbo"`` is there where validation data were given; ``"seconds"``.
         params: Trained values of parameters made by ``pyro.param``, by name, in their constrained space. They have
             no module to live in; see `trained`.
         device: Where it was trained.
@@ -41,7 +41,11 @@ class FitResult:
     params: dict[str, Tensor]
     device: torch.device
     seed: int
-    _state: Mapping[str, Any] = field(repr=False)
+    _state: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        last = ", ".join(f"{name} {values[-1]:.2f}" for name, values in self.history.items() if name != "seconds")
+        return f"FitResult({len(self.history['seconds'])} epochs, {last}, on {self.device}, seed {self.seed})"
 
     @contextmanager
     def trained(self) -> Iterator[None]:
