@@ -36,7 +36,7 @@ clean:  ## remove what the targets made
 	rm -rf $(VENV) results docs/_build docs/jupyter_execute .pytest_cache .ruff_cache
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit("pvae needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("pvae needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
 # A stamp for each set of packages; it is renewed when the project's requirements change.

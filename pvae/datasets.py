@@ -221,7 +221,8 @@ def _download(root: Path) -> Path:
                 _read(Path(scratch) / "MNIST" / "raw", file)
                 os.replace(Path(scratch) / "MNIST" / "raw" / file.name, folder / file.name)
     except (OSError, RuntimeError) as error:
-        raise DatasetError(f"{missing}, and downloading it failed: {error} {manual}") from error
+        reason = " ".join(str(error).split())  # torchvision's runs over many lines
+        raise DatasetError(f"{missing}, and downloading it failed: {reason}. {manual}") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return folder

@@ -104,6 +104,7 @@ def test_without_mnist_and_network_auto_falls_back_aloud(tmp_path):
     done = run("mnist_svi.py", *SMALL, "--output-dir", tmp_path / "out", **offline(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "NO MNIST: USING SCIKIT-LEARN'S 8 x 8 DIGITS INSTEAD" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[1].startswith("digits, threshold binarization"), "one line says it all"
     assert json.loads((tmp_path / "out" / "report.json").read_text())["dataset"] == "digits"
 
 

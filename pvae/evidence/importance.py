@@ -121,7 +121,6 @@ class EvidenceEstimate:
         return xarray.Dataset({k: ("datum", v.numpy()) for k, v in values.items()}, attrs=attributes)
 
     def __repr__(self) -> str:
-        khat = f"median {self.khat.median().item():.2f}"
         bad = int(self.unreliable.sum())
         if self.num_samples < MIN_SAMPLES_FOR_KHAT:
             verdict = f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples: how far to trust this is not known"
@@ -138,7 +137,7 @@ class EvidenceEstimate:
                 f"  std error  {self.mean_std_error:10.3f} (Monte Carlo), {self.data_std_error:.3f} (over the data)",
                 f"  ELBO       {self.elbo.mean().item():10.3f}",
                 f"  ESS        {self.ess.median().item():10.1f} (median, of {self.num_samples})",
-                f"  k-hat      {khat:>10}",
+                f"  k-hat      {self.khat.median().item():10.2f} (median)",
                 f"  {verdict}",
             ]
         )
