@@ -364,6 +364,23 @@ def test_scales_are_no_part_of_log_px_and_masks_are():
         assert abs(value - exact) < 6 * error + 1e-9
 
 
+def test_a_site_masked_by_a_handler_says_nothing():
+    """Where ``poutine.mask`` hides x, every weight of the prior is p(nothing | z) = 1."""
+    oracle = linear_gaussian(2, 3)
+    x = oracle.sample(20)
+
+    def model(x, seen):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+            with pyro.poutine.mask(mask=seen):
+                pyro.sample("x", dist.Normal(z @ oracle.weight.T + oracle.bias, oracle.noise).to_event(1), obs=x)
+
+    seen = torch.arange(20) % 2 == 0
+    estimate = pvae.log_evidence(model, lambda x, seen: oracle.guide(x), (x, seen), num_samples=4000, proposal="prior")
+    assert (estimate.log_px[~seen] == 0).all()
+    assert ((estimate.log_px - oracle.log_px(x)).abs() < 5 * estimate.std_error)[seen].all()
+
+
 def test_plates_may_have_any_name():
     oracle = linear_gaussian(2, 3, guide_shift=0.3)
 
