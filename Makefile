@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
+ifneq ($(words $(VENV)),1)
+$(error VENV must be one path without spaces, got "$(VENV)")
+endif
+
 .PHONY: help demo test test-all lint types docs bench clean
 
 help:  ## say what the targets do

@@ -33,7 +33,7 @@ def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
     if wrong or not arrays:
         came = ", ".join(wrong) or "an empty sequence"
         raise DataError(f"{name} must be a tensor, a NumPy array or a tuple of them; got {came}.")
-    tensors = tuple(torch.as_tensor(a) for a in arrays)
+    tensors = tuple(_from_numpy(name, a) if isinstance(a, np.ndarray) else torch.as_tensor(a) for a in arrays)
     shapes = [tuple(t.shape) for t in tensors]
     if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1:
         raise DataError(f"{name} must have one leading dimension of N data, the same for every tensor; got {shapes}.")
@@ -42,6 +42,15 @@ def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
     for position, tensor in enumerate(tensors):
         _check_finite(name if len(tensors) == 1 else f"{name}[{position}]", tensor)
     return tensors
+
+
+def _from_numpy(name: str, array: np.ndarray) -> Tensor:
+    """Shares the array's memory where torch can: not with negative strides, foreign byte order or read-only memory."""
+    array = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise DataError(f"{name} must be numeric, got an array of dtype {array.dtype}.") from error
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

@@ -64,17 +64,20 @@ def binarize(x: Tensor, how: str, *, seed: int = 0) -> Tensor:
     """Makes bits of grey levels.
 
     Args:
-        x: Grey levels in [0, 1], any shape.
+        x: Grey levels in [0, 1], any shape; integers and booleans become float32.
         how: ``"threshold"``: 1 where ``x > 0.5``. ``"static"``: 1 with probability ``x``.
         seed: For ``"static"``: same seed, same bits.
 
     Returns:
-        Zeros and ones, of the shape and dtype of ``x``.
+        Zeros and ones, of the shape of ``x`` and its floating dtype.
 
     Raises:
-        DataError: ``x`` has values outside [0, 1].
+        DataError: ``x`` is no tensor, is empty, or has values outside [0, 1].
     """
     one_of("how", how, ("threshold", "static"))
+    if not isinstance(x, Tensor) or not x.numel():
+        raise DataError(f"x must be a tensor with at least one entry, got {x!r}.")
+    x = x if x.is_floating_point() else x.float()
     low, high = x.min().item(), x.max().item()
     if not 0 <= low <= high <= 1:
         raise DataError(f"x must be grey levels in [0, 1] to be binarized, got {low:g} to {high:g}. Rescale x first.")

@@ -11,12 +11,14 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pyro
 import torch
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae.errors import ArgumentError, DeviceError, PVAEError
 
@@ -27,23 +29,33 @@ Program = Callable[..., Any]
 
 
 def modules_of(*programs: Program) -> list[nn.Module]:
-    """The modules that programs are made of: themselves, the object they are methods of, or what they close over."""
-    found: list[Any] = []
+    """The modules that programs are made of: themselves, what they are methods of, close over, call or hold."""
+    seen: dict[int, Any] = {}
     queue: list[Any] = list(programs)
     while queue:
         thing = queue.pop(0)
-        if any(thing is other for other in found):
+        if id(thing) in seen or (type(thing).__module__.split(".")[0] in ("numpy", "torch") and not _is_module(thing)):
             continue
-        found.append(thing)
-        if isinstance(thing, partial):
-            queue += [thing.func, *thing.args]  # Pyro's handlers wrap programs in partials
+        seen[id(thing)] = thing
+        if _is_module(thing) or isinstance(thing, type | ModuleType):
+            continue
+        if isinstance(thing, partial):  # Pyro's handlers wrap programs in partials
+            queue += [thing.func, *thing.args, *thing.keywords.values()]
+        elif isinstance(thing, list | tuple | dict):
+            queue += filter(_is_module, thing.values() if isinstance(thing, dict) else thing)
         elif inspect.ismethod(thing):
-            queue += [thing.__self__, *vars(thing.__self__).values(), thing.__func__]
+            queue += [thing.__self__, thing.__func__]
         elif inspect.isfunction(thing):
-            variables = inspect.getclosurevars(thing)
-            queue += [v for v in variables.nonlocals.values() if isinstance(v, nn.Module) or callable(v)]
-            queue += [v for v in variables.globals.values() if isinstance(v, nn.Module)]
-    return [thing for thing in found if isinstance(thing, nn.Module)]
+            if thing.__module__.split(".")[0] not in ("torch", "pyro"):
+                variables = inspect.getclosurevars(thing)
+                queue += [*variables.nonlocals.values(), *variables.globals.values()]
+        else:
+            queue += getattr(thing, "__dict__", {}).values()
+    return [thing for thing in seen.values() if _is_module(thing)]
+
+
+def _is_module(thing: object) -> bool:
+    return isinstance(thing, nn.Module)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -110,10 +122,10 @@ def isolated(
     """Runs a block with its own random numbers, param store and modes, and puts the caller's back afterwards.
 
     Args:
-        modules: Put into train or eval mode for the block.
+        modules: Put into train or eval mode for the block; so is any other module as soon as it runs.
         seed: Seeds the CPU's and the device's global generators for the block.
         device: Where the block computes.
-        training: Train mode and gradients on, or eval mode and gradients off.
+        training: Train mode and gradients on, or eval mode and gradients off. Autocast is off either way.
         params: State of the param store to start from, as from ``get_state()``; left out, an empty one.
 
     Yields:
@@ -121,22 +133,32 @@ def isolated(
     """
     device = torch.device(device)
     cuda = [device] if device.type == "cuda" else []
-    modes = [(m, m.training) for root in modules for m in root.modules()]
+    modes: dict[nn.Module, bool] = {}
     store = pyro.get_param_store()
+
+    def set_mode(module: nn.Module, *_: Any) -> None:
+        modes.setdefault(module, module.training)
+        if module.training != training:
+            module.training = training
+
     state: Any = {key: dict((params or {}).get(key, {})) for key in ("params", "constraints")}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(training))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
         # Data and programs are checked once, up front, so validation in each step would only cost time.
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(store.scope(state))
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+        # Programs may hold modules where nobody would look; what runs is what counts.
+        stack.enter_context(register_module_forward_pre_hook(set_mode))
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        for module, _ in modes:
-            module.training = training
+        for root in modules:
+            root.apply(set_mode)
         try:
             yield store
         except PVAEError as error:

@@ -22,10 +22,28 @@ def test_numpy_data_share_memory():
 
 
 @pytest.mark.parametrize(
+    "odd",
+    [
+        lambda x: x[::-1][::-1],
+        lambda x: np.asfortranarray(x),
+        lambda x: x.astype(x.dtype.newbyteorder(">")),
+        lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),  # read-only
+    ],
+    ids=["strides", "fortran", "big-endian", "read-only"],
+)
+def test_odd_numpy_arrays_are_taken(odd):
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert as_tensors("data", odd(x)[::-1].copy()[::-1])[0].tolist() == x.tolist()
+    assert as_tensors("data", odd(x))[0].tolist() == x.tolist()
+
+
+@pytest.mark.parametrize(
     "data, match",
     [
         ("images", "str"),
         ([1.0, 2.0], "float"),
+        (np.array(["a", "b"]), "dtype <U1"),
+        (np.array([None, 1]), "dtype object"),
         ((), "empty sequence"),
         (torch.tensor(1.0), "leading dimension"),
         ((torch.zeros(3), torch.zeros(4)), r"\[\(3,\), \(4,\)\]"),

@@ -123,6 +123,15 @@ def test_unknown_names():
         datasets.binarize(torch.zeros(3), "dynamic")
 
 
+def test_integer_and_boolean_levels_are_binarized():
+    for x in (torch.tensor([0, 1], dtype=torch.uint8), torch.tensor([False, True])):
+        for how in ("threshold", "static"):
+            assert datasets.binarize(x, how).tolist() == [0.0, 1.0]
+    for x in (torch.zeros(0), np.zeros(3)):
+        with pytest.raises(DataError, match="tensor with at least one entry"):
+            datasets.binarize(x, "static")
+
+
 @pytest.mark.parametrize("x", [torch.tensor([0.0, 255.0]), torch.tensor([-0.1, 1.0]), torch.tensor([0.0, torch.nan])])
 def test_only_grey_levels_can_be_binarized(x):
     with pytest.raises(DataError, match="grey levels"):

@@ -225,6 +225,10 @@ def test_shared_and_separate_draws_estimate_the_same(small_vae, bits):
     assert shared.mean_std_error > separate.mean_std_error
 
 
+def bernoulli(logits):
+    return dist.Bernoulli(logits=logits)
+
+
 def bernoulli_pair(
     prior=lambda x: dist.Normal(torch.zeros(2), 1.0), logits=lambda z, x: z @ torch.ones(2, 6), **options
 ):
@@ -235,8 +239,9 @@ def bernoulli_pair(
         def model(x):
             with pyro.plate("data", len(x)):
                 z = pyro.sample("z", prior(x).to_event(1))
-                fn = dist.Bernoulli(logits=logits(z, x)).to_event(1)
-                pyro.sample("x", fn.mask(options["mask"]) if "mask" in options else fn, obs=x)
+                fn = options.get("family", bernoulli)(logits(z, x))
+                fn = fn.mask(options["mask"]) if "mask" in options else fn
+                pyro.sample("x", fn.to_event(1), obs=x)
 
         @staticmethod
         def guide(x):
@@ -246,6 +251,18 @@ def bernoulli_pair(
     return Made
 
 
+class HalfBernoulli(dist.Bernoulli):
+    """A family of its own, that only descends from Bernoulli."""
+
+    def log_prob(self, value):
+        return super().log_prob(value) / 2
+
+
+def mixture(loc):
+    components = dist.Normal(torch.stack([loc, loc + 1], -1), torch.tensor([0.5, 1.0]))
+    return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), components)
+
+
 @pytest.mark.parametrize(
     "pair",
     [
@@ -253,14 +270,27 @@ def bernoulli_pair(
         bernoulli_pair(logits=lambda z, x: z @ torch.ones(2, 6) + x.mean(1, keepdim=True)),
         bernoulli_pair(logits=lambda z, x: z @ torch.ones(2, 6) + z.new_zeros(len(x), 1)),
         linear_gaussian(2, 6),
+        bernoulli_pair(mask=torch.arange(6) % 2 == 0),
+        bernoulli_pair(prior=lambda x: mixture(x[:, :2])),
+        bernoulli_pair(family=lambda logits: HalfBernoulli(logits=logits)),
     ],
-    ids=["prior", "likelihood", "copies", "gaussian"],
+    ids=["prior", "likelihood", "copies", "gaussian", "masked", "mixture", "subclass"],
 )
 def test_draws_are_shared_only_where_that_is_sound(pair, bits):
-    x = bits[:20]
-    estimate = evidence(pair, x.double() if isinstance(pair, pvae.testing.LinearGaussian) else x, proposal="prior")
-    assert not estimate.shared_draws
-    assert evidence(bernoulli_pair(), x, proposal="prior").shared_draws
+    x = bits[:20].double() if isinstance(pair, pvae.testing.LinearGaussian) else bits[:20]
+    prior, guide = (evidence(pair, x, num_samples=4000, proposal=p) for p in ("prior", "guide"))
+    assert not prior.shared_draws
+    error = (prior.std_error.square() + guide.std_error.square()).sqrt()
+    assert ((prior.log_px - guide.log_px).abs() < 5 * error + 1e-3)[~prior.unreliable & ~guide.unreliable].all()
+
+
+@pytest.mark.parametrize("family", [bernoulli, lambda logits: dist.Bernoulli(logits.sigmoid())])
+def test_draws_are_shared_for_logits_and_for_probabilities(family, bits):
+    pair = bernoulli_pair(family=family)
+    shared, guide = (evidence(pair, bits[:20], num_samples=4000, proposal=p) for p in ("prior", "guide"))
+    assert shared.shared_draws
+    error = (shared.std_error.square() + guide.std_error.square()).sqrt()
+    assert ((shared.log_px - guide.log_px).abs() < 5 * error).all()
 
 
 def test_a_conditional_prior_is_drawn_from_for_each_datum():
@@ -452,6 +482,34 @@ def test_evaluation_changes_nothing(proposal, grad, module_pair, bits, caller_st
     assert not estimate.log_px.requires_grad
 
 
+@pytest.mark.parametrize("proposal", ["guide", "prior"])
+@pytest.mark.parametrize("caller", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_callers_modes_do_not_reach_evaluation(proposal, caller, small_vae, bits):
+    plain = evidence(small_vae, bits, num_samples=30, proposal=proposal)
+    with caller():
+        inside = evidence(small_vae, bits, num_samples=30, proposal=proposal)
+    assert torch.equal(plain.log_px, inside.log_px)
+
+
+HIDDEN = {"nets": [nn.Sequential(nn.Dropout(), nn.Linear(2, 6))]}
+
+
+def test_modules_that_nobody_finds_run_in_eval_mode_too(bits):
+    """A module in a list in a dict in a global of a function of a function: with dropout left on, weights vary."""
+
+    def helper(z):
+        return HIDDEN["nets"][0](z)
+
+    pair = bernoulli_pair(logits=lambda z, x: helper(z))
+    first, again = (evidence(pair, bits[:50], num_samples=4000, seed=s) for s in (0, 1))
+    assert HIDDEN["nets"][0].training
+    assert HIDDEN["nets"][0][0].training
+    HIDDEN["nets"][0].eval()
+    assert torch.equal(first.log_px, evidence(pair, bits[:50], num_samples=4000, seed=0).log_px)
+    HIDDEN["nets"][0].train()
+    assert not torch.equal(first.log_px, again.log_px)
+
+
 def test_programs_run_in_eval_mode_without_gradients(bits):
     seen = set()
 
@@ -476,6 +534,7 @@ def test_programs_run_in_eval_mode_without_gradients(bits):
         ({"num_samples": True}, "num_samples"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"proposal": "posterior"}, "proposal.*'guide', 'prior'; got 'posterior'"),
+        ({"proposal": proposals.Prior}, "class Prior: make one"),
         ({"proposal": None}, "proposal.*no name, shares_draws, log_weights"),
         ({"seed": -1}, "seed"),
         ({"device": "tpu7"}, "device"),
@@ -553,7 +612,7 @@ def does_not_broadcast(x):
         (
             does_not_broadcast,
             guide_of("z", fn=dist.Normal(torch.zeros(2), 1.0).to_event(1)),
-            "broadcast over a particle",
+            "several particles at once",
         ),
     ],
 )
@@ -565,6 +624,24 @@ def test_pairs_without_an_evidence_for_each_datum_are_refused(model, guide, matc
 def fixed_guide(x):
     with pyro.plate("pixels", 6):
         pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_a_program_that_counts_dimensions_from_the_left_is_refused(dim, bits):
+    """With particles, dimension 1 is the data: the program would normalise over them, and nothing would fail."""
+    pair = bernoulli_pair(logits=lambda z, x: torch.softmax(z, dim=dim) @ torch.ones(2, 6))
+    if dim == -1:
+        evidence(pair, bits, num_samples=3)
+    else:
+        with pytest.raises(pvae.ProgramError, match=r"the model's log-density.*among three particles.*dim=-1"):
+            evidence(pair, bits, num_samples=3)
+
+
+def test_model_and_guide_that_changed_places_are_refused(small_vae, bits):
+    with pytest.raises(pvae.ProgramError, match=r"the model observes nothing.*in the place of the guide"):
+        pvae.log_evidence(small_vae.guide, small_vae.model, bits)
+    with pytest.raises(pvae.ProgramError, match=r"the guide observes \['x'\]"):
+        pvae.log_evidence(small_vae.model, small_vae.model, bits)
 
 
 def test_an_enumerated_latent_is_refused_by_name(bits):
@@ -582,7 +659,7 @@ def test_a_density_that_is_not_finite_is_an_error(bits):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.where(torch.arange(len(x)) == 2, torch.nan, 0.0), 1.0))
 
-    with pytest.raises(pvae.NumericalError, match="log-weights are nan"):
+    with pytest.raises(pvae.NumericalError, match=r"begins with datum 0: 5 of 1500 log-weights .*datum 2 of its batch"):
         pvae.log_evidence(local, guide, bits, num_samples=5)
 
 

@@ -71,6 +71,22 @@ def test_the_report_has_every_number(results):
     assert report["elbo"] == report["history"]["validation_elbo"][-1]
 
 
+def test_too_few_samples_for_a_khat_are_not_called_fine(tmp_path):
+    done = run("mnist_svi.py", *TINY, "--output-dir", tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["log_px"]["guide"]["khat_median"] is None
+    assert report["log_px"]["guide"]["khat_above_0.7"] is None
+    assert "nan" in next(line for line in done.stdout.splitlines() if "by the guide" in line)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("mnist_svi.py", *TINY, "--output-dir", tmp_path / "file" / "below")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "file" in done.stderr
+
+
 def test_the_figures_are_pictures(results):
     _, folder = results
     names = {"learning_curve", "reconstructions", "samples", "why_the_guide_beats_the_prior"}
@@ -82,6 +98,7 @@ def test_the_figures_are_pictures(results):
     "options",
     [
         ["--network", "conv"],
+        ["--latent-dim", "1"],
         ["--likelihood", "gaussian"],
         ["--likelihood", "gaussian-per-pixel", "--network", "conv"],
         ["--binarization", "dynamic", "--hidden", "8", "4", "--seed", "3"],
@@ -131,6 +148,8 @@ def test_cuda_without_a_gpu_is_one_line_and_exit_2(tmp_path):
         (["--num-samples", "-5"], "--num-samples"),
         (["--num-eval", "many"], "--num-eval"),
         (["--likelihood", "poisson"], "--likelihood"),
+        (["--lr", "0"], "--lr: must be a positive number"),
+        (["--seed", "-1"], "--seed"),
         (["--dataset", "cifar"], "--dataset"),
     ],
 )
@@ -145,7 +164,6 @@ def test_a_bad_command_line_is_exit_2(arguments, match):
     [
         (["--binarization", "none"], "site 'x' is Bernoulli"),
         (["--network", "conv", "--hidden", "8", "8"], "--hidden takes one width"),
-        (["--lr", "-1"], "lr must be"),
     ],
 )
 def test_what_cannot_work_is_one_clear_error(arguments, match, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ModulePair
 from pyro import distributions as dist
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import constraints
 
@@ -30,6 +31,29 @@ class ParamPair:
         scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(slope * x, scale))
+
+
+class PyroDecoder(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decode = PyroModule[nn.Linear](2, 6)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decode(z)).to_event(1), obs=x)
+
+
+class PyroEncoder(PyroModule):
+    def __init__(self, name: str = "encode") -> None:
+        super().__init__()
+        self.name = name
+        setattr(self, name, PyroModule[nn.Linear](6, 4))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            loc, raw = getattr(self, self.name)(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
 
 
 def weights(module):
@@ -69,6 +93,34 @@ def test_fit_is_pyros_svi_on_the_same_batches_and_noise(make, bits):
     else:
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)  # Adam divides small gradients by their size
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_pyro_modules_train(local, bits):
+    with pyro.settings.context(module_local_params=local):
+        decoder, encoder = PyroDecoder(), PyroEncoder()
+        before = [weights(decoder), weights(encoder)]
+        result = pvae.fit(decoder, encoder, bits, epochs=5, lr=0.01, batch_size=50, progress=False)
+        pvae.log_evidence(decoder, encoder, bits, num_samples=3)
+    assert result.history["elbo"][-1] > result.history["elbo"][0]
+    assert not any(same(*pair) for pair in zip(before, (weights(decoder), weights(encoder)), strict=True))
+
+
+def test_two_modules_under_one_name_are_refused(bits):
+    """One of the two would silently not be trained."""
+    decoder, encoder = PyroDecoder(), PyroEncoder("decode")
+    with pytest.raises(pvae.ProgramError, match=r"two modules .* 'decode\.weight'"):
+        pvae.fit(decoder, encoder, bits, progress=False)
+
+
+@pytest.mark.parametrize("caller", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_callers_modes_do_not_reach_training(caller, bits):
+    plain, inside = ModulePair(), ModulePair()
+    inside.load_state_dict(plain.state_dict())
+    fit(plain, bits)
+    with caller():
+        fit(inside, bits)
+    assert same(weights(plain), weights(inside))
 
 
 def test_a_linear_vae_reaches_the_maximum_likelihood_of_probabilistic_pca():
@@ -176,8 +228,11 @@ def test_a_plate_that_subsamples_does_not_inflate_the_elbo(bits):
 
         return program
 
-    elbo = pvae.fit(subsampled("model"), subsampled("guide"), bits, epochs=1, lr=1e-9, progress=False).history["elbo"]
-    assert -8 < elbo[0] < -3  # six bits: -4.2 if each has probability 1/2
+    history = pvae.fit(
+        subsampled("model"), subsampled("guide"), bits, validation=bits, epochs=1, lr=1e-9, progress=False
+    ).history
+    for name in ("elbo", "validation_elbo"):
+        assert -8 < history[name][0] < -3  # six bits: -4.2 if each has probability 1/2
 
 
 # --- nothing of the caller's changes ------------------------------------------------------------------------------
@@ -262,8 +317,7 @@ def test_validation_elbo_is_the_elbo_per_datum():
     oracle = pvae.testing.linear_gaussian(2, 3, guide_shift=0.5)
 
     def guide(x):
-        pyro.param("unused", torch.tensor(0.0))
-        oracle.guide(x)
+        oracle.guide(x + 0 * pyro.param("unused", torch.tensor(0.0)))
 
     x = oracle.sample(5000)
     history = pvae.fit(oracle.model, guide, x, validation=x, epochs=1, progress=False).history
@@ -308,12 +362,27 @@ def test_parameters_that_appear_later_are_trained(bits):
     assert result.params["late"] > 0.1
 
 
+def test_a_later_fit_goes_on_from_an_earlier_one():
+    pair = ParamPair()
+    x = torch.randn(500) * 2**0.5
+    first = fit(pair, x, epochs=100, lr=0.02)
+    afresh, onward = fit(pair, x, epochs=1, lr=1e-6), fit(pair, x, epochs=1, lr=1e-6, start=first)
+    assert afresh.params["slope"].item() == pytest.approx(0, abs=1e-4)
+    assert onward.params["slope"].item() == pytest.approx(first.params["slope"].item(), abs=1e-4)
+    assert onward.params["slope"].item() != first.params["slope"].item()
+
+
 # --- objectives ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", [Trace_ELBO(num_particles=2), TraceMeanField_ELBO()])
 def test_pyros_elbos(objective, bits, small_vae):
     assert set(fit(small_vae, bits, objective=objective).history) == {"elbo", "seconds"}
+
+
+def test_an_objective_without_one_loss_is_refused(bits, small_vae):
+    with pytest.raises(pvae.ArgumentError, match=r"one loss.*ReweightedWakeSleep"):
+        fit(small_vae, bits, objective=ReweightedWakeSleep(num_particles=2))
 
 
 def test_other_bounds_are_not_called_elbo(bits, small_vae):
@@ -337,6 +406,17 @@ def test_a_callable_objective(bits):
 def mismatched(x):
     with pyro.plate("data", len(x)):
         pyro.sample("w", dist.Normal(0.0, 1.0))
+
+
+def only_z(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+def observes_z(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Bernoulli(torch.full((6,), 0.5)).to_event(1), obs=x)
 
 
 def nan_at(i):
@@ -364,17 +444,21 @@ def nan_at(i):
         ({"lr": 0.0}, "lr"),
         ({"lr": math.nan}, "lr"),
         ({"lr": "fast"}, "lr"),
+        ({"lr": True}, "lr"),
         ({"seed": -1}, "seed"),
         ({"device": "gpu"}, "device"),
         ({"objective": "elbo"}, "objective"),
+        ({"guide": lambda x: None, "model": mismatched}, "Only in the model"),
+        ({"guide": observes_z}, r"the guide observes \['x'\]"),
+        ({"model": only_z, "guide": only_z}, "the model observes nothing"),
         ({"guide": mismatched}, r"Only in the model: \['z'\]; only in the guide: \['w'\]"),
     ],
 )
 def test_bad_input_is_named_before_any_parameter_moves(options, match, bits, small_vae):
     before = weights(small_vae)
-    options = {"x": bits, "guide": small_vae.guide, "epochs": 1, "batch_size": 64, **options}
+    options = {"x": bits, "model": small_vae.model, "guide": small_vae.guide, "epochs": 1, "batch_size": 64, **options}
     with pytest.raises(pvae.PVAEError, match=match):
-        pvae.fit(small_vae.model, options.pop("guide"), options.pop("x"), progress=False, **options)
+        pvae.fit(options.pop("model"), options.pop("guide"), options.pop("x"), progress=False, **options)
     assert same(before, weights(small_vae))
 
 

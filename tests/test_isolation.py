@@ -42,6 +42,20 @@ def test_modules_are_found_where_programs_keep_them(module_pair):
     assert modules_of(uses_a_global) == [GLOBAL_MODULE]
     assert modules_of(lambda x: x) == []
 
+    def helper(z):
+        return closure(z)
+
+    class Callable:
+        def __init__(self):
+            self.nets = [local]
+
+        def __call__(self, x):
+            return self.nets[0](x)
+
+    assert modules_of(lambda x: helper(x)) == [local]
+    assert modules_of(Callable()) == [local]
+    assert modules_of(functools.partial(max, key=local)) == [local]
+
 
 def test_a_block_has_a_state_of_its_own(caller_state):
     pyro.param("mine", torch.tensor(1.0))

@@ -4,7 +4,14 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+)
 
 import pvae
 from pvae.svi import objectives
@@ -14,6 +21,7 @@ def test_which_objectives_are_the_elbo():
     elbos = (Trace_ELBO(), TraceMeanField_ELBO(), TraceGraph_ELBO(), TraceEnum_ELBO())
     assert all(objectives.is_elbo(elbo) for elbo in elbos)
     assert not objectives.is_elbo(RenyiELBO(num_particles=2))
+    assert not objectives.is_elbo(TraceTailAdaptive_ELBO(num_particles=2))
     assert not objectives.is_elbo(lambda model, guide, x: x)
 
 

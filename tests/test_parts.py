@@ -44,6 +44,12 @@ def test_likelihood_samples_follow_its_density(likelihood):
     assert z.mean(0).abs().max() < 6 / math.sqrt(4000)
 
 
+def test_bernoulli_takes_the_network_for_its_logits():
+    net = networks.mlp(3, [], 5)
+    z = torch.randn(4, 3)
+    torch.testing.assert_close(likelihoods.Bernoulli(net)(z).mean, net(z).sigmoid())
+
+
 def test_bernoulli_is_a_probability_over_all_bit_patterns():
     px = LIKELIHOODS["bernoulli"]()(torch.randn(3))
     patterns = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 5)

@@ -122,11 +122,18 @@ def test_khat_finds_the_shape_of_a_pareto_tail(k):
 
 
 def test_khat_is_finite_or_flagged_for_extreme_and_for_tied_weights():
-    extreme = draws(1000, scale=1000.0)
-    assert (WeightSums.of(extreme).khat > 0.7).all()
+    for scale in (100.0, 1000.0, 5000.0, 50_000.0):
+        assert (WeightSums.of(draws(1000, scale=scale)).khat > 0.7).all()
+    for heavy in (20.0, 2000.0):
+        one = torch.zeros(1000, 2)
+        one[0] = one[1, 1] = heavy
+        assert WeightSums.of(one).khat.tolist() == [torch.inf] * 2
+    mostly_nothing = torch.full((1000, 1), -torch.inf)
+    mostly_nothing[:3] = torch.tensor([[0.0], [-1.0], [-2.0]])
+    assert WeightSums.of(mostly_nothing).khat.item() == torch.inf
     rare = torch.zeros(1000, 1)
-    rare[:20] = 1.0  # fewer than the tail is long, so most of the tail ties with the threshold
-    assert WeightSums.of(rare).khat.isfinite().all()
+    rare[:20] = 1.0  # two values: bounded weights, whose tail ties with the threshold
+    assert WeightSums.of(rare).khat.item() < 0.7
 
 
 @pytest.mark.parametrize("num_samples, length", [(1, 1), (24, 5), (100, 20), (225, 45), (1000, 95), (100_000, 949)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.checks import Data, as_tensors
-from pvae.errors import ArgumentError, positive_int
+from pvae.errors import ArgumentError, NumericalError, positive_int
 from pvae.evidence import proposals
 from pvae.evidence.traces import Pair
 from pvae.evidence.weights import MIN_SAMPLES_FOR_KHAT, WeightSums
@@ -268,7 +268,7 @@ def _each_batch(
         pair = Pair.of(model, guide, tensors, chosen)
         _warn_of_initial_values(outside_modules(store)["params"].keys() - known["params"].keys())
         shared = proposal.shares_draws(pair)
-        rows, draws = _chunk_shape(tensors[0], num_samples, chunk_size, chosen, shared)
+        rows, draws = _chunk_shape(tensors, num_samples, chunk_size, chosen, shared)
 
         def chunks(batch: tuple[Tensor, ...]) -> Iterator[Tensor]:
             for done in range(0, num_samples, draws):
@@ -276,26 +276,31 @@ def _each_batch(
                 yield proposal.log_weights(pair, batch, k)
                 bar.update(k * len(batch[0]))
 
-        batches = zip(*(t.split(rows) for t in tensors), strict=True)
-        return shared, [consume(chunks(tuple(t.to(chosen) for t in batch))) for batch in batches]
+        results = []
+        for number, batch in enumerate(zip(*(t.split(rows) for t in tensors), strict=True)):
+            try:
+                results.append(consume(chunks(tuple(t.to(chosen) for t in batch))))
+            except NumericalError as error:
+                raise NumericalError(f"in the batch that begins with datum {number * rows}: {error}") from None
+        return shared, results
 
 
 def _chunk_shape(
-    x: Tensor, num_samples: int, chunk_size: int | None, device: torch.device, shared: bool
+    tensors: tuple[Tensor, ...], num_samples: int, chunk_size: int | None, device: torch.device, shared: bool
 ) -> tuple[int, int]:
     """How many data and how many draws to evaluate at once.
 
     Chosen so that activations fit the caches of a CPU, or use a small part of a GPU's memory. Shared draws make a
     square: what is computed for each draw is spread over many data, and there are no activations for each pair.
     """
-    cuda = device.type == "cuda"
+    num_data, cuda = len(tensors[0]), device.type == "cuda"
     if shared:
         pairs = chunk_size or (2**24 if cuda else 2**21)
         draws = min(num_samples, math.isqrt(pairs))
-        return min(len(x), max(1, pairs // draws)), draws
+        return min(num_data, max(1, pairs // draws)), draws
     most, entries = (2**18, 2**27) if cuda else (2**13, 2**22)
-    pairs = chunk_size or max(1, min(most, entries // x[0].numel()))
-    rows = min(len(x), max(1, pairs // num_samples))
+    pairs = chunk_size or max(1, min(most, entries // max(t[0].numel() for t in tensors)))
+    rows = min(num_data, max(1, pairs // num_samples))
     return rows, max(1, pairs // rows)
 
 

@@ -67,6 +67,8 @@ def resolve(proposal: str | Proposal) -> Proposal:
     """The proposal itself, or the one with that name."""
     if isinstance(proposal, str):
         return _NAMED[one_of("proposal", proposal, _NAMED)]()
+    if isinstance(proposal, type):
+        raise ArgumentError(f"proposal must be an object, got the class {proposal.__name__}: make one of it.")
     missing = [name for name in ("name", "shares_draws", "log_weights") if not hasattr(proposal, name)]
     if missing:
         raise ArgumentError(

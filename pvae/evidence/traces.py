@@ -71,18 +71,8 @@ class Pair:
         data_dim = _data_dim(traces[1], traces[2])
         nesting = max(-plate.dim for sites in traces[2].values() for s in sites.values() for plate in _plates(s))
         pair = cls(model, guide, data_dim, -nesting - 1)
-        try:
-            latents, _ = pair.draw_guide(batch, num_samples=3)
-            pair.log_pxz(batch, 3, latents)
-        except (RuntimeError, ValueError, IndexError) as error:
-            shapes = {name: tuple(site["value"].shape) for name, site in traces[2]["model"].items()}
-            raise ProgramError(
-                "the model and the guide must broadcast over a particle plate left of their own plates: with 3 "
-                "particles and 2 data, latents get a leading dimension of 3 and the pair failed. Without particles its "
-                f"sites have shapes {shapes}. Let its networks take any leading dimensions (pvae.networks.Batched does "
-                f"that for a module). The failure was: {error}"
-            ) from error
-        return replace(pair, shares_prior=pair._shared_site(batch, 3) is not None)
+        pair._check_particles(batch)
+        return replace(pair, shares_prior=pair._can_share_prior(batch))
 
     def draw_guide(self, batch: tuple[Tensor, ...], num_samples: int) -> tuple[poutine.Trace, Tensor]:
         """Draws latents from the guide.
@@ -109,47 +99,79 @@ class Pair:
         ``log p(x_n|z_k) = sum_j x_nj l_kj - sum_j log(1 + exp(l_kj))`` for logits l: one decoding of K latents, and one
         product of the matrices of logits and of data.
         """
-        site = self._shared_site(batch, num_samples)
-        if site is None:
-            raise ProgramError("draws from the prior cannot be shared here: see Pair.shares_prior.")
-        logits = _leaf(site["fn"]).logits.select(self._event_dim(site), 0).reshape(num_samples, -1)
-        x = site["value"].reshape(len(batch[0]), -1).to(logits)
+        trace = self._shared_trace(batch, num_samples)
+        (site,) = (site for site in _sites(trace).values() if site["is_observed"])
+        return self._bernoulli_product(site)
+
+    def _bernoulli_product(self, site: Any) -> Tensor:
+        leaf = _leaf(site["fn"])
+        name = "probs" if "probs" in leaf.__dict__ else "logits"
+        logits = dist.Bernoulli(**{name: getattr(leaf, name).select(self._event_dim(site), 0)}).logits.flatten(1)
+        x = site["value"].reshape(-1, logits.shape[1]).to(logits)
         return (logits @ x.T).double() - softplus(logits).sum(1, keepdim=True).double()
 
-    def _shared_site(self, batch: tuple[Tensor, ...], num_samples: int) -> Any | None:
-        """The observed site, with K latents drawn for one datum and used for all of the batch, if that is sound."""
+    def _shared_trace(self, batch: tuple[Tensor, ...], num_samples: int) -> poutine.Trace:
+        """Runs the model on a batch with K latents that were drawn for its first datum."""
         # Without the plate's own sites, which would replay its size, 1, too.
         latents = prune_subsample_sites(self._trace(self.model, tuple(t[:1] for t in batch), num_samples))
+        return self._trace(poutine.replay(self.model, trace=latents), batch, num_samples)
+
+    def _can_share_prior(self, batch: tuple[Tensor, ...]) -> bool:
+        """Whether the model's distributions are the same for all data, and its likelihood is one plain Bernoulli."""
         try:
-            trace = self._trace(poutine.replay(self.model, trace=latents), batch, num_samples)
+            trace = self._shared_trace(batch, 3)
         except (RuntimeError, ValueError, IndexError):  # the model wants one latent for each datum
-            return None
+            return False
         sites = list(_sites(trace).values())
         observed = [site for site in sites if site["is_observed"]]
-        shared = len(observed) == 1 and all(self._is_shared(site) for site in sites)
-        bernoulli = shared and isinstance(_leaf(observed[0]["fn"]), dist.Bernoulli) and observed[0]["mask"] is None
-        return observed[0] if bernoulli else None
+        if len(observed) != 1 or not all(self._is_shared(site) for site in sites):
+            return False
+        (site,) = observed
+        plain = type(_leaf(site["fn"])) is dist.Bernoulli and site["mask"] is None
+        if not plain or site["value"].shape != (len(batch[0]), *site["fn"].event_shape):
+            return False
+        return torch.allclose(
+            self._bernoulli_product(site), self._log_density(trace, batch, 3, _observed), rtol=1e-4, atol=1e-4
+        )
 
     def _is_shared(self, site: Any) -> bool:
         """Whether a site's distribution is the same for all data.
 
         A plate expands what does not depend on its data without copying, so that the stride of every parameter along
-        it is 0 (or its size 1, for one datum). Only univariate families below ``to_event`` show all their parameters
-        in this way.
+        it is 0. Univariate families below ``to_event`` show all of their parameters in this way.
         """
-        dim = self._event_dim(site)
         leaf = _leaf(site["fn"])
-        parameters = [leaf.__dict__[name] for name in leaf.arg_constraints if name in leaf.__dict__]
-        return (
-            not leaf.event_shape
-            and not isinstance(leaf, dist.TransformedDistribution)
-            and len(_plates(site)) == 2  # particles and data
-            and all(p.stride(dim) == 0 or p.shape[dim] == 1 for p in parameters)
-        )
+        if type(leaf) not in _UNIVARIATE or len(_plates(site)) != 2:  # the plates: particles and data
+            return False
+        return all(getattr(leaf, name).stride(self._event_dim(site)) == 0 for name in _UNIVARIATE[type(leaf)])
 
     def _event_dim(self, site: Any) -> int:
         """The data plate's dimension in the parameters of a site's distribution below ``to_event``."""
         return self.data_dim - len(site["fn"].event_shape)
+
+    def _check_particles(self, batch: tuple[Tensor, ...]) -> None:
+        """Runs three particles at once and one by one, and raises where the densities differ."""
+        rule = (
+            "The model and the guide must take latents with any dimensions left of their own, one for particles here: "
+            "count dimensions from the right (dim=-1), and let networks take any leading dimensions, which "
+            "pvae.networks.Batched does for a module."
+        )
+        try:
+            latents, log_qz = self.draw_guide(batch, num_samples=3)
+            together = {"model": self.log_pxz(batch, 3, latents), "guide": log_qz}
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ProgramError(f"the pair cannot run several particles at once. {rule} {error}") from error
+        values = {name: site["value"] for name, site in _sites(latents).items()}
+        for k in range(3):
+            one = {name: value[k] for name, value in values.items()}
+            for name, program in (("model", self.model), ("guide", self.guide)):
+                alone = poutine.trace(poutine.condition(program, data=one)).get_trace(*batch)
+                density = self._log_density(alone, batch, 1, _any)[0]
+                if not torch.allclose(together[name][k], density, rtol=1e-4, atol=1e-4, equal_nan=True):
+                    raise ProgramError(
+                        f"the {name}'s log-density of a latent is {density.tolist()} for two data if it is run alone, "
+                        f"and {together[name][k].tolist()} among three particles. {rule}"
+                    )
 
     def _trace(self, program: Program, batch: tuple[Tensor, ...], num_samples: int) -> poutine.Trace:
         with pyro.plate("pvae_particles", num_samples, dim=self.particle_dim):
@@ -203,7 +225,14 @@ def _check_latents(model: dict[str, Any], guide: dict[str, Any]) -> None:
             f"model: {sorted({*latent} - {*proposed})}; only in the guide: {sorted({*proposed} - {*latent})}."
             + (f" Latents that are enumerated ({summed}) cannot be summed out here." if summed else "")
         )
-    points = [name for name in proposed if isinstance(_leaf(guide[name]["fn"]), dist.Delta)]
+    if len(latent) == len(model):
+        raise ProgramError(
+            "the model observes nothing: no site has obs=. Is it given in the place of the guide, or the guide in its?"
+        )
+    if len(proposed) != len(guide):
+        seen = sorted(name for name in guide if guide[name]["is_observed"])
+        raise ProgramError(f"the guide observes {seen}; only the model can. Does it stand in the model's place?")
+    points = [name for name in proposed if _is_delta(guide[name]["fn"])]
     if points:
         raise ProgramError(
             f"the guide has a point mass at {points}: a Delta has no density to weigh draws by. Use a guide with a "
@@ -211,11 +240,27 @@ def _check_latents(model: dict[str, Any], guide: dict[str, Any]) -> None:
         )
 
 
+# Families whose parameters, each with an entry for each datum, say all there is to say about them.
+_UNIVARIATE = {
+    dist.Bernoulli: ("_param",),  # logits or probs, whichever it was given
+    dist.Laplace: ("loc", "scale"),
+    dist.Normal: ("loc", "scale"),
+    dist.StudentT: ("df", "loc", "scale"),
+    dist.Uniform: ("low", "high"),
+}
+
+
 def _leaf(distribution: Any) -> Any:
-    """The distribution below ``to_event`` and ``mask``."""
-    while isinstance(distribution, dist.Independent | dist.MaskedDistribution):
+    """The distribution below ``to_event``."""
+    while isinstance(distribution, dist.Independent):
         distribution = distribution.base_dist
     return distribution
+
+
+def _is_delta(distribution: Any) -> bool:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return isinstance(distribution, dist.Delta)
 
 
 def _data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> int:

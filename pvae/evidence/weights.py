@@ -149,7 +149,9 @@ def pareto_khat(largest: Tensor, num_samples: int) -> Tensor:
 
     Returns:
         One k-hat for each datum, shape ``(N,)``. It is ``-inf`` where the tail's weights differ by less than 0.1% (as
-        with an exact posterior, where one draw is enough and what differs is rounding), and nan for ``K < 25``.
+        with an exact posterior, where one draw is enough and what differs is rounding), ``inf`` where fewer than 5
+        weights stand out of all others (one weight that outweighs the rest by hundreds of nats leaves no tail to fit),
+        and nan for ``K < 25``.
 
     Source: Zhang and Stephens, 2009, A New and Efficient Estimation Method for the Generalized Pareto Distribution;
     prior on k and length of the tail from Vehtari et al., 2024, Pareto Smoothed Importance Sampling.
@@ -161,6 +163,7 @@ def pareto_khat(largest: Tensor, num_samples: int) -> Tensor:
     tail, threshold = (largest[:m] - largest[0]).exp(), (largest[m] - largest[0]).exp()
     excess = (tail - threshold).flip(0).T.contiguous()  # (N, M), ascending
     equal = excess[:, -1] < 1e-3
+    too_few = (excess > 0).sum(1) < 5
 
     # A grid over theta = -k / sigma, weighted by its profile likelihood (Zhang and Stephens, section 4).
     size = 30 + int(math.sqrt(m))
@@ -177,4 +180,4 @@ def pareto_khat(largest: Tensor, num_samples: int) -> Tensor:
     best = (theta * log_likelihood.nan_to_num(-torch.inf).softmax(-1)).sum(-1, keepdim=True)
     fitted = torch.log1p(-best * excess).mean(-1)
     shrunk = (m * fitted + 5) / (m + 10)  # ten pseudo-observations at k = 1/2
-    return torch.where(equal, -torch.inf, shrunk)
+    return torch.where(equal, -torch.inf, torch.where(too_few, torch.inf, shrunk))

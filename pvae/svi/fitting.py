@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.checks import Data, as_tensors
-from pvae.errors import ArgumentError, NumericalError, positive_int
+from pvae.errors import ArgumentError, NumericalError, ProgramError, positive_int
 from pvae.isolation import Program, isolated, modules_of, outside_modules, place, resolve_seed
 from pvae.svi import objectives
 
@@ -76,6 +77,7 @@ def fit(
     objective: objectives.Objective | None = None,
     device: str | torch.device = "auto",
     validation: Data | None = None,
+    start: FitResult | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Trains a Pyro model and guide by SVI: Adam on minus the ELBO, ``E_q[log p(x, z) - log q(z|x)]``.
@@ -103,6 +105,8 @@ def fit(
             batch by batch, so put them there first if they fit.
         validation: Data as above, final (``transform`` is not applied); their ELBO is taken after each epoch, in eval
             mode, with the same noise each time.
+        start: An earlier result to go on from. It is needed only for parameters that ``pyro.param`` made, which
+            otherwise start from their initial values; modules go on from where they are.
         progress: Show a bar on stderr, with nats per datum and data per second, if that is a terminal.
 
     Returns:
@@ -116,7 +120,7 @@ def fit(
     Stochastic Variational Inference.
     """
     epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
-    if not (isinstance(lr, int | float) and 0 < lr < math.inf):
+    if not isinstance(lr, Real) or isinstance(lr, bool) or not 0 < lr < math.inf:
         raise ArgumentError(f"lr must be a positive number, got {lr!r}.")
     objective, seed = objectives.resolve(objective), resolve_seed(seed)
     tensors = as_tensors("data", data)
@@ -124,20 +128,23 @@ def fit(
     modules = modules_of(model, guide)
     chosen, tensors = place(modules, tensors, device)
     batches = _Batches(tensors, batch_size, chosen, transform)
-    evaluate = None
+    held_out_batches = None
     if held_out is not None:
-        evaluate = _Validation(model, guide, _Batches(place(modules, held_out, chosen)[1], batch_size, chosen), seed)
+        held_out_batches = _Batches(place(modules, held_out, chosen)[1], batch_size, chosen)
 
-    with isolated(modules, seed=seed, device=chosen) as store:
+    with isolated(modules, seed=seed, device=chosen, params=start._state if start else None) as store:
         verified = objectives.verify(model, guide, batches.first(), tensors if transform is None else None)
-        if evaluate is not None:
-            objectives.verify(model, guide, evaluate.batches.first(), evaluate.batches.tensors)
+        if held_out_batches is not None:
+            objectives.verify(model, guide, held_out_batches.first(), held_out_batches.tensors)
         state = store.get_state()
 
     with isolated(modules, seed=seed, device=chosen, training=True, params=state) as store:
-        step = _Step(model, guide, objective, verified, lr)
-        history = _run(step, batches, evaluate, epochs, seed, progress)
-        step.optimizer.zero_grad()
+        step = _Step(model, guide, objective, verified, float(lr))
+        evaluate = _Validation(model, guide, held_out_batches, verified, seed) if held_out_batches else None
+        try:
+            history = _run(step, batches, evaluate, epochs, seed, progress)
+        finally:
+            step.optimizer.zero_grad()
         state = outside_modules(store)
         params = {name: store[name].detach().clone() for name in state["params"]}
     return FitResult({k: np.array(v) for k, v in history.items()}, params, chosen, seed, state)
@@ -187,7 +194,7 @@ class _Step:
         lr: float,
     ) -> None:
         self.model, self.guide, self.objective = model, guide, objective
-        self.subsampled_from = verified.subsampled_from
+        self.verified = verified
         # One fused optimizer for all parameters: pyro.optim makes one for each, which is slower.
         self.optimizer = torch.optim.Adam(verified.params, lr=lr, fused=_can_fuse(verified.params))
         self.optimizer.zero_grad()
@@ -198,6 +205,8 @@ class _Step:
         """Takes one step and returns minus the loss, in nats summed over the batch."""
         loss, params = objectives.loss_and_grads(self.objective, self.model, self.guide, batch)
         grads = [p.grad for p in params if p.grad is not None]
+        if not grads:
+            raise ProgramError("the loss has a gradient for no parameter: does the objective depend on them?")
         if not (math.isfinite(loss) and torch.nn.utils.get_total_norm(grads).isfinite()):
             raise NumericalError(f"the loss is {loss:g}" if not math.isfinite(loss) else "a gradient is not finite")
         late = [p for p in params if id(p) not in self.known]
@@ -206,7 +215,7 @@ class _Step:
             self.known |= {id(p) for p in late}
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return -loss if self.subsampled_from is None else -loss * len(batch[0]) / self.subsampled_from
+        return -loss * self.verified.share(batch)
 
 
 @dataclass(frozen=True)
@@ -216,15 +225,18 @@ class _Validation:
     model: Program
     guide: Program
     batches: _Batches
+    verified: objectives.Verified
     seed: int
 
     def __call__(self) -> float:
         """Returns the ELBO in nats per datum."""
         state: Any = pyro.get_param_store().get_state()
         modules = modules_of(self.model, self.guide)
+        total = 0.0
         with isolated(modules, seed=self.seed, device=self.batches.device, params=state):
-            loss = sum(objectives.validation_loss(self.model, self.guide, batch) for batch in self.batches.in_order())
-        return -loss / len(self.batches)
+            for batch in self.batches.in_order():
+                total -= objectives.validation_loss(self.model, self.guide, batch) * self.verified.share(batch)
+        return total / len(self.batches)
 
 
 def _run(

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
-from pyro.poutine.util import prune_subsample_sites
-from torch import Tensor
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
+from pyro.poutine.util import prune_subsample_sites, site_is_factor
+from torch import Tensor, nn
 
 from pvae.checks import check_observations
 from pvae.errors import ArgumentError, ProgramError
@@ -32,6 +32,10 @@ class Verified(NamedTuple):
     params: list[Tensor]  # unconstrained, as an optimizer moves them
     subsampled_from: int | None  # the size that a plate scales each batch up to; None where no plate does
 
+    def share(self, batch: tuple[Tensor, ...]) -> float:
+        """What to multiply a batch's loss by, to undo the scale of a plate that subsamples."""
+        return 1.0 if self.subsampled_from is None else len(batch[0]) / self.subsampled_from
+
 
 def resolve(objective: Objective | None) -> Objective:
     """The objective itself, or Pyro's ``Trace_ELBO`` with one particle for ``None``."""
@@ -47,7 +51,8 @@ def resolve(objective: Objective | None) -> Objective:
 
 def is_elbo(objective: Objective) -> bool:
     """Whether minus the objective estimates the ELBO itself, not another bound or a weighted loss."""
-    return isinstance(objective, ELBO) and not isinstance(objective, RenyiELBO)
+    estimators = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+    return isinstance(objective, estimators) and not isinstance(objective, TraceTailAdaptive_ELBO)
 
 
 def loss_and_grads(
@@ -66,6 +71,8 @@ def loss_and_grads(
             differentiable = objective(model, guide, *batch)
             differentiable.backward()
             loss = differentiable.item()
+    if not isinstance(loss, int | float):
+        raise ArgumentError(f"objective must give one loss, got {loss!r} from {type(objective).__name__}.")
     return loss, _params(met.trace.nodes)
 
 
@@ -85,13 +92,15 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
             the batch was transformed.
 
     Raises:
-        ProgramError: The latent sites of the model and the guide differ, or there is nothing to train.
+        ProgramError: The latent sites of the model and the guide differ, the model observes nothing or the guide
+            something, a parameter's name is used twice, or there is nothing to train.
         DataError: Data outside the support of their site.
     """
     with torch.no_grad(), pyro.validation_enabled(True):
         guide_trace = poutine.trace(guide).get_trace(*batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
-    _check_latents(_latents(model_trace), _latents(guide_trace))
+    _check_sites(model_trace, guide_trace)
+    _check_names({**guide_trace.nodes, **model_trace.nodes})
     check_observations(model_trace.nodes, batch, batch if data is None else data)
     params = _params({**guide_trace.nodes, **model_trace.nodes})
     if not params:
@@ -105,15 +114,30 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
 
 
 def _params(sites: Any) -> list[Tensor]:
-    params = [site["value"].unconstrained() for site in sites.values() if site["type"] == "param"]
+    values = [site["value"] for site in sites.values() if site["type"] == "param"]
+    # With Pyro's setting module_local_params, values are the modules' parameters themselves.
+    params = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
     return list({id(p): p for p in params}.values())
 
 
-def _latents(trace: Any) -> dict[str, Any]:
-    return dict(prune_subsample_sites(trace).iter_stochastic_nodes())
+def _check_names(sites: Any) -> None:
+    """Pyro knows parameters by name alone: of two modules' parameters with one name, one would not be trained."""
+    for name, site in sites.items():
+        offered = site["args"][1] if site["type"] == "param" and len(site["args"]) > 1 else None
+        if isinstance(offered, nn.Parameter) and not any(offered is p for p in _params({name: site})):
+            raise ProgramError(
+                f"two modules register a parameter under the name '{name}', so that one of them would not be trained. "
+                "Give the modules, or their attributes, different names in the model and the guide."
+            )
 
 
-def _check_latents(model: dict[str, Any], guide: dict[str, Any]) -> None:
+def _observed(trace: Any) -> list[str]:
+    return [name for name in trace.observation_nodes if not trace.nodes[name]["infer"].get("_deterministic")]
+
+
+def _check_sites(model_trace: Any, guide_trace: Any) -> None:
+    model: dict[str, Any] = dict(prune_subsample_sites(model_trace).iter_stochastic_nodes())
+    guide: dict[str, Any] = dict(prune_subsample_sites(guide_trace).iter_stochastic_nodes())
     # A discrete latent that is summed out is in the model alone; an auxiliary variable is in the guide alone.
     missing = {name for name in model.keys() - guide.keys() if model[name]["infer"].get("enumerate") is None}
     extra = {name for name in guide.keys() - model.keys() if not guide[name]["infer"].get("is_auxiliary")}
@@ -122,3 +146,10 @@ def _check_latents(model: dict[str, Any], guide: dict[str, Any]) -> None:
             f"the model and the guide must have the same latent sites. Model: {sorted(model)}; guide: {sorted(guide)}. "
             f"Only in the model: {sorted(missing)}; only in the guide: {sorted(extra)}."
         )
+    if not _observed(model_trace):
+        raise ProgramError(
+            "the model observes nothing: no site has obs=. Is it given in the place of the guide, or the guide in its?"
+        )
+    observed = [name for name in _observed(guide_trace) if not site_is_factor(guide_trace.nodes[name])]
+    if observed:
+        raise ProgramError(f"the guide observes {observed}; only the model can. Does it stand in the model's place?")
