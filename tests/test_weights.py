@@ -99,15 +99,25 @@ def test_equal_weights_have_no_variance_and_no_tail():
     assert sums.khat.tolist() == [-torch.inf] * 3
 
 
-@pytest.mark.parametrize("num_samples", [25, 26, 40, 99, 100, 1000, 5000])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 30.0])
-def test_khat_agrees_with_arviz(num_samples, scale):
+def arviz_khat(log_weights, num_samples):
     import arviz
 
+    by_datum = log_weights.T.numpy().copy()
+    if hasattr(arviz, "psislw"):  # 0.x
+        return arviz.psislw(by_datum)[1]
+    if num_samples not in (40, 100, 225, 2500):
+        pytest.skip("ArviZ 1.x rounds the tail's length down, so it agrees where that length is whole")
+    from arviz_stats.base import array_stats
+
+    return array_stats.psislw(-by_datum)[1]
+
+
+@pytest.mark.parametrize("num_samples", [25, 26, 40, 99, 100, 225, 1000, 2500, 5000])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 30.0])
+def test_khat_agrees_with_arviz(num_samples, scale):
     log_weights = draws(num_samples, scale=scale)
-    _, expected = arviz.psislw(log_weights.T.numpy().copy())
     khat = streamed(log_weights, max(1, num_samples // 3)).khat
-    np.testing.assert_allclose(khat.numpy(), expected, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(khat.numpy(), arviz_khat(log_weights, num_samples), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("k", [-0.3, 0.1, 0.5, 0.9])
