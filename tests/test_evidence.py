@@ -20,6 +20,7 @@ from torch.distributions import constraints
 
 import pvae
 from pvae.evidence import proposals
+from pvae.evidence.importance import _chunk_shape
 from pvae.evidence.traces import Pair
 from pvae.testing import linear_gaussian
 
@@ -170,6 +171,22 @@ def test_every_chunk_size_estimates_the_same(proposal, chunk_size, small_vae, bi
     other = evidence(small_vae, bits[:9], num_samples=200, proposal=proposal, chunk_size=chunk_size, seed=1)
     error = (one.std_error.square() + other.std_error.square()).sqrt()
     assert ((one.log_px - other.log_px).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("num_samples", [1, 1000, 10**6])
+def test_chunks_are_bounded_whatever_the_order_of_the_data(shared, num_samples):
+    labels, images = torch.zeros(100_000), torch.zeros(1, 3, 64, 64).expand(100_000, 3, 64, 64)
+    shapes = [
+        _chunk_shape(data, num_samples, None, torch.device("cpu"), shared)
+        for data in ((labels, images), (images, labels))
+    ]
+    assert shapes[0] == shapes[1]
+    rows, draws = shapes[0]
+    entries = rows * min(draws, num_samples) * (1 if shared else images[0].numel())
+    assert rows >= 1
+    assert draws >= 1
+    assert entries <= 2**22
 
 
 @pytest.mark.parametrize("proposal", ["guide", "prior"])
