@@ -178,7 +178,8 @@ def _find(root: Path) -> Path | None:
 def _read(folder: Path, file: _File) -> Tensor:
     """Reads and verifies one IDX file: two zero bytes, the type (8: unsigned bytes), the rank, the sizes, the data."""
     path = _path(folder, file.name)
-    assert path is not None
+    if path is None:
+        raise DatasetError(f"{folder / file.name} is missing.")
     mend = "Delete it, and it is downloaded again; or put the original file there."
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

@@ -238,6 +238,13 @@ def test_downloads_once_and_verifies(source, tmp_path_factory):
     assert len(datasets.mnist(root, "none").test_x) == 20
 
 
+def test_a_download_that_lacks_a_file_is_named(source, tmp_path_factory):
+    _, raw = source
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(DatasetError, match="t10k-labels-idx1-ubyte is missing"):
+        datasets.mnist(tmp_path_factory.mktemp("cache"))
+
+
 def test_a_failed_download_says_what_to_do_and_leaves_nothing(source, tmp_path_factory):
     fake, _ = source
     fake.error = RuntimeError("Error downloading train-images-idx3-ubyte.gz")
