@@ -206,12 +206,12 @@ def draw_figures(vae: pvae.VAE, result: pvae.FitResult, x: torch.Tensor, args: a
     save("samples")
 
     one = x[:1]
-    weights = {
-        proposal: pvae.log_weights(vae.model, vae.guide, one, num_samples=20_000, proposal=proposal, seed=args.seed)[
-            :, 0
-        ]
-        for proposal in ("prior", "guide")
-    }
+
+    def draws(proposal: str) -> torch.Tensor:
+        options = {"num_samples": 20_000, "seed": args.seed, "device": x.device}
+        return pvae.log_weights(vae.model, vae.guide, one, proposal=proposal, **options)[:, 0]
+
+    weights = {"prior": draws("prior"), "guide": draws("guide")}
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     pvae.plots.latent_plane(latent_samples(vae, one, args.seed), axes[0])
     pvae.plots.weight_histogram(weights, axes[1])
