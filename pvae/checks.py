@@ -1,4 +1,4 @@
-"""The data that programs are run on: checked once, before anything has moved."""
+"""What programs are run on and what they did in a trial run: checked once, before anything has moved."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.errors import DataError
+from pvae.errors import DataError, ProgramError
 
-__all__ = ["Data", "as_tensors", "check_observations", "check_support"]
+__all__ = [
+    "Data",
+    "as_tensors",
+    "base_distribution",
+    "check_observations",
+    "check_pair",
+    "check_support",
+    "density_sites",
+]
 
 Data = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
 """One array ``(N, *event)``, or a tuple of arrays with the same ``N``, passed on as ``model(*batch)``."""
@@ -74,13 +83,14 @@ def check_support(site: str, distribution: Any, value: Tensor) -> None:
     Looks at supports of single entries that do not depend on parameters (booleans, reals, positive numbers, ...),
     below any ``to_event``, ``expand`` or ``mask``.
     """
-    support = getattr(type(_base(distribution)), "support", None)
+    family = type(base_distribution(distribution))
+    support = getattr(family, "support", None)
     if not isinstance(support, constraints.Constraint) or support.event_dim or support is constraints.real:
         return
     bad = ~support.check(value)
     if not bad.any():
         return
-    family, example = type(_base(distribution)).__name__, value[bad][0].item()
+    example = value[bad][0].item()
     advice = "Rescale the data, or choose a likelihood for such values."
     if support is constraints.boolean:
         advice = (
@@ -88,8 +98,9 @@ def check_support(site: str, distribution: Any, value: Tensor) -> None:
             "pvae.datasets.binarize(x, 'threshold'), or choose a likelihood for grey values, such as Gaussian."
         )
     raise DataError(
-        f"site '{site}' is {family}, whose support is {support}, but {bad.double().mean().item():.3%} of its data are "
-        f"outside (for example {example:g}; smallest {value.min().item():g}, largest {value.max().item():g}). {advice}"
+        f"site '{site}' is {family.__name__}, whose support is {support}, but {bad.double().mean().item():.3%} of its "
+        f"data are outside (for example {example:g}; smallest {value.min().item():g}, "
+        f"largest {value.max().item():g}). {advice}"
     )
 
 
@@ -110,7 +121,48 @@ def check_observations(sites: Mapping[str, Any], batch: tuple[Tensor, ...], data
                 check_support(name, site["fn"], tensor)
 
 
-def _base(distribution: Any) -> Any:
+def density_sites(sites: Mapping[str, Any]) -> dict[str, Any]:
+    """The traced sites that have a density: not plates' subsamples, and not ``pyro.deterministic``."""
+    return {
+        name: site
+        for name, site in sites.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
+    }
+
+
+def check_pair(model: Mapping[str, Any], guide: Mapping[str, Any], *, strict: bool) -> None:
+    """Raises `ProgramError` where a model and a guide do not fit each other.
+
+    Args:
+        model: The model's sites, as from `density_sites`.
+        guide: The guide's.
+        strict: Whether every site must have a twin, as importance weights want it. An ELBO also allows discrete latents
+            that are summed out (in the model alone), auxiliary variables and factors (in the guide alone).
+    """
+    latent = {name: site for name, site in model.items() if not site["is_observed"]}
+    proposed = {name: site for name, site in guide.items() if not site["is_observed"]}
+    summed = {name for name, site in latent.items() if site["infer"].get("enumerate")}
+    auxiliary = {name for name, site in proposed.items() if site["infer"].get("is_auxiliary")}
+    missing = latent.keys() - proposed.keys() - (set() if strict else summed)
+    extra = proposed.keys() - latent.keys() - (set() if strict else auxiliary)
+    if missing or extra:
+        enumerated = sorted(summed) if strict else []
+        hint = f" Latents that are enumerated ({enumerated}) cannot be summed out here." if enumerated else ""
+        raise ProgramError(
+            f"the model and the guide must have the same latent sites. Model: {sorted(latent)}; guide: "
+            f"{sorted(proposed)}. Only in the model: {sorted(missing)}; only in the guide: {sorted(extra)}.{hint}"
+        )
+    if len(latent) == len(model):
+        raise ProgramError(
+            "the model observes nothing: no site has obs=. Is it given in the place of the guide, or the guide in its?"
+        )
+    observed = [n for n, site in guide.items() if site["is_observed"] and (strict or not site_is_factor(site))]
+    if observed:
+        raise ProgramError(f"the guide observes {observed}; only the model can. Does it stand in the model's place?")
+
+
+def base_distribution(distribution: Any) -> Any:
+    """The distribution below any ``to_event``, ``mask`` or transform."""
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
     return distribution

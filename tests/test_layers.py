@@ -39,7 +39,7 @@ def imported(path: Path) -> set[str]:
 
 
 def allowed(name: str) -> set[str]:
-    if name == "isolation" or name == "checks" or name in GROUND:
+    if name in GROUND:
         return {"errors"}
     if name in PARTS:
         return {"errors", "networks", "checks"}

@@ -7,7 +7,6 @@ but particles and data, which leaves shape ``(K, N)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pvae.checks import check_observations
+from pvae.checks import base_distribution, check_observations, check_pair, density_sites
 from pvae.errors import ProgramError
 from pvae.isolation import Program
 
@@ -65,8 +64,9 @@ class Pair:
                 batch = tuple(t[[i % len(t) for i in range(rows)]].to(device) for t in data)
                 guide_trace = poutine.trace(guide).get_trace(*batch)
                 model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
-                traces[rows] = {"model": _sites(model_trace), "guide": _sites(guide_trace)}
-        _check_latents(traces[2]["model"], traces[2]["guide"])
+                traces[rows] = {"model": density_sites(model_trace.nodes), "guide": density_sites(guide_trace.nodes)}
+        check_pair(traces[2]["model"], traces[2]["guide"], strict=True)
+        _check_density(traces[2]["guide"])
         check_observations(traces[2]["model"], batch, data)
         data_dim = _data_dim(traces[1], traces[2])
         nesting = max(-plate.dim for sites in traces[2].values() for s in sites.values() for plate in _plates(s))
@@ -81,17 +81,17 @@ class Pair:
             Their trace, and log q(z|x), shape ``(K, N)``.
         """
         trace = self._trace(self.guide, batch, num_samples)
-        return trace, self._log_density(trace, batch, num_samples, _any)
+        return trace, self._log_density(trace, batch, num_samples)
 
     def log_pxz(self, batch: tuple[Tensor, ...], num_samples: int, latents: poutine.Trace) -> Tensor:
         """Returns log p(x, z) at the latents of a trace, shape ``(K, N)``."""
         trace = self._trace(poutine.replay(self.model, trace=latents), batch, num_samples)
-        return self._log_density(trace, batch, num_samples, _any)
+        return self._log_density(trace, batch, num_samples)
 
     def draw_prior(self, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
         """Draws latents from the prior, afresh for each datum, and returns log p(x|z), shape ``(K, N)``."""
         trace = self._trace(self.model, batch, num_samples)
-        return self._log_density(trace, batch, num_samples, _observed)
+        return self._log_density(trace, batch, num_samples, observed_only=True)
 
     def draw_shared_prior(self, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
         """As `draw_prior`, but with the same K latents for all data of the batch: where `shares_prior`.
@@ -100,7 +100,7 @@ class Pair:
         product of the matrices of logits and of data.
         """
         trace = self._shared_trace(batch, num_samples)
-        (site,) = (site for site in _sites(trace).values() if site["is_observed"])
+        (site,) = (site for site in density_sites(trace.nodes).values() if site["is_observed"])
         return self._bernoulli_product(site)
 
     def _bernoulli_product(self, site: Any) -> Tensor:
@@ -122,7 +122,7 @@ class Pair:
             trace = self._shared_trace(batch, 3)
         except (RuntimeError, ValueError, IndexError):  # the model wants one latent for each datum
             return False
-        sites = list(_sites(trace).values())
+        sites = list(density_sites(trace.nodes).values())
         observed = [site for site in sites if site["is_observed"]]
         if len(observed) != 1 or not all(self._is_shared(site) for site in sites):
             return False
@@ -131,7 +131,7 @@ class Pair:
         if not plain or site["value"].shape != (len(batch[0]), *site["fn"].event_shape):
             return False
         return torch.allclose(
-            self._bernoulli_product(site), self._log_density(trace, batch, 3, _observed), rtol=1e-4, atol=1e-4
+            self._bernoulli_product(site), self._log_density(trace, batch, 3, observed_only=True), rtol=1e-4, atol=1e-4
         )
 
     def _is_shared(self, site: Any) -> bool:
@@ -161,12 +161,12 @@ class Pair:
             together = {"model": self.log_pxz(batch, 3, latents), "guide": log_qz}
         except (RuntimeError, ValueError, IndexError) as error:
             raise ProgramError(f"the pair cannot run several particles at once. {rule} {error}") from error
-        values = {name: site["value"] for name, site in _sites(latents).items()}
+        values = {name: site["value"] for name, site in density_sites(latents.nodes).items()}
         for k in range(3):
             one = {name: value[k] for name, value in values.items()}
             for name, program in (("model", self.model), ("guide", self.guide)):
                 alone = poutine.trace(poutine.condition(program, data=one)).get_trace(*batch)
-                density = self._log_density(alone, batch, 1, _any)[0]
+                density = self._log_density(alone, batch, 1)[0]
                 if not torch.allclose(together[name][k], density, rtol=1e-4, atol=1e-4, equal_nan=True):
                     raise ProgramError(
                         f"the {name}'s log-density of a latent is {density.tolist()} for two data if it is run alone, "
@@ -178,12 +178,12 @@ class Pair:
             return poutine.trace(program).get_trace(*batch)
 
     def _log_density(
-        self, trace: poutine.Trace, batch: tuple[Tensor, ...], num_samples: int, which: Callable[[Any], bool]
+        self, trace: poutine.Trace, batch: tuple[Tensor, ...], num_samples: int, *, observed_only: bool = False
     ) -> Tensor:
-        """Sums the log-densities of the sites that ``which`` picks over all but particles and data."""
+        """Sums the log-densities of a trace's sites over all but particles and data."""
         total = torch.zeros((), dtype=torch.float64, device=batch[0].device)
-        for site in _sites(trace).values():
-            if not which(site):
+        for site in density_sites(trace.nodes).values():
+            if observed_only and not site["is_observed"]:
                 continue
             log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
             ones = (1,) * (-self.particle_dim - log_prob.dim())
@@ -193,46 +193,12 @@ class Pair:
         return total.expand(num_samples, len(batch[0]))
 
 
-def _any(site: Any) -> bool:
-    return True
-
-
-def _observed(site: Any) -> bool:
-    return site["is_observed"]
-
-
-def _sites(trace: poutine.Trace) -> dict[str, Any]:
-    """The sample sites that have a density: not plates' subsamples, and not ``pyro.deterministic``."""
-    nodes: dict[str, Any] = dict(trace.nodes)
-    return {
-        name: site
-        for name, site in nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
-    }
-
-
 def _plates(site: Any) -> list[Any]:
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
 
 
-def _check_latents(model: dict[str, Any], guide: dict[str, Any]) -> None:
-    latent = sorted(name for name, site in model.items() if not site["is_observed"])
-    proposed = sorted(name for name, site in guide.items() if not site["is_observed"])
-    if latent != proposed:
-        summed = [name for name in latent if model[name]["infer"].get("enumerate")]
-        raise ProgramError(
-            f"the guide must sample just the model's latent sites. Model: {latent}; guide: {proposed}. Only in the "
-            f"model: {sorted({*latent} - {*proposed})}; only in the guide: {sorted({*proposed} - {*latent})}."
-            + (f" Latents that are enumerated ({summed}) cannot be summed out here." if summed else "")
-        )
-    if len(latent) == len(model):
-        raise ProgramError(
-            "the model observes nothing: no site has obs=. Is it given in the place of the guide, or the guide in its?"
-        )
-    if len(proposed) != len(guide):
-        seen = sorted(name for name in guide if guide[name]["is_observed"])
-        raise ProgramError(f"the guide observes {seen}; only the model can. Does it stand in the model's place?")
-    points = [name for name in proposed if _is_delta(guide[name]["fn"])]
+def _check_density(guide: dict[str, Any]) -> None:
+    points = sorted(name for name, site in guide.items() if isinstance(base_distribution(site["fn"]), dist.Delta))
     if points:
         raise ProgramError(
             f"the guide has a point mass at {points}: a Delta has no density to weigh draws by. Use a guide with a "
@@ -255,12 +221,6 @@ def _leaf(distribution: Any) -> Any:
     while isinstance(distribution, dist.Independent):
         distribution = distribution.base_dist
     return distribution
-
-
-def _is_delta(distribution: Any) -> bool:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return isinstance(distribution, dist.Delta)
 
 
 def _data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> int:

@@ -140,7 +140,7 @@ def fit(
 
     with isolated(modules, seed=seed, device=chosen, training=True, params=state) as store:
         step = _Step(model, guide, objective, verified, float(lr))
-        evaluate = _Validation(model, guide, held_out_batches, verified, seed) if held_out_batches else None
+        evaluate = _Validation(model, guide, modules, held_out_batches, verified, seed) if held_out_batches else None
         try:
             history = _run(step, batches, evaluate, epochs, seed, progress)
         finally:
@@ -224,6 +224,7 @@ class _Validation:
 
     model: Program
     guide: Program
+    modules: list[torch.nn.Module]
     batches: _Batches
     verified: objectives.Verified
     seed: int
@@ -231,9 +232,8 @@ class _Validation:
     def __call__(self) -> float:
         """Returns the ELBO in nats per datum."""
         state: Any = pyro.get_param_store().get_state()
-        modules = modules_of(self.model, self.guide)
         total = 0.0
-        with isolated(modules, seed=self.seed, device=self.batches.device, params=state):
+        with isolated(self.modules, seed=self.seed, device=self.batches.device, params=state):
             for batch in self.batches.in_order():
                 total -= objectives.validation_loss(self.model, self.guide, batch) * self.verified.share(batch)
         return total / len(self.batches)

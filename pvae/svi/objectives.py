@@ -14,10 +14,9 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
-from pyro.poutine.util import prune_subsample_sites, site_is_factor
 from torch import Tensor, nn
 
-from pvae.checks import check_observations
+from pvae.checks import check_observations, check_pair, density_sites
 from pvae.errors import ArgumentError, ProgramError
 from pvae.isolation import Program
 
@@ -99,10 +98,11 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
     with torch.no_grad(), pyro.validation_enabled(True):
         guide_trace = poutine.trace(guide).get_trace(*batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
-    _check_sites(model_trace, guide_trace)
-    _check_names({**guide_trace.nodes, **model_trace.nodes})
+    sites: dict[str, Any] = {**guide_trace.nodes, **model_trace.nodes}
+    check_pair(density_sites(model_trace.nodes), density_sites(guide_trace.nodes), strict=False)
+    _check_names(sites)
     check_observations(model_trace.nodes, batch, batch if data is None else data)
-    params = _params({**guide_trace.nodes, **model_trace.nodes})
+    params = _params(sites)
     if not params:
         raise ProgramError(
             "neither the model nor the guide has parameters to train. Register modules with pyro.module, or make "
@@ -129,27 +129,3 @@ def _check_names(sites: Any) -> None:
                 f"two modules register a parameter under the name '{name}', so that one of them would not be trained. "
                 "Give the modules, or their attributes, different names in the model and the guide."
             )
-
-
-def _observed(trace: Any) -> list[str]:
-    return [name for name in trace.observation_nodes if not trace.nodes[name]["infer"].get("_deterministic")]
-
-
-def _check_sites(model_trace: Any, guide_trace: Any) -> None:
-    model: dict[str, Any] = dict(prune_subsample_sites(model_trace).iter_stochastic_nodes())
-    guide: dict[str, Any] = dict(prune_subsample_sites(guide_trace).iter_stochastic_nodes())
-    # A discrete latent that is summed out is in the model alone; an auxiliary variable is in the guide alone.
-    missing = {name for name in model.keys() - guide.keys() if model[name]["infer"].get("enumerate") is None}
-    extra = {name for name in guide.keys() - model.keys() if not guide[name]["infer"].get("is_auxiliary")}
-    if missing or extra:
-        raise ProgramError(
-            f"the model and the guide must have the same latent sites. Model: {sorted(model)}; guide: {sorted(guide)}. "
-            f"Only in the model: {sorted(missing)}; only in the guide: {sorted(extra)}."
-        )
-    if not _observed(model_trace):
-        raise ProgramError(
-            "the model observes nothing: no site has obs=. Is it given in the place of the guide, or the guide in its?"
-        )
-    observed = [name for name in _observed(guide_trace) if not site_is_factor(guide_trace.nodes[name])]
-    if observed:
-        raise ProgramError(f"the guide observes {observed}; only the model can. Does it stand in the model's place?")
