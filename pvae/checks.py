@@ -85,7 +85,9 @@ def check_support(site: str, distribution: Any, value: Tensor) -> None:
     """
     family = type(base_distribution(distribution))
     support = getattr(family, "support", None)
-    if not isinstance(support, constraints.Constraint) or support.event_dim or support is constraints.real:
+    if not isinstance(support, constraints.Constraint) or constraints.is_dependent(support):
+        return
+    if support.event_dim or support is constraints.real:
         return
     bad = ~support.check(value)
     if not bad.any():

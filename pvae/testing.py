@@ -1,11 +1,11 @@
-"""The oracle: a Pyro pair whose log p(x), posterior and ELBO are known exactly.
+"""Oracles: Pyro pairs whose log p(x) and posterior are known exactly.
 
 Estimators are judged by it: those of pvae in its tests, and yours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pvae.errors import ArgumentError, positive_int
 
-__all__ = ["LinearGaussian", "linear_gaussian"]
+__all__ = ["LinearGaussian", "TwoModes", "linear_gaussian", "two_modes"]
 
 
 @dataclass(frozen=True)
@@ -113,3 +113,68 @@ def linear_gaussian(
     weight = torch.randn(event_dim, latent_dim, generator=generator, dtype=torch.float64) / latent_dim**0.5
     bias = torch.randn(event_dim, generator=generator, dtype=torch.float64)
     return LinearGaussian(weight.to(dtype), bias.to(dtype), noise, guide_shift, guide_scale)
+
+
+@dataclass(frozen=True)
+class TwoModes:
+    """``z ~ Normal(0, I)``, ``x ~ Normal(s W z, noise^2 I)`` with a sign ``s = -1`` or ``1``, each with probability 1/2.
+
+    The sign is summed out in the model, so that z and -z explain x equally well: the posterior has two modes, as far
+    from each other as the data are from 0. The guide knows one of them. Its weights look perfect there, and miss
+    ``log 2`` of log p(x).
+
+    Attributes:
+        half: The pair without the sign, which has the same p(x), and whose posterior is one of the two modes.
+    """
+
+    half: LinearGaussian
+
+    def model(self, x: Tensor) -> None:
+        """The generative program, for ``x`` of shape ``(N, E)``: plate ``"data"``, sites ``"z"`` and ``"x"``."""
+        weight = self.half.weight
+        signs = torch.tensor([1.0, -1.0]).to(weight)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(weight.new_zeros(weight.shape[1]), 1.0).to_event(1))
+            means = (z @ weight.T)[..., None, :] * signs[:, None]
+            components = dist.Normal(means, self.half.noise).to_event(1)
+            pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(logits=torch.zeros_like(signs)), components), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """One of the posterior's two modes, exactly."""
+        self.half.guide(x)
+
+    def posterior(self, x: Tensor) -> dist.MixtureSameFamily:
+        """Returns p(z|x), batch shape ``(N,)`` and event shape ``(D,)``."""
+        one = self.half.posterior(x)
+        loc = torch.stack([one.loc, -one.loc], -2)
+        both = dist.MultivariateNormal(loc, scale_tril=one.scale_tril[..., None, :, :])
+        return dist.MixtureSameFamily(dist.Categorical(logits=torch.zeros(loc.shape[:-1]).to(loc)), both)
+
+    def log_px(self, x: Tensor) -> Tensor:
+        """Returns log p(x), nats per datum, shape ``(N,)``."""
+        return self.half.log_px(x)
+
+    def sample(self, num_samples: int, *, seed: int = 0) -> Tensor:
+        """Draws data from p(x), shape ``(num_samples, E)``."""
+        return self.half.sample(num_samples, seed=seed)
+
+
+def two_modes(
+    latent_dim: int = 2,
+    event_dim: int = 5,
+    *,
+    noise: float = 0.3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> TwoModes:
+    """Makes a `TwoModes` pair with random weights, as `linear_gaussian` does, and no bias.
+
+    Args:
+        latent_dim: ``D``.
+        event_dim: ``E``, the width of x.
+        noise: Standard deviation of x around its mean; the smaller, the farther apart are the modes.
+        seed: Of the weights.
+        dtype: Of everything.
+    """
+    half = linear_gaussian(latent_dim, event_dim, noise=noise, seed=seed, dtype=dtype)
+    return TwoModes(replace(half, bias=torch.zeros_like(half.bias)))

@@ -1,78 +1,232 @@
-"""Where importance samples come from: small objects that draw latents and weigh them."""
+"""Where importance samples come from: small objects that, for a batch of data, draw latents and give their density.
+
+They combine: ``StudentT(Laplace(), df=5)`` is a Laplace approximation with heavier tails, ``Sobol(Guide())`` the guide
+with evenly spread draws, ``Defensive(Refined())`` a refined guide with a share of the prior.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError, one_of
-from pvae.evidence.traces import Pair
+from pvae.errors import ArgumentError, one_of, positive_int
+from pvae.evidence.annealing import Annealed
+from pvae.evidence.gaussians import Elliptical, SobolNormals
+from pvae.evidence.local import Laplace, Refined
+from pvae.evidence.sampling import Density, Gaussian, Guide, Prior, Proposal, Sampler
+from pvae.evidence.spaces import Latents
+from pvae.evidence.traces import Batch, Pair
 
-__all__ = ["Guide", "Prior", "Proposal", "resolve"]
+__all__ = [
+    "Annealed",
+    "Defensive",
+    "Gaussian",
+    "Guide",
+    "Inflated",
+    "Laplace",
+    "Prior",
+    "Proposal",
+    "Refined",
+    "Sampler",
+    "Sobol",
+    "StudentT",
+    "resolve",
+]
 
 
-class Proposal(Protocol):
-    """Draws latents for a batch and weighs them against the model."""
+class _Around(Gaussian):
+    """A Gaussian proposal made from another."""
 
-    name: str
+    base: Gaussian
 
-    def shares_draws(self, pair: Pair) -> bool:
-        """Whether all data of a batch get the same draws, so that a large batch costs little more than a small one."""
-        ...
-
-    def log_weights(self, pair: Pair, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
-        """Returns ``log p(x, z) - log q(z)`` for fresh draws of z, nats, shape ``(K, N)``."""
-        ...
+    @property
+    def prepares(self) -> bool:  # type: ignore[override]
+        return self.base.prepares
 
 
 @dataclass(frozen=True)
-class Guide:
-    """Draws from the guide, ``z ~ q(z|x)``: few draws are wasted where the guide is near the posterior."""
+class Inflated(_Around):
+    """A Gaussian proposal made wider, so that its weights have lighter tails.
 
-    name: str = "guide"
+    Args:
+        base: What to widen; a guide is seen through its mean and covariance.
+        scale: By what factor, in standard deviations.
+    """
 
-    def shares_draws(self, pair: Pair) -> bool:
-        """No: every datum has its own q(z|x)."""
-        return False
+    base: Gaussian = field(default_factory=Guide)
+    scale: float = 1.2
 
-    def log_weights(self, pair: Pair, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
-        """Returns ``log p(x, z) - log q(z|x)`` for fresh draws, nats, shape ``(K, N)``."""
-        latents, log_qz = pair.draw_guide(batch, num_samples)
-        return pair.log_pxz(batch, num_samples, latents) - log_qz
+    @property
+    def name(self) -> str:
+        """What to call it in results."""
+        return f"{self.base.name}, {self.scale:g} times as wide"
+
+    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+        """The base's density, widened."""
+        if not self.scale > 0:
+            raise ArgumentError(f"scale must be positive, got {self.scale!r}.")
+        inner = self.base.gaussian(pair, batch)
+        return replace(inner, factor=self.scale * inner.factor)
 
 
 @dataclass(frozen=True)
-class Prior:
-    """Draws from the prior, ``z ~ p(z)``, so that the weight is p(x|z): almost all draws explain x badly."""
+class StudentT(_Around):
+    """A Gaussian proposal's mean and scale in a multivariate Student-t, whose tails are heavier than a posterior's.
 
-    name: str = "prior"
+    Args:
+        base: A guide is seen through its mean and covariance.
+        df: Degrees of freedom.
+    """
 
-    def shares_draws(self, pair: Pair) -> bool:
-        """Yes where p(x|z) is a Bernoulli of the latents alone, so that a draw is decoded once for a batch of data."""
-        return pair.shares_prior
+    base: Gaussian = field(default_factory=Guide)
+    df: float = 5.0
 
-    def log_weights(self, pair: Pair, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
-        """Returns log p(x|z) for fresh draws, nats, shape ``(K, N)``."""
-        if pair.shares_prior:
-            return pair.draw_shared_prior(batch, num_samples)
-        return pair.draw_prior(batch, num_samples)
+    @property
+    def name(self) -> str:
+        """What to call it in results."""
+        return f"{self.base.name}, Student-t {self.df:g}"
+
+    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+        """The base's density with heavier tails."""
+        if not self.df > 0:
+            raise ArgumentError(f"df must be positive, got {self.df!r}.")
+        return replace(self.base.gaussian(pair, batch), df=float(self.df))
 
 
-_NAMED = {"guide": Guide, "prior": Prior}
+@dataclass(frozen=True)
+class Sobol(_Around):
+    """A Gaussian proposal with scrambled Sobol points in place of independent draws (RQMC).
+
+    The draws come in independent replicates, from whose scatter the standard error is taken; ESS and k-hat look at the
+    weights as before. Of a Student-t only the directions are evenly spread, not the radii.
+
+    Args:
+        base: A guide is seen through its mean and covariance.
+        replicates: How many; ``num_samples`` must be a multiple, and is best a power of 2 times it.
+    """
+
+    base: Gaussian = field(default_factory=Guide)
+    replicates: int = 10
+
+    @property
+    def name(self) -> str:
+        """What to call it in results."""
+        return f"{self.base.name}, Sobol"
+
+    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+        """The base's density, with Sobol points below it."""
+        return replace(self.base.gaussian(pair, batch), sobol=SobolNormals())
+
+    def on(self, pair: Pair, batch: Batch) -> Sampler:
+        """The proposal for the data of one batch, in replicates."""
+        if positive_int("replicates", self.replicates) < 2:
+            raise ArgumentError("replicates must be at least 2: the error is taken from their scatter.")
+        sampler = super().on(pair, batch)
+        sampler.replicates = self.replicates
+        return sampler
 
 
-def resolve(proposal: str | Proposal) -> Proposal:
-    """The proposal itself, or the one with that name."""
+@dataclass(frozen=True)
+class Defensive(Proposal):
+    """A mixture of any proposal with a share of the prior: weights stay below ``p(x|z) / share``.
+
+    Weights use the mixture's density (the balance heuristic), so that one component covers where the other is blind.
+
+    Args:
+        base: The proposal to defend.
+        share: The share of draws from the prior, between 0 and 1.
+
+    Source: Hesterberg, 1995, Weighted Average Importance Sampling and Defensive Mixture Distributions; Owen and Zhou,
+    2000, Safe and Effective Importance Sampling.
+    """
+
+    base: Proposal = field(default_factory=Guide)
+    share: float = 0.1
+
+    @property
+    def prepares(self) -> bool:  # type: ignore[override]
+        """As the base does."""
+        return self.base.prepares
+
+    @property
+    def name(self) -> str:
+        """What to call it in results."""
+        return f"{self.base.name} and {self.share:.0%} prior"
+
+    def on(self, pair: Pair, batch: Batch) -> Sampler:
+        """The mixture for the data of one batch."""
+        if not 0 < self.share < 1:
+            raise ArgumentError(f"share must lie between 0 and 1, got {self.share!r}.")
+        base = self.base.on(pair, batch)
+        if not isinstance(base, Density):
+            raise ArgumentError(f"base must be a proposal with a density, got {self.base!r}.")
+        sampler = _Mixture(pair, batch, base, self.share, float(torch.rand(())))
+        sampler.replicates, sampler.diagnostics = base.replicates, base.diagnostics
+        return sampler
+
+
+@dataclass(eq=False)
+class _Mixture(Density):
+    """Draws from a base and, at regular places in the row of draws, from the prior."""
+
+    base: Density
+    share: float
+    place: float  # uniform at first, so that each draw is one of the mixture
+
+    def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
+        self.place += self.share * num_samples
+        from_prior = math.floor(self.place)
+        self.place -= from_prior
+        parts, log_base = [], []
+        if num_samples > from_prior:
+            latents, log_q = self.base.draw(num_samples - from_prior)
+            parts.append(latents)
+            log_base.append(log_q)
+        if from_prior:
+            latents = self.pair.draw_prior(self.batch, from_prior)
+            parts.append(latents)
+            log_base.append(self.base.log_prob(latents))
+        values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
+        together = Latents(values, num_samples)
+        return together, self._mixed(torch.cat(log_base), together)
+
+    def log_prob(self, latents: Latents) -> Tensor:
+        return self._mixed(self.base.log_prob(latents), latents)
+
+    def restart(self) -> None:
+        self.base.restart()
+
+    def _mixed(self, log_base: Tensor, latents: Latents) -> Tensor:
+        log_pz, _ = self.pair.densities(self.batch, latents)
+        return torch.logaddexp(math.log1p(-self.share) + log_base, math.log(self.share) + log_pz)
+
+
+_NAMED: dict[str, Callable[[], Proposal]] = {
+    "guide": Guide,
+    "prior": Prior,
+    "refined": Refined,
+    "laplace": Laplace,
+    "student-t": StudentT,
+    "defensive": Defensive,
+    "ais": Annealed,
+}
+
+
+def resolve(proposal: object) -> Proposal:
+    """The proposal itself, the one with that name, or a Pyro guide as one."""
     if isinstance(proposal, str):
         return _NAMED[one_of("proposal", proposal, _NAMED)]()
+    if isinstance(proposal, Proposal):
+        return proposal
     if isinstance(proposal, type):
         raise ArgumentError(f"proposal must be an object, got the class {proposal.__name__}: make one of it.")
-    missing = [name for name in ("name", "shares_draws", "log_weights") if not hasattr(proposal, name)]
-    if missing:
-        raise ArgumentError(
-            f"proposal must be {' or '.join(map(repr, _NAMED))}, or an object like pvae.evidence.proposals.Proposal; "
-            f"got {proposal!r}, which has no {', '.join(missing)}."
-        )
-    return proposal
+    if callable(proposal):
+        return Guide(proposal)
+    raise ArgumentError(
+        f"proposal must be one of {', '.join(map(repr, _NAMED))}, a pvae.evidence.proposals.Proposal or a Pyro guide; "
+        f"got {proposal!r}."
+    )

@@ -2,12 +2,16 @@
 
 Pyro's own importance weights are joint over the data plate: one number for each particle and the whole batch. Here the
 particles get a plate of their own, outside all of the pair's plates, and the log-densities are summed over everything
-but particles and data, which leaves shape ``(K, N)``.
+but particles and data, which leaves shape ``(K, N)``. A program that does not broadcast over such a plate is run on K
+copies of the data instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -15,18 +19,23 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from pvae.checks import base_distribution, check_observations, check_pair, density_sites
 from pvae.errors import ProgramError
+from pvae.evidence.families import FAMILIES, PARAMETERS, leaf_of, parameters_of, product
+from pvae.evidence.spaces import Latents, LatentSpace, Layout
 from pvae.isolation import Program
 
 __all__ = ["Pair"]
 
+logger = logging.getLogger("pvae")
 
-@dataclass(frozen=True)
+Batch = tuple[Tensor, ...]
+Sites = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Pair:
     """A model and a guide whose sites all lie in one plate over the data.
 
@@ -35,27 +44,29 @@ class Pair:
     Attributes:
         model: The generative program.
         guide: The recognition program.
-        data_dim: Dimension of the data plate in a site's batch shape, negative.
-        particle_dim: Dimension of the particle plate, left of all others, negative.
-        shares_prior: Whether draws from the prior can serve all data at once: p(x|z) is one Bernoulli site whose
-            probabilities depend on the latents alone.
+        layout: Where particles and data stand in the programs' tensors.
+        trial: Two data, on which programs are tried.
+        shares_prior: Whether draws from the prior can serve all data at once: p(x|z) is one site of an exponential
+            family whose parameters depend on the latents alone.
     """
 
     model: Program
     guide: Program
-    data_dim: int
-    particle_dim: int
+    layout: Layout
+    trial: Batch
     shares_prior: bool = False
+    _others: dict[Program, Pair] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, model: Program, guide: Program, data: tuple[Tensor, ...], device: torch.device) -> Pair:
+    def of(cls, model: Program, guide: Program, data: Batch, device: torch.device) -> Pair:
         """Looks at a pair and its data, and raises where log p(x) for each datum is not defined by them.
 
         The data plate is the one whose size follows the number of data: the pair is run on one datum and on two, on
         the device.
 
         Raises:
-            ProgramError: No such plate, a site outside of it, latent sites that differ, or a guide with point masses.
+            ProgramError: No such plate, a site outside of it, latent sites that differ, a guide with point masses, or
+                data that depend on each other.
             DataError: Data outside the support of their site.
         """
         traces = {}
@@ -70,69 +81,160 @@ class Pair:
         check_observations(traces[2]["model"], batch, data)
         data_dim = _data_dim(traces[1], traces[2])
         nesting = max(-plate.dim for sites in traces[2].values() for s in sites.values() for plate in _plates(s))
-        pair = cls(model, guide, data_dim, -nesting - 1)
-        pair._check_particles(batch)
-        return replace(pair, shares_prior=pair._can_share_prior(batch))
+        pair = _running_particles(cls(model, guide, Layout(data_dim, -nesting - 1), batch))
+        return replace(pair, shares_prior=pair._can_share_prior())
 
-    def draw_guide(self, batch: tuple[Tensor, ...], num_samples: int) -> tuple[poutine.Trace, Tensor]:
-        """Draws latents from the guide.
+    def with_guide(self, guide: Program) -> Pair:
+        """The same model with another guide."""
+        if guide not in self._others:
+            self._others[guide] = Pair.of(self.model, guide, self.trial, self.trial[0].device)
+        return self._others[guide]
 
-        Returns:
-            Their trace, and log q(z|x), shape ``(K, N)``.
+    @cached_property
+    def space(self) -> LatentSpace:
+        """The latents as vectors of real numbers."""
+        sites = _latent(self._run(self.model, self.trial, 2))
+        values = self._gathered(sites, 2)
+        return LatentSpace.of({name: (site["fn"].support, values[name]) for name, site in sites.items()})
+
+    def draw_guide(self, batch: Batch, num_samples: int) -> tuple[Latents, Tensor]:
+        """Draws latents from the guide, and returns them with log q(z|x), shape ``(K, N)``."""
+        sites = self._run(self.guide, batch, num_samples)
+        return Latents(self._gathered(sites, num_samples), num_samples), self._log_density(sites, batch, num_samples)
+
+    def draw_prior(self, batch: Batch, num_samples: int) -> Latents:
+        """Draws latents from the prior, afresh for each datum; their densities come with them."""
+        sites = self._run(self.model, batch, num_samples)
+        densities = self._densities(sites, batch, num_samples)
+        return Latents(self._gathered(_latent(sites), num_samples), num_samples, densities)
+
+    def log_qz(self, batch: Batch, latents: Latents) -> Tensor:
+        """Returns the guide's log q(z|x) at some latents, shape ``(K, N)``."""
+        sites = self._run(self.guide, batch, latents.num_samples, latents)
+        return self._log_density(sites, batch, latents.num_samples)
+
+    def densities(self, batch: Batch, latents: Latents) -> tuple[Tensor, Tensor]:
+        """Returns log p(z) and log p(x|z) at some latents, each of shape ``(K, N)``; they are kept with the latents."""
+        if latents.densities is None:
+            sites = self._run(self.model, batch, latents.num_samples, latents)
+            latents.densities = self._densities(sites, batch, latents.num_samples)
+        return latents.densities
+
+    def log_pxz(self, batch: Batch, latents: Latents) -> Tensor:
+        """Returns log p(x, z) at some latents, shape ``(K, N)``."""
+        log_pz, log_px_given_z = self.densities(batch, latents)
+        return log_pz + log_px_given_z
+
+    def draw_shared_prior(self, batch: Batch, num_samples: int) -> Tensor:
+        """Draws K latents from the prior and returns log p(x|z) of all data at each of them, shape ``(K, N)``.
+
+        Where `shares_prior`: the K latents are decoded once, and the rest is `pvae.evidence.families.product`.
         """
-        trace = self._trace(self.guide, batch, num_samples)
-        return trace, self._log_density(trace, batch, num_samples)
+        (site,) = _observed(self._shared_run(batch, num_samples)).values()
+        return self._product(site)
 
-    def log_pxz(self, batch: tuple[Tensor, ...], num_samples: int, latents: poutine.Trace) -> Tensor:
-        """Returns log p(x, z) at the latents of a trace, shape ``(K, N)``."""
-        trace = self._trace(poutine.replay(self.model, trace=latents), batch, num_samples)
-        return self._log_density(trace, batch, num_samples)
+    def guide_moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean of q(z|x) in `space`, ``(N, D)``, and the Cholesky factor of its covariance, ``(N, D, D)``.
 
-    def draw_prior(self, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
-        """Draws latents from the prior, afresh for each datum, and returns log p(x|z), shape ``(K, N)``."""
-        trace = self._trace(self.model, batch, num_samples)
-        return self._log_density(trace, batch, num_samples, observed_only=True)
-
-    def draw_shared_prior(self, batch: tuple[Tensor, ...], num_samples: int) -> Tensor:
-        """As `draw_prior`, but with the same K latents for all data of the batch: where `shares_prior`.
-
-        ``log p(x_n|z_k) = sum_j x_nj l_kj - sum_j log(1 + exp(l_kj))`` for logits l: one decoding of K latents, and one
-        product of the matrices of logits and of data.
+        Exact where all sites are normal and do not depend on each other; else from ``max(400, 10 D)`` draws.
         """
-        trace = self._shared_trace(batch, num_samples)
-        (site,) = (site for site in density_sites(trace.nodes).values() if site["is_observed"])
-        return self._bernoulli_product(site)
+        sites = self._run(self.guide, batch, 2)
+        normal = [_normal_moments(sites[name], self.layout) for name in self.space.sites]
+        if all(normal):
+            locs, factors = zip(*normal, strict=True)  # type: ignore[arg-type]
+            return torch.cat(locs, -1), _block_diagonal(factors)
+        latents, _ = self.draw_guide(batch, max(400, 10 * self.space.dim))
+        u = self.space.flatten(latents)[0]
+        loc = u.mean(0)
+        centred = (u - loc).transpose(0, 1)
+        covariance = centred.mT @ centred / (len(u) - 1)
+        jitter = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
+        return loc, torch.linalg.cholesky(covariance + jitter[:, None, None] * torch.eye(u.shape[-1]).to(u))
 
-    def _bernoulli_product(self, site: Any) -> Tensor:
-        leaf = _leaf(site["fn"])
-        name = "probs" if "probs" in leaf.__dict__ else "logits"
-        logits = dist.Bernoulli(**{name: getattr(leaf, name).select(self._event_dim(site), 0)}).logits.flatten(1)
-        x = site["value"].reshape(-1, logits.shape[1]).to(logits)
-        return (logits @ x.T).double() - softplus(logits).sum(1, keepdim=True).double()
+    def simulate(self, batch: Batch) -> tuple[Batch, Latents]:
+        """Draws ``z ~ p(z)`` and ``x ~ p(x|z)``, and returns the batch with x in the place of its data, and z.
 
-    def _shared_trace(self, batch: tuple[Tensor, ...], num_samples: int) -> poutine.Trace:
+        Raises:
+            ProgramError: An observed site's data are no tensor of the batch as it is.
+        """
+        observed = _observed(self._run(self.model, batch, 1))
+        sites = self._run(poutine.uncondition(self.model), batch, 1)
+        drawn = self._gathered(sites, 1)
+        simulated = list(batch)
+        for name, site in observed.items():
+            value = site["value"]
+            same = [
+                index
+                for index, tensor in enumerate(batch)
+                if value.numel() == tensor.numel() and torch.equal(value.reshape(-1), tensor.reshape(-1).to(value))
+            ]
+            if not same:
+                raise ProgramError(
+                    f"cannot simulate data: site '{name}', of shape {tuple(value.shape)}, observes none of the data "
+                    f"tensors as it is; their shapes are {[tuple(t.shape) for t in batch]}."
+                )
+            simulated[same[0]] = drawn.pop(name)[0].reshape(batch[same[0]].shape).to(batch[same[0]])
+        return tuple(simulated), Latents(drawn, 1)
+
+    def _run(self, program: Program, batch: Batch, num_samples: int, latents: Latents | None = None) -> Sites:
+        """Runs a program for K particles, with latents of its own or given ones; returns its sites with densities."""
+        if latents is not None:
+            values = {name: self.layout.lay_out(v, *self._dims[name]) for name, v in latents.values.items()}
+            program = poutine.replay(program, trace=_as_trace(values))
+        batch = self.layout.copies(batch, num_samples)
+        if self.layout.folded:
+            return density_sites(poutine.trace(program).get_trace(*batch).nodes)
+        with pyro.plate("pvae_particles", num_samples, dim=self.layout.particle_dim):
+            return density_sites(poutine.trace(program).get_trace(*batch).nodes)
+
+    @cached_property
+    def _dims(self) -> dict[str, tuple[int, int]]:
+        """How many dimensions a latent's event has, and how many its plates."""
+        sites = _latent(density_sites(poutine.trace(self.model).get_trace(*self.trial).nodes))
+        return {name: (len(site["fn"].event_shape), len(site["fn"].batch_shape)) for name, site in sites.items()}
+
+    def _gathered(self, sites: Sites, num_samples: int) -> dict[str, Tensor]:
+        gather = self.layout.gather
+        return {name: gather(s["value"], len(s["fn"].event_shape), num_samples) for name, s in sites.items()}
+
+    def _densities(self, sites: Sites, batch: Batch, num_samples: int) -> tuple[Tensor, Tensor]:
+        latent, observed = _latent(sites), _observed(sites)
+        return self._log_density(latent, batch, num_samples), self._log_density(observed, batch, num_samples)
+
+    def _log_density(self, sites: Sites, batch: Batch, num_samples: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=batch[0].device)
+        for site in sites.values():
+            log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+            total = total + self.layout.sum_out(log_prob, num_samples)
+        return total.expand(num_samples, len(batch[0]))
+
+    def _shared_run(self, batch: Batch, num_samples: int) -> Sites:
         """Runs the model on a batch with K latents that were drawn for its first datum."""
-        # Without the plate's own sites, which would replay its size, 1, too.
-        latents = prune_subsample_sites(self._trace(self.model, tuple(t[:1] for t in batch), num_samples))
-        return self._trace(poutine.replay(self.model, trace=latents), batch, num_samples)
+        latents = self._gathered(_latent(self._run(self.model, tuple(t[:1] for t in batch), num_samples)), num_samples)
+        return self._run(self.model, batch, num_samples, Latents(latents, num_samples))
 
-    def _can_share_prior(self, batch: tuple[Tensor, ...]) -> bool:
-        """Whether the model's distributions are the same for all data, and its likelihood is one plain Bernoulli."""
+    def _product(self, site: Any) -> Tensor:
+        leaf = leaf_of(site["fn"])
+        parameters = {n: t.select(self._parameter_dim(site, n), 0) for n, t in parameters_of(leaf).items()}
+        return product(type(leaf), parameters, site["value"])
+
+    def _can_share_prior(self) -> bool:
+        """Whether the model's distributions are the same for all data, and its likelihood one of the known families."""
+        if self.layout.folded:
+            return False
         try:
-            trace = self._shared_trace(batch, 3)
+            sites = self._shared_run(self.trial, 3)
         except (RuntimeError, ValueError, IndexError):  # the model wants one latent for each datum
             return False
-        sites = list(density_sites(trace.nodes).values())
-        observed = [site for site in sites if site["is_observed"]]
-        if len(observed) != 1 or not all(self._is_shared(site) for site in sites):
+        observed = list(_observed(sites).values())
+        if len(observed) != 1 or not all(self._is_shared(site) for site in sites.values()):
             return False
         (site,) = observed
-        plain = type(_leaf(site["fn"])) is dist.Bernoulli and site["mask"] is None
-        if not plain or site["value"].shape != (len(batch[0]), *site["fn"].event_shape):
+        plain = type(leaf_of(site["fn"])) in FAMILIES and site["mask"] is None
+        if not plain or site["value"].shape != (len(self.trial[0]), *site["fn"].event_shape):
             return False
-        return torch.allclose(
-            self._bernoulli_product(site), self._log_density(trace, batch, 3, observed_only=True), rtol=1e-4, atol=1e-4
-        )
+        exact = self._log_density({"x": site}, self.trial, 3)
+        return torch.allclose(self._product(site).double(), exact, rtol=1e-4, atol=1e-4)
 
     def _is_shared(self, site: Any) -> bool:
         """Whether a site's distribution is the same for all data.
@@ -140,64 +242,83 @@ class Pair:
         A plate expands what does not depend on its data without copying, so that the stride of every parameter along
         it is 0. Univariate families below ``to_event`` show all of their parameters in this way.
         """
-        leaf = _leaf(site["fn"])
-        if type(leaf) not in _UNIVARIATE or len(_plates(site)) != 2:  # the plates: particles and data
+        leaf = leaf_of(site["fn"])
+        if type(leaf) not in PARAMETERS or len(_plates(site)) != 2:  # the plates: particles and data
             return False
-        return all(getattr(leaf, name).stride(self._event_dim(site)) == 0 for name in _UNIVARIATE[type(leaf)])
+        return all(t.stride(self._parameter_dim(site, n)) == 0 for n, t in parameters_of(leaf).items())
 
-    def _event_dim(self, site: Any) -> int:
-        """The data plate's dimension in the parameters of a site's distribution below ``to_event``."""
-        return self.data_dim - len(site["fn"].event_shape)
+    def _parameter_dim(self, site: Any, parameter: str) -> int:
+        """The data plate's dimension in a parameter of a site's distribution below ``to_event``."""
+        classes = isinstance(leaf_of(site["fn"]), dist.Categorical) and parameter in ("logits", "probs")
+        return self.layout.data_dim - len(site["fn"].event_shape) - classes
 
-    def _check_particles(self, batch: tuple[Tensor, ...]) -> None:
-        """Runs three particles at once and one by one, and raises where the densities differ."""
-        rule = (
-            "The model and the guide must take latents with any dimensions left of their own, one for particles here: "
-            "count dimensions from the right (dim=-1), and let networks take any leading dimensions, which "
-            "pvae.networks.Batched does for a module."
-        )
+
+def _running_particles(pair: Pair) -> Pair:
+    """The pair laid out so that particles run together and each alone have the same densities.
+
+    Raises:
+        ProgramError: There is no such layout.
+    """
+    trials = [_draw_alone(pair) for _ in range(2)]
+    values = {name: torch.cat([trial[0][name] for trial in trials]) for name in trials[0][0]}
+    alone = {program: torch.cat([trial[1][program] for trial in trials]) for program in ("model", "guide")}
+    problems = []
+    for folded in (False, True):
+        laid_out = replace(pair, layout=replace(pair.layout, folded=folded))
         try:
-            latents, log_qz = self.draw_guide(batch, num_samples=3)
-            together = {"model": self.log_pxz(batch, 3, latents), "guide": log_qz}
+            latents = Latents(values, 2)
+            together = {"model": laid_out.log_pxz(pair.trial, latents), "guide": laid_out.log_qz(pair.trial, latents)}
+            laid_out.draw_guide(pair.trial, 2)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise ProgramError(f"the pair cannot run several particles at once. {rule} {error}") from error
-        values = {name: site["value"] for name, site in density_sites(latents.nodes).items()}
-        for k in range(3):
-            one = {name: value[k] for name, value in values.items()}
-            for name, program in (("model", self.model), ("guide", self.guide)):
-                alone = poutine.trace(poutine.condition(program, data=one)).get_trace(*batch)
-                density = self._log_density(alone, batch, 1)[0]
-                if not torch.allclose(together[name][k], density, rtol=1e-4, atol=1e-4, equal_nan=True):
-                    raise ProgramError(
-                        f"the {name}'s log-density of a latent is {density.tolist()} for two data if it is run alone, "
-                        f"and {together[name][k].tolist()} among three particles. {rule}"
-                    )
+            problems.append(str(error))
+            continue
+        wrong = [p for p in alone if not torch.allclose(together[p], alone[p], rtol=1e-4, atol=1e-4, equal_nan=True)]
+        if not wrong:
+            if folded:
+                logger.info("the pair does not broadcast over particles (%s): they are run as copies", problems[0])
+            return laid_out
+        problems.append(
+            f"the {wrong[0]}'s log-density is {together[wrong[0]].tolist()} among two particles of two data, and "
+            f"{alone[wrong[0]].tolist()} if each is run alone"
+        )
+    raise ProgramError(
+        "log p(x) for each datum needs programs that treat each datum, and each latent, by itself, however many are "
+        f"run at once. With a plate over particles: {problems[0]}. With copies of the data: {problems[1]}. Count "
+        "dimensions from the right (dim=-1), and let no datum look at the others of its batch."
+    )
 
-    def _trace(self, program: Program, batch: tuple[Tensor, ...], num_samples: int) -> poutine.Trace:
-        with pyro.plate("pvae_particles", num_samples, dim=self.particle_dim):
-            return poutine.trace(program).get_trace(*batch)
 
-    def _log_density(
-        self, trace: poutine.Trace, batch: tuple[Tensor, ...], num_samples: int, *, observed_only: bool = False
-    ) -> Tensor:
-        """Sums the log-densities of a trace's sites over all but particles and data."""
-        total = torch.zeros((), dtype=torch.float64, device=batch[0].device)
-        for site in density_sites(trace.nodes).values():
-            if observed_only and not site["is_observed"]:
-                continue
-            log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
-            ones = (1,) * (-self.particle_dim - log_prob.dim())
-            log_prob = log_prob.reshape(ones + log_prob.shape)
-            inner = [d for d in range(self.particle_dim + 1, 0) if d != self.data_dim]
-            total = total + (log_prob.sum(inner) if inner else log_prob).double()
-        return total.expand(num_samples, len(batch[0]))
+def _draw_alone(pair: Pair) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draws latents for the two trial data, each run alone: their values ``(1, 2, ...)`` and densities ``(1, 2)``."""
+    alone = replace(pair, layout=replace(pair.layout, folded=True))
+    rows = []
+    for row in range(2):
+        batch = tuple(t[row : row + 1] for t in pair.trial)
+        latents, log_qz = alone.draw_guide(batch, 1)
+        rows.append((latents.values, {"model": alone.log_pxz(batch, latents), "guide": log_qz}))
+    return tuple({name: torch.cat([row[part][name] for row in rows], 1) for name in rows[0][part]} for part in (0, 1))
+
+
+def _as_trace(values: dict[str, Tensor]) -> poutine.Trace:
+    trace = poutine.Trace()
+    for name, value in values.items():
+        trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
+    return trace
+
+
+def _latent(sites: Sites) -> Sites:
+    return {name: site for name, site in sites.items() if not site["is_observed"]}
+
+
+def _observed(sites: Sites) -> Sites:
+    return {name: site for name, site in sites.items() if site["is_observed"]}
 
 
 def _plates(site: Any) -> list[Any]:
     return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
 
 
-def _check_density(guide: dict[str, Any]) -> None:
+def _check_density(guide: Sites) -> None:
     points = sorted(name for name, site in guide.items() if isinstance(base_distribution(site["fn"]), dist.Delta))
     if points:
         raise ProgramError(
@@ -206,21 +327,31 @@ def _check_density(guide: dict[str, Any]) -> None:
         )
 
 
-# Families whose parameters, each with an entry for each datum, say all there is to say about them.
-_UNIVARIATE = {
-    dist.Bernoulli: ("_param",),  # logits or probs, whichever it was given
-    dist.Laplace: ("loc", "scale"),
-    dist.Normal: ("loc", "scale"),
-    dist.StudentT: ("df", "loc", "scale"),
-    dist.Uniform: ("low", "high"),
-}
+def _normal_moments(site: Any, layout: Layout) -> tuple[Tensor, Tensor] | None:
+    """Mean ``(N, d)`` and Cholesky factor of a site run for two particles, where it is normal and the same for both."""
+    leaf, event_dim = leaf_of(site["fn"]), len(site["fn"].event_shape)
+    if type(leaf) not in (dist.Normal, dist.MultivariateNormal) or site["mask"] is not None:
+        return None
+    scale = leaf.stddev if type(leaf) is dist.Normal else leaf.scale_tril
+    loc = layout.gather(leaf.loc, event_dim, 2)
+    scale = layout.gather(scale, event_dim + scale.dim() - leaf.loc.dim(), 2)
+    if not (torch.equal(loc[0], loc[1]) and torch.equal(scale[0], scale[1])):
+        return None
+    if type(leaf) is dist.Normal:
+        flat = loc[0].flatten(1)
+        return flat, scale[0].reshape(flat.shape).diag_embed()
+    return (loc[0], scale[0]) if loc.dim() == 3 else None  # a nested plate would make many blocks
 
 
-def _leaf(distribution: Any) -> Any:
-    """The distribution below ``to_event``."""
-    while isinstance(distribution, dist.Independent):
-        distribution = distribution.base_dist
-    return distribution
+def _block_diagonal(factors: tuple[Tensor, ...]) -> Tensor:
+    size = sum(f.shape[-1] for f in factors)
+    whole = factors[0].new_zeros(len(factors[0]), size, size)
+    start = 0
+    for factor in factors:
+        stop = start + factor.shape[-1]
+        whole[:, start:stop, start:stop] = factor
+        start = stop
+    return whole
 
 
 def _data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> int:

@@ -2,112 +2,185 @@
 
 For each datum ``n``, K draws from a proposal give log-weights ``log w_k = log p(x, z_k) - log q(z_k)``. All that is
 wanted of them are a few running sums and the largest few weights; so memory does not grow with K, chunks may have any
-size, and sums of several chunks can be merged.
+size, and the sums of several chunks, calls or processes can be merged.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pvae.errors import NumericalError
+from pvae.errors import ArgumentError, NumericalError, positive_int
+from pvae.evidence.pareto import MIN_SAMPLES_FOR_KHAT, Tail, fit_tail, tail_length
 
-__all__ = ["MIN_SAMPLES_FOR_KHAT", "WeightSums", "pareto_khat", "tail_length"]
-
-MIN_SAMPLES_FOR_KHAT = 25
-"""With fewer draws the tail has fewer than 5 weights, and nothing can be said about it."""
+__all__ = ["WeightSums", "iwae_bounds"]
 
 
-def tail_length(num_samples: int) -> int:
-    """Number of largest weights that `pareto_khat` looks at: ``ceil(min(K / 5, 3 sqrt(K)))``.
-
-    Source: Vehtari, Simpson, Gelman, Yao and Gabry, 2024, Pareto Smoothed Importance Sampling.
-    """
-    return math.ceil(min(num_samples / 5, 3 * math.sqrt(num_samples)))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightSums:
     """Running sums over the log-weights of N data, in float64.
 
-    Make one by `of` and join them by `merge`; the order and the sizes of the chunks do not matter beyond
-    float64 rounding.
+    Make one by `of`, go on with `add`, and join two by `merge`; the order and the sizes of the chunks do not matter
+    beyond rounding. It holds nothing but tensors and an int, so it can be pickled and sent between processes.
 
     Attributes:
-        num_samples: ``K``, how many draws each datum has had.
+        num_samples: ``K``, how many draws each datum has had, shape ``(N,)``.
         log_sum: ``log sum_k w_k``, shape ``(N,)``.
         log_sum_squares: ``log sum_k w_k^2``, shape ``(N,)``.
         mean_log: ``mean_k log w_k``, shape ``(N,)``.
         squares_log: ``sum_k (log w_k - mean_log)^2``, shape ``(N,)``.
-        largest: The largest log-weights in descending order, shape ``(min(K, capacity), N)``.
+        log_variance: Log of the estimated variance of ``sum_k w_k``, shape ``(N,)``; nan for ``K = 1``.
+        candidates: Log-weights among which the largest ``capacity`` are, in no order, shape ``(M, N)``; ``-inf`` fills
+            up.
+        floor: No log-weight at or below this is wanted any more, shape ``(N,)``.
         capacity: How many of the largest are kept.
     """
 
-    num_samples: int
+    num_samples: Tensor
     log_sum: Tensor
     log_sum_squares: Tensor
     mean_log: Tensor
     squares_log: Tensor
-    largest: Tensor
+    log_variance: Tensor
+    candidates: Tensor
+    floor: Tensor
     capacity: int
 
     @classmethod
-    def of(cls, log_weights: Tensor, max_samples: int | None = None) -> WeightSums:
+    def of(cls, log_weights: Tensor, max_samples: int | None = None, *, floor: Tensor | None = None) -> WeightSums:
         """The sums of one chunk.
 
         Args:
             log_weights: Shape ``(K, N)``, any floating dtype. ``-inf`` is a weight of zero.
             max_samples: The number of draws in all chunks together; this chunk's by default.
+            floor: Leave log-weights at or below it out of `candidates`, shape ``(N,)``.
 
         Raises:
             NumericalError: A log-weight is nan or ``+inf``.
         """
-        num_samples = len(log_weights)
-        w = log_weights.detach().double()
-        bad = w.isnan() | w.isposinf()
-        if bad.any():
-            datum = int(bad.any(0).nonzero()[0])
-            raise NumericalError(
-                f"{int(bad.sum())} of {w.numel()} log-weights are nan or +inf, the first for datum {datum} of its "
-                "batch. A density of the model or the guide is not finite there: look at its scales."
-            )
-        capacity = tail_length(max_samples or num_samples) + 1
-        mean = w.mean(0)
+        w = log_weights.detach()
+        w = w if w.dtype in (torch.float32, torch.float64) else w.float()
+        k, n = w.shape
+        top = w.amax(0)  # nan where any is
+        _check(w, top)
+        # Exponents in the weights' own dtype, sums in float64.
+        relative = (w - top.nan_to_num(neginf=0.0)).exp_()
+        base = top.double().nan_to_num(neginf=0.0)
+        log_sum = relative.sum(0, dtype=torch.float64).log() + base
+        log_sum_squares = relative.square_().sum(0, dtype=torch.float64).log() + 2 * base
+        mean = w.sum(0, dtype=torch.float64) / k
         # A weight of zero makes mean and spread of the logs -inf and nan; the ELBO is -inf then.
-        squares = torch.where(mean.isfinite(), (w - mean).square().sum(0), torch.inf)
-        largest = w.topk(min(capacity, num_samples), dim=0).values
-        return cls(num_samples, w.logsumexp(0), (2 * w).logsumexp(0), mean, squares, largest, capacity)
+        spread = (w.double() - mean).square_().sum(0) if w.dtype == torch.float64 else _spread(w, mean)
+        squares = torch.where(mean.isfinite(), spread, torch.inf)
+        capacity = tail_length(max_samples or k) + 1
+        floor = torch.full_like(mean, -torch.inf) if floor is None else floor
+        counts = torch.full((n,), k, device=w.device)
+        variance = _log_variance(counts, log_sum, log_sum_squares)
+        kept = _above(w, floor, capacity)
+        return cls(counts, log_sum, log_sum_squares, mean, squares, variance, kept, floor, capacity)
+
+    def add(self, log_weights: Tensor) -> WeightSums:
+        """The sums with one more chunk, shape ``(K, N)``, of the same data."""
+        return self.merge(WeightSums.of(log_weights, floor=self.floor))
 
     def merge(self, other: WeightSums) -> WeightSums:
         """The sums over the draws of both, for the same data."""
-        k, m = self.num_samples, other.num_samples
+        k, m = self.num_samples.double(), other.num_samples.double()
         capacity = max(self.capacity, other.capacity)
-        largest = torch.cat([self.largest, other.largest])
         mean = (k * self.mean_log + m * other.mean_log) / (k + m)
         between = (self.mean_log - other.mean_log).square() * (k * m / (k + m))
-        squares = torch.where(mean.isfinite(), self.squares_log + other.squares_log + between, torch.inf)
+        log_sum = torch.logaddexp(self.log_sum, other.log_sum)
+        log_sum_squares = torch.logaddexp(self.log_sum_squares, other.log_sum_squares)
+        candidates, floor = torch.cat([self.candidates, other.candidates]), torch.maximum(self.floor, other.floor)
+        if len(candidates) > 2 * capacity:
+            candidates = candidates.topk(capacity, dim=0).values
+            floor = candidates[-1]
+        counts = self.num_samples + other.num_samples
         return WeightSums(
-            k + m,
-            torch.logaddexp(self.log_sum, other.log_sum),
-            torch.logaddexp(self.log_sum_squares, other.log_sum_squares),
+            counts,
+            log_sum,
+            log_sum_squares,
             mean,
-            squares,
-            largest.topk(min(capacity, len(largest)), dim=0).values,
+            torch.where(mean.isfinite(), self.squares_log + other.squares_log + between, torch.inf),
+            _log_variance(counts, log_sum, log_sum_squares),
+            candidates,
+            floor,
             capacity,
         )
+
+    @classmethod
+    def of_replicates(cls, replicates: Sequence[WeightSums]) -> WeightSums:
+        """The sums over R independent replicates of equal size whose draws are not independent within each.
+
+        As with randomized quasi-Monte Carlo, whose points are made to fill space evenly: only the scatter of the
+        replicates' means tells of the error, and that is what `std_error` is then.
+        """
+        if len(replicates) < 2:
+            raise ArgumentError(f"an error from replicates needs at least 2 of them, got {len(replicates)}.")
+        total = replicates[0]
+        for one in replicates[1:]:
+            total = total.merge(one)
+        sums = torch.stack([one.log_sum for one in replicates])
+        counts = torch.full_like(total.num_samples, len(replicates))
+        variance = _log_variance(counts, sums.logsumexp(0), (2 * sums).logsumexp(0))
+        return replace(total, log_variance=variance)
+
+    def combine(self, other: WeightSums) -> WeightSums:
+        """As `merge`, for sums whose draws came about in different ways: their variances are added, not pooled."""
+        return replace(self.merge(other), log_variance=torch.logaddexp(self.log_variance, other.log_variance))
+
+    def __getitem__(self, rows: Tensor) -> WeightSums:
+        """The sums of some of the data, by their indices."""
+        return self._map(lambda t: t[..., rows])
+
+    def put(self, rows: Tensor, sums: WeightSums) -> WeightSums:
+        """A copy with the sums of some of the data replaced."""
+        short = len(sums.candidates) - len(self.candidates)
+        mine, theirs = self._filled(max(short, 0)), sums._filled(max(-short, 0))
+        values = {}
+        for field in fields(self)[:-1]:
+            values[field.name] = getattr(mine, field.name).clone()
+            values[field.name][..., rows] = getattr(theirs, field.name)
+        return WeightSums(**values, capacity=max(self.capacity, sums.capacity))
+
+    @classmethod
+    def cat(cls, parts: Iterable[WeightSums]) -> WeightSums:
+        """The sums of several sets of data, one after the other."""
+        parts = list(parts)
+        longest = max(len(part.candidates) for part in parts)
+        parts = [part._filled(longest - len(part.candidates)) for part in parts]
+        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts], dim=-1) for f in fields(cls)[:-1]}
+        return cls(**tensors, capacity=max(part.capacity for part in parts))
+
+    def cpu(self) -> WeightSums:
+        """The sums on the CPU, with no more candidates than wanted."""
+        few = replace(self, candidates=self.largest) if len(self.candidates) > self.capacity else self
+        return few._map(torch.Tensor.cpu)
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest log-weights in descending order, shape ``(min(M, capacity), N)``."""
+        return self.candidates.topk(min(self.capacity, len(self.candidates)), dim=0).values
 
     @property
     def log_px(self) -> Tensor:
         """``log (1/K) sum_k w_k``, nats per datum, shape ``(N,)``: consistent, and low in the mean (Jensen)."""
-        return self.log_sum - math.log(self.num_samples)
+        return self.log_sum - self.num_samples.double().log()
+
+    @property
+    def bias(self) -> Tensor:
+        """Second-order bias of `log_px`, ``-Var(w) / (2 K mean(w)^2) = -std_error^2 / 2``, nats, shape ``(N,)``."""
+        return -self.std_error.square() / 2
 
     @property
     def ess(self) -> Tensor:
         """Effective sample size ``(sum_k w_k)^2 / sum_k w_k^2``, from 1 to K, shape ``(N,)``. Source: Kong, 1992."""
-        return (2 * self.log_sum - self.log_sum_squares).exp().clamp(max=float(self.num_samples))
+        return torch.minimum((2 * self.log_sum - self.log_sum_squares).exp(), self.num_samples.double())
 
     @property
     def std_error(self) -> Tensor:
@@ -115,9 +188,7 @@ class WeightSums:
 
         Low where the weights' tail is heavy: see `khat`.
         """
-        if self.num_samples < 2:
-            return torch.full_like(self.log_sum, torch.nan)
-        return ((self.num_samples / self.ess - 1) / (self.num_samples - 1)).sqrt()
+        return (self.log_variance / 2 - self.log_sum).exp()
 
     @property
     def elbo(self) -> Tensor:
@@ -127,57 +198,109 @@ class WeightSums:
     @property
     def elbo_std_error(self) -> Tensor:
         """Standard error of `elbo`, nats, shape ``(N,)``; nan for K = 1."""
-        if self.num_samples < 2:
-            return torch.full_like(self.mean_log, torch.nan)
-        return (self.squares_log / (self.num_samples - 1) / self.num_samples).sqrt()
+        k = self.num_samples.double()
+        return torch.where(k > 1, self.squares_log / (k - 1) / k, torch.nan).sqrt()
 
     @property
     def khat(self) -> Tensor:
-        """Pareto k-hat of the weights' tail, shape ``(N,)``; see `pareto_khat`."""
-        return pareto_khat(self.largest, self.num_samples)
+        """Pareto k-hat of the weights' tail, shape ``(N,)``; see `pvae.evidence.pareto.pareto_khat`."""
+        return self._tail.khat
+
+    @property
+    def log_px_psis(self) -> Tensor:
+        """`log_px` with the largest weights smoothed, nats per datum, shape ``(N,)``; `log_px` where there is no fit.
+
+        The M largest weights are replaced by quantiles of the generalized Pareto distribution fitted to them: less
+        variance for some bias. Source: Vehtari et al., 2024, Pareto Smoothed Importance Sampling.
+        """
+        _, log_tail, log_smoothed = self._tail
+        # log(1 - exp(-d)) for the share of the weights outside of the tail
+        share = (log_tail - self.log_sum).clamp(max=0.0)
+        rest = self.log_sum + torch.log(-torch.expm1(share))
+        smoothed = torch.logaddexp(rest, log_smoothed) - self.num_samples.double().log()
+        return torch.where(log_smoothed.isnan(), self.log_px, smoothed)
+
+    @cached_property
+    def _tail(self) -> Tail:
+        """The fit for each datum, those with the same number of draws together."""
+        largest = self.largest
+        tail = Tail(*(torch.full_like(self.log_sum, torch.nan) for _ in Tail._fields))
+        for k in self.num_samples.unique().tolist():
+            rows = (self.num_samples == k).nonzero()[:, 0]
+            for whole, part in zip(tail, fit_tail(largest[:, rows], k), strict=True):
+                whole[rows] = part
+        return tail
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> WeightSums:
+        return WeightSums(**{f.name: function(getattr(self, f.name)) for f in fields(self)[:-1]}, capacity=self.capacity)
+
+    def _filled(self, rows: int) -> WeightSums:
+        fill = self.candidates.new_full((rows, self.candidates.shape[1]), -torch.inf)
+        return replace(self, candidates=torch.cat([self.candidates, fill])) if rows else self
 
 
-def pareto_khat(largest: Tensor, num_samples: int) -> Tensor:
-    """The shape of a generalized Pareto distribution fitted to the largest of K weights, for each datum.
+def iwae_bounds(log_weights: Tensor, num_samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The IWAE bounds ``L_k = E[log (1/k) sum_{i<=k} w_i]`` of several k, from one set of weights.
 
-    Below 0.5 the weights have a finite variance; up to 0.7 the estimate is still usable; above it neither the estimate
-    nor its standard error can be trusted, at any K one could afford.
+    The K weights of a datum are cut into ``K // k`` groups of k, and the groups' values averaged; ``L_1`` is the ELBO,
+    and the bounds rise with k towards log p(x). Where one k divides the next, so do their estimates.
 
     Args:
-        largest: Log-weights in descending order, at least ``min(K, tail_length(K) + 1)`` of them, shape ``(M, N)``.
-        num_samples: ``K``, the number of draws they are the largest of.
+        log_weights: Nats, shape ``(K, N)``, as from `pvae.log_weights`.
+        num_samples: The k wanted, each at most K.
 
     Returns:
-        One k-hat for each datum, shape ``(N,)``. It is ``-inf`` where the tail's weights differ by less than 0.1% (as
-        with an exact posterior, where one draw is enough and what differs is rounding), ``inf`` where fewer than 5
-        weights stand out of all others (one weight that outweighs the rest by hundreds of nats leaves no tail to fit),
-        and nan for ``K < 25``.
+        The bounds and their standard errors, nats per datum, each of shape ``(len(num_samples), N)``; an error is nan
+        where K has room for one group only.
 
-    Source: Zhang and Stephens, 2009, A New and Efficient Estimation Method for the Generalized Pareto Distribution;
-    prior on k and length of the tail from Vehtari et al., 2024, Pareto Smoothed Importance Sampling.
+    Source: Burda, Grosse and Salakhutdinov, 2015, Importance Weighted Autoencoders.
     """
-    if num_samples < MIN_SAMPLES_FOR_KHAT:
-        return torch.full_like(largest[0], torch.nan)
-    m = tail_length(num_samples)
-    # Weights relative to the largest; below the smallest positive float64 they are zero in effect.
-    tail, threshold = (largest[:m] - largest[0]).exp(), (largest[m] - largest[0]).exp()
-    excess = (tail - threshold).flip(0).T.contiguous()  # (N, M), ascending
-    equal = excess[:, -1] < 1e-3
-    too_few = (excess > 0).sum(1) < 5
+    bounds, errors = [], []
+    for k in num_samples:
+        groups = len(log_weights) // positive_int("num_samples", k)
+        if not groups:
+            raise ArgumentError(f"num_samples must be at most K = {len(log_weights)}, the weights there are; got {k}.")
+        grouped = log_weights[: groups * k].double().reshape(groups, k, -1)
+        values = grouped.logsumexp(1) - math.log(k)
+        bounds.append(values.mean(0))
+        errors.append(values.std(0) / groups**0.5 if groups > 1 else torch.full_like(values[0], torch.nan))
+    return torch.stack(bounds), torch.stack(errors)
 
-    # A grid over theta = -k / sigma, weighted by its profile likelihood (Zhang and Stephens, section 4).
-    size = 30 + int(math.sqrt(m))
-    steps = 1 - (size / (torch.arange(1, size + 1, dtype=excess.dtype, device=excess.device) - 0.5)).sqrt()
-    quartile = excess[:, int(m / 4 + 0.5) - 1]
-    # Ties with the threshold leave no distance at the quartile; the smallest distance there is stands in.
-    nearest = torch.where(excess > 0, excess, torch.inf).amin(1)
-    quartile = torch.where(quartile > 0, quartile, nearest).clamp(min=1e-300)
-    theta = 1 / excess[:, -1:] + steps / (3 * quartile[:, None])  # (N, size)
-    # One grid point at a time, so that memory is that of the tail.
-    k = torch.stack([torch.log1p(-t[:, None] * excess).mean(-1) for t in theta.T], 1)
-    log_likelihood = m * ((-theta / k).log() - k - 1)
-    # At theta = 0, the exponential distribution, the expression is 0/0: that point is left out.
-    best = (theta * log_likelihood.nan_to_num(-torch.inf).softmax(-1)).sum(-1, keepdim=True)
-    fitted = torch.log1p(-best * excess).mean(-1)
-    shrunk = (m * fitted + 5) / (m + 10)  # ten pseudo-observations at k = 1/2
-    return torch.where(equal, -torch.inf, torch.where(too_few, torch.inf, shrunk))
+
+def _check(w: Tensor, top: Tensor) -> None:
+    if not (top.isnan() | top.isposinf()).any():
+        return
+    bad = w.isnan() | w.isposinf()
+    datum = int(bad.any(0).nonzero()[0])
+    raise NumericalError(
+        f"{int(bad.sum())} of {w.numel()} log-weights are nan or +inf, the first for datum {datum} of its "
+        "batch. A density of the model or the guide is not finite there: look at its scales."
+    )
+
+
+def _spread(w: Tensor, mean: Tensor) -> Tensor:
+    """``sum_k (w_k - mean)^2`` of float32 log-weights, summed in float64 without a float64 copy of them."""
+    centre = mean.to(w)
+    squares = (w - centre).square_().sum(0, dtype=torch.float64)
+    return (squares - len(w) * (mean - centre.double()).square()).clamp(min=0.0)
+
+
+def _log_variance(num_samples: Tensor, log_sum: Tensor, log_sum_squares: Tensor) -> Tensor:
+    """``log(K^2 Var(mean_k w_k))`` of K independent terms, ``(K sum w^2 - (sum w)^2) / (K - 1)``; nan for K = 1."""
+    k = num_samples.double()
+    ess = torch.minimum((2 * log_sum - log_sum_squares).exp(), k)
+    relative = torch.where(k > 1, (k / ess - 1) / (k - 1), torch.nan)
+    return relative.log() + 2 * log_sum
+
+
+def _above(w: Tensor, floor: Tensor, most: int) -> Tensor:
+    """The at most ``most`` largest entries above ``floor`` of each column, ``(M, N)``, filled up with ``-inf``."""
+    if floor.isneginf().any():
+        return w.topk(min(most, len(w)), dim=0).values.double()
+    rows, columns = (w > floor.to(w)).nonzero(as_tuple=True)
+    counts = torch.bincount(columns, minlength=w.shape[1])
+    columns, order = columns.sort(stable=True)
+    places = torch.arange(len(columns), device=w.device) - (counts.cumsum(0) - counts)[columns]
+    kept = torch.full((int(counts.max()), w.shape[1]), -torch.inf, dtype=torch.float64, device=w.device)
+    kept[places, columns] = w[rows[order], columns].double()
+    return kept

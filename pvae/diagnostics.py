@@ -1,0 +1,114 @@
+"""What a trained pair is made of: where the ELBO loses against log p(x)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pvae.checks import Data
+from pvae.evidence.estimates import EvidenceEstimate
+from pvae.evidence.importance import log_evidence
+from pvae.evidence.proposals import Guide, Refined
+from pvae.evidence.sampling import Proposal
+from pvae.isolation import Program
+
+__all__ = ["Gaps", "gaps"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Gaps:
+    """``log p(x) - ELBO`` of N data, split in two. All tensors are float64, on the CPU, in nats per datum.
+
+    Attributes:
+        evidence: The estimate of log p(x).
+        refined: The best Gaussian for each datum; its ELBO is the best of its family, up to its optimization.
+        guide: The guide; its ELBO is the model's.
+    """
+
+    evidence: EvidenceEstimate
+    refined: EvidenceEstimate
+    guide: EvidenceEstimate
+
+    @property
+    def approximation(self) -> Tensor:
+        """``log p(x) - ELBO(q*)``: what no Gaussian of the family can reach, shape ``(N,)``."""
+        return self.evidence.corrected - self.refined.elbo
+
+    @property
+    def approximation_std_error(self) -> Tensor:
+        """Its Monte Carlo standard error, shape ``(N,)``; too small where ``evidence.unreliable``."""
+        return (self.evidence.std_error.square() + self.refined.elbo_std_error.square()).sqrt()
+
+    @property
+    def amortization(self) -> Tensor:
+        """``ELBO(q*) - ELBO(q)``: what one encoder for all data loses against a fit to each, shape ``(N,)``."""
+        return self.refined.elbo - self.guide.elbo
+
+    @property
+    def amortization_std_error(self) -> Tensor:
+        """Its Monte Carlo standard error, shape ``(N,)``."""
+        return (self.refined.elbo_std_error.square() + self.guide.elbo_std_error.square()).sqrt()
+
+    def __repr__(self) -> str:
+        rows = (
+            ("log p(x)", self.evidence.corrected, self.evidence.std_error),
+            ("approximation", self.approximation, self.approximation_std_error),
+            ("amortization", self.amortization, self.amortization_std_error),
+            ("ELBO", self.guide.elbo, self.guide.elbo_std_error),
+        )
+        bad = int(self.evidence.unreliable.sum())
+        return "\n".join(
+            [f"log p(x) - ELBO of {self.evidence.num_data} data, nats per datum"]
+            + [f"  {n:<14}{v.mean().item():10.3f} +- {e.norm().item() / len(e):.3f}" for n, v, e in rows]
+            + [f"  log p(x) is unreliable for {bad} data: their approximation gaps are lower bounds"] * bool(bad)
+        )
+
+
+def gaps(
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    num_samples: int = 1000,
+    refined: Refined | None = None,
+    proposal: str | Proposal | Program | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    progress: bool = False,
+) -> Gaps:
+    """Splits ``log p(x) - ELBO`` for each datum into an approximation gap and an amortization gap.
+
+    ``log p(x) - ELBO(q) = [log p(x) - ELBO(q*)] + [ELBO(q*) - ELBO(q)]``, where q* is the best Gaussian of its family
+    for that datum alone. A large approximation gap asks for a richer family, a large amortization gap for a larger
+    encoder.
+
+    Args:
+        model: The generative program.
+        guide: The recognition program.
+        data: As for `pvae.log_evidence`.
+        num_samples: Draws for each datum and each of the three estimates.
+        refined: How q* is found and of what family it is: ``Refined(steps=500)`` if left out, with a diagonal
+            covariance; ``Refined(full=True)`` for a full one.
+        proposal: For log p(x); as for `pvae.log_evidence`. Left out, that is ``refined`` with Student-t tails.
+        seed: As for `pvae.log_evidence`; the three estimates use ``seed``, ``seed + 1`` and ``seed + 2``.
+        device: As for `pvae.log_evidence`.
+        progress: Show bars on stderr, if that is a terminal.
+
+    Returns:
+        `Gaps`.
+
+    Raises:
+        ProgramError: Latents are not continuous; or as by `pvae.log_evidence`.
+
+    Source: Cremer, Li and Duvenaud, 2018, Inference Suboptimality in Variational Autoencoders.
+    """
+    best = Refined(steps=500) if refined is None else refined
+    estimates = [
+        log_evidence(
+            model, guide, data, num_samples=num_samples, proposal=p, seed=seed + i, device=device, progress=progress
+        )
+        for i, p in enumerate((best if proposal is None else proposal, best, Guide()))
+    ]
+    return Gaps(*estimates)

@@ -1,0 +1,203 @@
+"""Annealed importance sampling: chains that walk from a tractable density to the posterior, and back.
+
+``f_b(u) = q(u)^(1-b) p(x, u)^b`` leads from the start q at b = 0 to the joint at b = 1. A chain collects
+``log w = sum_t (b_t - b_(t-1)) [log p(x, u_t) - log q(u_t)]`` and moves by Hamiltonian Monte Carlo in between; then
+``E[w] = p(x)``, however badly it mixes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pvae.errors import ArgumentError, positive_int
+from pvae.evidence.gaussians import Elliptical
+from pvae.evidence.sampling import Gaussian, Guide, Prior, Proposal, Sampler, log_joint
+from pvae.evidence.spaces import Latents
+from pvae.evidence.traces import Batch, Pair
+
+__all__ = ["Annealed", "Chains"]
+
+
+@dataclass(frozen=True)
+class Annealed(Proposal):
+    """Annealed importance sampling from a start to the posterior; ``num_samples`` is the number of chains.
+
+    Step sizes are tuned for each datum and temperature by pilot chains, towards ``acceptance``, and then frozen: steps
+    that adapt inside of a weighted run would bias it. From a Gaussian start chains move in coordinates in which it is
+    standard.
+
+    Args:
+        start: `pvae.evidence.sampling.Guide` (seen as a Gaussian), another Gaussian proposal, or the prior.
+        temperatures: ``T``, how many steps from q to p; the error falls about as ``1 / T``.
+        leapfrog_steps: For each temperature.
+        acceptance: Of moves, aimed at in tuning.
+        pilots: Chains for tuning.
+
+    Source: Neal, 2001, Annealed Importance Sampling; Wu, Burda, Salakhutdinov and Grosse, 2017, On the Quantitative
+    Analysis of Decoder-Based Generative Models.
+    """
+
+    start: Gaussian | Prior = field(default_factory=Guide)
+    temperatures: int = 100
+    leapfrog_steps: int = 5
+    acceptance: float = 0.65
+    pilots: int = 8
+
+    @property
+    def name(self) -> str:
+        """What to call it in results."""
+        return f"AIS from the {self.start.name}, {self.temperatures} temperatures"
+
+    def on(self, pair: Pair, batch: Batch) -> Chains:
+        """Chains for the data of one batch, with step sizes tuned and frozen."""
+        for argument in ("temperatures", "leapfrog_steps", "pilots"):
+            positive_int(argument, getattr(self, argument))
+        if not 0 < self.acceptance < 1:
+            raise ArgumentError(f"acceptance must lie between 0 and 1, got {self.acceptance!r}.")
+        if isinstance(self.start, Prior):
+            start = None
+        elif isinstance(self.start, Gaussian):
+            start = self.start.gaussian(pair, batch)
+        else:
+            raise ArgumentError(f"start must be a Gaussian proposal or Prior(), got {self.start!r}.")
+        chains = Chains(pair, batch, start, ladder(self.temperatures), self.leapfrog_steps)
+        chains.tune(self.pilots, self.acceptance)
+        return chains
+
+
+def ladder(temperatures: int) -> Tensor:
+    """``b_0 = 0 < ... < b_T = 1``, denser at both ends: a logistic curve from -4 to 4, scaled; shape ``(T + 1,)``."""
+    curve = torch.sigmoid(torch.linspace(-4, 4, temperatures + 1, dtype=torch.float64))
+    return (curve - curve[0]) / (curve[-1] - curve[0])
+
+
+@dataclass(eq=False)
+class Chains(Sampler):
+    """Annealing chains for the data of one batch; v are the coordinates that they move in.
+
+    Attributes:
+        start: The density at b = 0; the prior if none.
+        betas: Shape ``(T + 1,)``.
+        leapfrog_steps: For each temperature.
+        step_sizes: Frozen, for the temperatures ``b_1`` to ``b_(T-1)``, shape ``(T - 1, N)``.
+    """
+
+    start: Elliptical | None
+    betas: Tensor
+    leapfrog_steps: int
+    step_sizes: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.step_sizes = torch.zeros(0)
+        self._accepted: list[Tensor] = []
+
+    def tune(self, pilots: int, target: float) -> None:
+        """Finds step sizes with pilot chains, whose weights are thrown away."""
+        state = self._begin(pilots)
+        _, num_data, dim = state.v.shape
+        size = torch.full((num_data,), 0.5 / dim**0.25, dtype=torch.float64, device=state.v.device)
+        sizes = []
+        for index, beta in enumerate(self.betas[1:-1].tolist()):
+            # The first size is a guess, and is given some tries: great steps at first, then small ones.
+            for rate in [2.0] * 10 + [1.0] * 10 if index == 0 else [1.0]:
+                state, accepted = self._move(state, beta, size)
+                size = size * torch.exp(rate * (accepted.mean(0) - target))
+            sizes.append(size)
+        self.step_sizes = torch.stack(sizes) if sizes else size.new_zeros(0, num_data)
+
+    def log_weights(self, num_samples: int) -> Tensor:
+        """Returns log w of K fresh chains for each datum, nats, shape ``(K, N)``."""
+        state = self._begin(num_samples)
+        total = torch.zeros(state.v.shape[:2], dtype=torch.float64, device=state.v.device)
+        for t in range(1, len(self.betas)):
+            total += (self.betas[t] - self.betas[t - 1]).item() * (state.log_p - state.log_q)
+            if t < len(self.betas) - 1:
+                state, accepted = self._move(state, self.betas[t].item(), self.step_sizes[t - 1])
+                self._accepted.append(accepted.mean(0))
+        if self._accepted:
+            self.diagnostics["acceptance"] = torch.stack(self._accepted).mean(0)
+        return total
+
+    def reverse_log_weights(self, latents: Latents, num_samples: int) -> Tensor:
+        """Runs K chains back from draws of the posterior, so that ``E[1 / w] = 1 / p(x)``.
+
+        Args:
+            latents: One draw of ``p(z|x)`` for each datum, such as the z that x was simulated from.
+            num_samples: ``K`` chains from each.
+
+        Returns:
+            log w, nats, shape ``(K, N)``.
+        """
+        v = self._coordinates(latents)
+        state = self._at(v.expand(num_samples, *v.shape[1:]))
+        total = torch.zeros(state.v.shape[:2], dtype=torch.float64, device=v.device)
+        for t in range(len(self.betas) - 1, 0, -1):
+            if t < len(self.betas) - 1:
+                state, _ = self._move(state, self.betas[t].item(), self.step_sizes[t - 1])
+            total += (self.betas[t] - self.betas[t - 1]).item() * (state.log_p - state.log_q)
+        return total
+
+    def _begin(self, num_samples: int) -> _State:
+        if self.start is None:
+            return self._at(self._coordinates(self.pair.draw_prior(self.batch, num_samples)))
+        return self._at(self._coordinates(self.start.draw(num_samples)[0]))
+
+    def _coordinates(self, latents: Latents) -> Tensor:
+        u = self.pair.space.flatten(latents)[0]
+        return u if self.start is None else self.start.standardize(u)
+
+    def _at(self, v: Tensor) -> _State:
+        """Evaluates both ends of the path at v."""
+        with torch.enable_grad():
+            v = v.detach().requires_grad_()
+            if self.start is None:
+                latents, log_det = self.pair.space.unflatten(v)
+                log_pz, log_px_given_z = self.pair.densities(self.batch, latents)
+                log_q = log_pz + log_det
+                log_p = log_q + log_px_given_z
+            else:
+                log_q = self.start.log_standard(v) - self.start.log_scale
+                log_p = log_joint(self.pair, self.batch, self.start.place(v))
+            (slope_q,) = torch.autograd.grad(log_q.sum(), v, retain_graph=True)
+            (slope_p,) = torch.autograd.grad(log_p.sum(), v)
+        return _State(v.detach(), log_q.detach(), log_p.detach(), slope_q, slope_p)
+
+    def _move(self, state: _State, beta: float, sizes: Tensor) -> tuple[_State, Tensor]:
+        """One step of Hamiltonian Monte Carlo, which leaves f_b invariant.
+
+        Returns:
+            The chains after it, and their probabilities of acceptance, ``(K, N)``.
+        """
+        size = sizes.to(state.v)[:, None]
+        momentum = torch.randn_like(state.v)
+        new, p = state, momentum
+        for _ in range(self.leapfrog_steps):
+            p = p + size / 2 * new.slope(beta)
+            new = self._at(new.v + size * p)
+            p = p + size / 2 * new.slope(beta)
+        energy = (momentum.square() - p.square()).sum(-1).double() / 2
+        # A trajectory that runs off ends in nan: it is not accepted.
+        rate = (new.log_f(beta) - state.log_f(beta) + energy).nan_to_num(-torch.inf).clamp(max=0.0).exp()
+        accept = torch.rand_like(rate) < rate
+        chosen = (torch.where(accept if a.dim() == 2 else accept[..., None], a, b) for a, b in zip(new, state, strict=True))
+        return _State(*chosen), rate
+
+
+class _State(NamedTuple):
+    """Where chains are, the log densities of both ends of the path there, and their gradients."""
+
+    v: Tensor
+    log_q: Tensor
+    log_p: Tensor
+    slope_q: Tensor
+    slope_p: Tensor
+
+    def log_f(self, beta: float) -> Tensor:
+        return (1 - beta) * self.log_q + beta * self.log_p
+
+    def slope(self, beta: float) -> Tensor:
+        return (1 - beta) * self.slope_q + beta * self.slope_p

@@ -1,0 +1,276 @@
+"""What an estimate of log p(x) says, and how far it can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pvae.errors import ArgumentError
+from pvae.evidence.pareto import MIN_SAMPLES_FOR_KHAT
+from pvae.evidence.weights import WeightSums
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["KHAT_LIMIT", "EvidenceEstimate"]
+
+KHAT_LIMIT = 0.7
+"""Above this k-hat neither an estimate nor its standard error can be trusted (Vehtari et al., 2024)."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EvidenceEstimate:
+    """Estimates of log p(x) for N data, with what is known of their error. All tensors are on the CPU.
+
+    Attributes:
+        sums: The running sums that all numbers here are made of.
+        proposal: Where the draws came from.
+        seed: The seed used, also where ``seed=None`` asked for a fresh one.
+        shared_draws: Whether data shared draws, so that their errors are correlated.
+        seconds: How long it took.
+        target_std_error: The standard error asked for, nats per datum, if one was.
+        diagnostics: What the proposal found out on the way, by name, shape ``(N,)`` each, such as ``"acceptance"``.
+    """
+
+    sums: WeightSums
+    proposal: str
+    seed: int
+    shared_draws: bool
+    seconds: float
+    target_std_error: float | None = None
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def log_px(self) -> Tensor:
+        """``log (1/K) sum_k w_k``, nats per datum, shape ``(N,)``. Low in the mean by about ``std_error^2 / 2``."""
+        return self.sums.log_px
+
+    @cached_property
+    def std_error(self) -> Tensor:
+        """Its Monte Carlo standard error (delta method), nats, shape ``(N,)``; nan for K = 1."""
+        return self.sums.std_error
+
+    @cached_property
+    def ess(self) -> Tensor:
+        """Effective sample size of the weights, from 1 to K, shape ``(N,)``."""
+        return self.sums.ess
+
+    @cached_property
+    def khat(self) -> Tensor:
+        """Pareto k-hat of the weights, shape ``(N,)``: above 0.7 do not trust the estimate or its error.
+
+        ``-inf`` for equal weights, ``inf`` where fewer than 5 weights stand out, nan for K < 25.
+        """
+        return self.sums.khat
+
+    @cached_property
+    def elbo(self) -> Tensor:
+        """``mean_k log w_k``, nats per datum, shape ``(N,)``; with the guide as proposal, the ELBO."""
+        return self.sums.elbo
+
+    @cached_property
+    def elbo_std_error(self) -> Tensor:
+        """Its Monte Carlo standard error, nats, shape ``(N,)``; nan for K = 1."""
+        return self.sums.elbo_std_error
+
+    @cached_property
+    def corrected(self) -> Tensor:
+        """`log_px` with its second-order bias ``-std_error^2 / 2`` taken out, nats per datum, shape ``(N,)``."""
+        return self.log_px - self.sums.bias
+
+    @cached_property
+    def log_px_psis(self) -> Tensor:
+        """`log_px` from Pareto-smoothed weights, nats per datum, shape ``(N,)``; see `WeightSums.log_px_psis`."""
+        return self.sums.log_px_psis
+
+    @property
+    def samples(self) -> Tensor:
+        """How many draws each datum took, shape ``(N,)``."""
+        return self.sums.num_samples
+
+    @property
+    def num_samples(self) -> int:
+        """``K``, draws for each datum; the most that any took, where they differ."""
+        return int(self.samples.max())
+
+    @property
+    def num_data(self) -> int:
+        """How many data, ``N``."""
+        return len(self.samples)
+
+    @property
+    def mean(self) -> float:
+        """Mean of `log_px` over the data, nats per datum."""
+        return self.log_px.mean().item()
+
+    @property
+    def mean_std_error(self) -> float:
+        """Monte Carlo standard error of `mean`, which more draws would make smaller.
+
+        Where data shared draws their errors may all point one way, so this is an upper bound then.
+        """
+        if self.shared_draws:
+            return self.std_error.mean().item()
+        return self.std_error.norm().item() / self.num_data
+
+    @property
+    def data_std_error(self) -> float:
+        """Standard error of `mean` over the choice of data, which more data would make smaller; nan for N = 1."""
+        return self.log_px.std().item() / self.num_data**0.5 if self.num_data > 1 else float("nan")
+
+    @property
+    def unreliable(self) -> Tensor:
+        """Which data have a k-hat above 0.7, or none at all; bool, shape ``(N,)``."""
+        return ~(self.khat <= KHAT_LIMIT)
+
+    @property
+    def unresolved(self) -> Tensor:
+        """Which data are `unreliable` or miss the `target_std_error`; bool, shape ``(N,)``."""
+        if self.target_std_error is None:
+            return self.unreliable
+        return self.unreliable | ~(self.std_error <= self.target_std_error)
+
+    @property
+    def withheld(self) -> list[str]:
+        """Why `interval` gives none, for each datum; empty strings where it does."""
+        return [_reason(k, n, KHAT_LIMIT) for k, n in zip(self.khat.tolist(), self.samples.tolist(), strict=True)]
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """A confidence interval for log p(x) of each datum.
+
+        ``corrected -+ z std_error``: the second-order bias of the logarithm is added back, without which such an
+        interval covers too little. Withheld (nan) where `unreliable`, as no interval is honest there; `withheld` has
+        the reasons.
+
+        Args:
+            level: Coverage aimed at, between 0 and 1.
+
+        Returns:
+            Lower and upper ends, nats per datum, each of shape ``(N,)``.
+        """
+        z = _quantile(level)
+        centre = self.corrected.masked_fill(self.unreliable, torch.nan)
+        return centre - z * self.std_error, centre + z * self.std_error
+
+    @property
+    def mean_khat(self) -> float:
+        """The data's k-hats, averaged with weights ``std_error^2``: each datum's share in the mean's variance.
+
+        One datum's k-hat scatters; this scatters less, and a few bad data that make up the error of the mean show in it.
+        """
+        shares, khat = self.std_error.square(), self.khat
+        if (~(shares > 0)).all() or khat.isneginf().all():
+            return khat.max().item()
+        counted = shares > 0
+        # Equal weights have no tail and next to no error.
+        return ((shares * khat.clamp(min=-1.0))[counted].sum() / shares[counted].sum()).item()
+
+    @property
+    def mean_withheld(self) -> str:
+        """Why `mean_interval` gives none; empty if it does.
+
+        The limit for `mean_khat` is ``min(1 - 1 / log10 K, 0.7)``, with K the fewest draws of a datum.
+        """
+        fewest = int(self.samples.min())
+        limit = KHAT_LIMIT if fewest < 10 else min(1 - 1 / torch.tensor(float(fewest)).log10().item(), KHAT_LIMIT)
+        return _reason(self.mean_khat, fewest, limit)
+
+    def mean_interval(self, level: float = 0.95) -> tuple[float, float]:
+        """A confidence interval for the mean of log p(x) over these data: its Monte Carlo error, not that of the choice
+        of data.
+
+        The mean of `corrected`, ``-+ z mean_std_error``. Withheld (nan) where `mean_withheld` says why.
+
+        Args:
+            level: Coverage aimed at, between 0 and 1.
+
+        Returns:
+            Lower and upper end, nats per datum.
+        """
+        z = _quantile(level)
+        if self.mean_withheld:
+            return float("nan"), float("nan")
+        centre = self.corrected.mean().item()
+        return centre - z * self.mean_std_error, centre + z * self.mean_std_error
+
+    def merge(self, other: EvidenceEstimate) -> EvidenceEstimate:
+        """The estimate from the draws of both: of the same data in the same order, by any proposals, with other seeds.
+
+        Raises:
+            ArgumentError: They are of different numbers of data, or have the same seed and so the same draws.
+        """
+        if self.num_data != other.num_data:
+            raise ArgumentError(f"estimates of {self.num_data} and of {other.num_data} data cannot be merged.")
+        if self.seed == other.seed:
+            raise ArgumentError(f"both estimates have seed {self.seed}, so their draws are not independent.")
+        return EvidenceEstimate(
+            self.sums.combine(other.sums),
+            self.proposal if self.proposal == other.proposal else f"{self.proposal} and {other.proposal}",
+            self.seed,
+            self.shared_draws or other.shared_draws,
+            self.seconds + other.seconds,
+            self.target_std_error,
+            self.diagnostics,
+        )
+
+    def to_dataset(self) -> xarray.Dataset:
+        """The estimates as an ``xarray.Dataset`` over the dimension ``"datum"`` (xarray comes with ArviZ)."""
+        import xarray
+
+        values = {name: getattr(self, name) for name in _COLUMNS} | dict(self.diagnostics)
+        attributes = {"num_samples": self.num_samples, "proposal": self.proposal, "seed": self.seed, "units": "nats"}
+        return xarray.Dataset({k: ("datum", v.numpy()) for k, v in values.items()}, attrs=attributes)
+
+    def __repr__(self) -> str:
+        lower, upper = self.mean_interval()
+        interval = f"withheld: {self.mean_withheld}" if self.mean_withheld else f"{lower:.3f} to {upper:.3f}"
+        fewest = int(self.samples.min())
+        draws = f"{self.num_samples}" if fewest == self.num_samples else f"{fewest} to {self.num_samples}"
+        return "\n".join(
+            [
+                f"log p(x) of {self.num_data} data, {draws} samples each from the {self.proposal}",
+                f"  mean       {self.mean:10.3f} nats per datum",
+                f"  std error  {self.mean_std_error:10.3f} (Monte Carlo), {self.data_std_error:.3f} (over the data)",
+                f"  95% of it  {interval}",
+                f"  ELBO       {self.elbo.mean().item():10.3f}",
+                f"  ESS        {self.ess.median().item():10.1f} (median, of {self.samples.median().item()})",
+                f"  k-hat      {self.khat.median().item():10.2f} (median)",
+                *(f"  {name:<11}{value.median().item():10.2f} (median)" for name, value in self.diagnostics.items()),
+                f"  {self._verdict()}",
+            ]
+        )
+
+    def _verdict(self) -> str:
+        bad, unresolved = int(self.unreliable.sum()), int(self.unresolved.sum())
+        if self.num_samples < MIN_SAMPLES_FOR_KHAT:
+            return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples: how far to trust this is not known"
+        if self.target_std_error is not None and unresolved:
+            return (
+                f"{unresolved} of {self.num_data} data are unresolved: {bad} have k-hat > {KHAT_LIMIT}, the others a "
+                f"standard error above {self.target_std_error:g}"
+            )
+        if bad:
+            return f"{bad} of {self.num_data} data are unreliable (k-hat > {KHAT_LIMIT}): take theirs as lower bounds"
+        return f"all {self.num_data} data have k-hat <= {KHAT_LIMIT}"
+
+
+_COLUMNS = ("log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "samples")
+
+
+def _quantile(level: float) -> float:
+    if not 0 < level < 1:
+        raise ArgumentError(f"level must lie between 0 and 1, got {level!r}.")
+    return torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
+
+
+def _reason(khat: float, num_samples: int, limit: float) -> str:
+    if khat <= limit:
+        return ""
+    if num_samples < MIN_SAMPLES_FOR_KHAT:
+        return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples, there are {num_samples}"
+    return f"k-hat {khat:.2f} is above {limit:.2f}"

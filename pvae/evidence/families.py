@@ -1,0 +1,117 @@
+"""Likelihoods of many draws and many data at once, where one matrix product gives them all.
+
+In an exponential family ``log p(x | z) = <T(x), eta(z)> - A(eta(z)) + log h(x)``: the first term, for K draws and N
+data, is a product of a ``(K, T)`` and a ``(T, N)`` matrix, and the others are vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+from torch.nn.functional import one_hot, softplus
+
+__all__ = ["FAMILIES", "PARAMETERS", "Family", "leaf_of", "parameters_of", "product"]
+
+
+class Family(NamedTuple):
+    """A family in its natural form; the functions return tensors with a leading dimension of draws or of data.
+
+    Attributes:
+        natural: A distribution to ``eta``, one tensor for each statistic.
+        normalizer: A distribution to ``A``.
+        statistics: Data and a distribution to ``T(x)``, one tensor for each.
+        carrier: Data to ``log h(x)``; none if that is 0.
+        dtype: In which to multiply; float64 where terms may nearly cancel.
+    """
+
+    natural: Callable[[Any], tuple[Tensor, ...]]
+    normalizer: Callable[[Any], Tensor]
+    statistics: Callable[[Tensor, Any], tuple[Tensor, ...]]
+    carrier: Callable[[Tensor], Tensor] | None = None
+    dtype: torch.dtype | None = torch.float64
+
+
+def _itself(x: Tensor, _: Any) -> tuple[Tensor, ...]:
+    return (x,)
+
+
+FAMILIES: dict[type, Family] = {
+    dist.Bernoulli: Family(lambda p: (p.logits,), lambda p: softplus(p.logits), _itself, dtype=None),
+    dist.Categorical: Family(
+        lambda p: (p.logits,),
+        lambda p: torch.zeros_like(p.logits[..., 0]),
+        lambda x, p: (one_hot(x.long(), p.logits.shape[-1]),),
+        dtype=None,
+    ),
+    dist.Exponential: Family(lambda p: (-p.rate,), lambda p: -p.rate.log(), _itself),
+    dist.Gamma: Family(
+        lambda p: (p.concentration - 1, -p.rate),
+        lambda p: p.concentration.lgamma() - p.concentration * p.rate.log(),
+        lambda x, _: (x.log(), x),
+    ),
+    dist.Normal: Family(
+        lambda p: (p.loc / p.scale.square(), -0.5 / p.scale.square()),
+        lambda p: (p.loc / p.scale).square() / 2 + p.scale.log(),
+        lambda x, _: (x, x.square()),
+        lambda x: torch.full_like(x, -math.log(2 * math.pi) / 2),
+    ),
+    dist.Poisson: Family(lambda p: (p.rate.log(),), lambda p: p.rate, _itself, lambda x: -torch.lgamma(x + 1)),
+}
+"""Univariate families whose parameters and data stand entry by entry."""
+
+
+PARAMETERS = {
+    dist.Bernoulli: ("logits",),
+    dist.Categorical: ("logits",),
+    dist.Exponential: ("rate",),
+    dist.Gamma: ("concentration", "rate"),
+    dist.Laplace: ("loc", "scale"),
+    dist.Normal: ("loc", "scale"),
+    dist.Poisson: ("rate",),
+    dist.StudentT: ("df", "loc", "scale"),
+    dist.Uniform: ("low", "high"),
+}
+"""Univariate families by the names of their parameters, which say all there is to say about them."""
+
+
+def parameters_of(leaf: Any) -> dict[str, Tensor]:
+    """A distribution's parameters as it was given them: probabilities or logits."""
+    names = ["probs" if n == "logits" and "probs" in leaf.__dict__ else n for n in PARAMETERS[type(leaf)]]
+    return {name: getattr(leaf, name) for name in names}
+
+
+def leaf_of(distribution: Any) -> Any:
+    """The distribution below ``to_event``."""
+    while isinstance(distribution, dist.Independent):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def product(family: type, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """``log p(x_n | z_k)`` summed over the entries of a datum, for all draws and data.
+
+    Args:
+        family: One of `FAMILIES`.
+        parameters: By name, each of shape ``(K, *event)``; a categorical's with one more dimension of classes.
+        x: Shape ``(N, *event)``.
+
+    Returns:
+        Shape ``(K, N)``, in the family's dtype.
+    """
+    rule = FAMILIES[family]
+    dtype = rule.dtype or next(iter(parameters.values())).dtype
+    p = family(**{name: value.to(dtype) for name, value in parameters.items()}, validate_args=False)
+    natural = torch.cat([_rows(eta) for eta in rule.natural(p)], 1)
+    x = x.to(dtype)
+    statistics = torch.cat([_rows(t.to(dtype)) for t in rule.statistics(x, p)], 1)
+    log_px = torch.addmm(-_rows(rule.normalizer(p)).sum(1, keepdim=True), natural, statistics.T)
+    return log_px if rule.carrier is None else log_px + _rows(rule.carrier(x)).sum(1)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(len(t), -1)

@@ -1,0 +1,191 @@
+"""What a proposal is, and the two that every pair has: its guide and its prior."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pvae.evidence.gaussians import Elliptical
+from pvae.evidence.spaces import Latents
+from pvae.evidence.traces import Batch, Pair
+from pvae.isolation import Program
+
+__all__ = ["Density", "Gaussian", "GaussianDensity", "Guide", "Prior", "Proposal", "Sampler", "log_joint"]
+
+
+@dataclass(eq=False)
+class Sampler(ABC):
+    """A proposal on one batch of data.
+
+    Attributes:
+        pair: The model and the guide.
+        batch: The data.
+        replicates: In how many independent replicates the draws must come for their error to be known; None where
+            they are independent.
+        diagnostics: What it found out on the way, by name, shape ``(N,)`` each.
+    """
+
+    pair: Pair
+    batch: Batch
+    replicates: int | None = field(default=None, kw_only=True)
+    diagnostics: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+
+    @abstractmethod
+    def log_weights(self, num_samples: int) -> Tensor:
+        """Returns ``log w`` of fresh draws, with ``E[w] = p(x)``, nats, shape ``(K, N)``."""
+
+    def restart(self) -> None:  # noqa: B027 (only replicates have something to begin anew)
+        """Begins the next replicate."""
+
+
+class Density(Sampler):
+    """A proposal whose density is known: ``w = p(x, z) / q(z)``."""
+
+    @abstractmethod
+    def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
+        """Returns fresh draws and their log q, shape ``(K, N)``."""
+
+    @abstractmethod
+    def log_prob(self, latents: Latents) -> Tensor:
+        """Returns log q of any latents, shape ``(K, N)``."""
+
+    def log_weights(self, num_samples: int) -> Tensor:
+        """Returns ``log p(x, z) - log q(z)`` of fresh draws, nats, shape ``(K, N)``."""
+        latents, log_q = self.draw(num_samples)
+        return self.pair.log_pxz(self.batch, latents) - log_q
+
+
+class Proposal(ABC):
+    """Where draws come from, for any batch."""
+
+    prepares = False
+    """Whether `on` does work of its own for each datum, so that batches should hold many data."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What to call it in results."""
+
+    def shares_draws(self, pair: Pair) -> bool:
+        """Whether all data of a batch get the same draws, so that a large batch costs little more than a small one."""
+        return False
+
+    @abstractmethod
+    def on(self, pair: Pair, batch: Batch) -> Sampler:
+        """The proposal for the data of one batch, prepared to draw."""
+
+
+class Gaussian(Proposal):
+    """A proposal that is, or can be seen as, a Gaussian in the latents' unconstrained space."""
+
+    @abstractmethod
+    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+        """Its density for each datum of a batch."""
+
+    def on(self, pair: Pair, batch: Batch) -> Sampler:
+        """The proposal for the data of one batch, prepared to draw."""
+        return GaussianDensity(pair, batch, self.gaussian(pair, batch))
+
+
+@dataclass(eq=False)
+class GaussianDensity(Density):
+    """Draws from a Gaussian or Student-t."""
+
+    elliptical: Elliptical
+
+    def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
+        """Returns fresh draws and their log q, shape ``(K, N)``."""
+        return self.elliptical.draw(num_samples)
+
+    def log_prob(self, latents: Latents) -> Tensor:
+        """Returns log q of any latents, shape ``(K, N)``."""
+        return self.elliptical.log_prob(latents)
+
+    def restart(self) -> None:
+        """Begins the next replicate."""
+        if self.elliptical.sobol is not None:
+            self.elliptical.sobol.restart()
+
+
+@dataclass(frozen=True)
+class Guide(Gaussian):
+    """Draws from the guide, ``z ~ q(z|x)``: few draws are wasted where the guide is near the posterior.
+
+    Args:
+        program: Another Pyro guide with the model's latent sites; the pair's own if left out.
+    """
+
+    program: Program | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in results."""
+        return "guide" if self.program is None else getattr(self.program, "__name__", type(self.program).__name__)
+
+    def on(self, pair: Pair, batch: Batch) -> Sampler:
+        """The guide as it is."""
+        return GuideDensity(pair if self.program is None else pair.with_guide(self.program), batch)
+
+    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+        """The Gaussian with the guide's mean and covariance, which is the guide itself where that is normal."""
+        pair = pair if self.program is None else pair.with_guide(self.program)
+        return Elliptical(pair.space, *pair.guide_moments(batch))
+
+
+class GuideDensity(Density):
+    """Draws from a guide."""
+
+    def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
+        """Returns fresh draws and their log q, shape ``(K, N)``."""
+        return self.pair.draw_guide(self.batch, num_samples)
+
+    def log_prob(self, latents: Latents) -> Tensor:
+        """Returns log q of any latents, shape ``(K, N)``."""
+        return self.pair.log_qz(self.batch, latents)
+
+
+@dataclass(frozen=True)
+class Prior(Proposal):
+    """Draws from the prior, ``z ~ p(z)``, so that the weight is p(x|z): almost all draws explain x badly."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in results."""
+        return "prior"
+
+    def shares_draws(self, pair: Pair) -> bool:
+        """Yes where p(x|z) is of a known exponential family and depends on the latents alone: one decoding for all."""
+        return pair.shares_prior
+
+    def on(self, pair: Pair, batch: Batch) -> Sampler:
+        """The prior, shared by the batch's data where that is sound."""
+        return PriorDensity(pair, batch)
+
+
+class PriorDensity(Density):
+    """Draws from a prior."""
+
+    def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
+        """Returns fresh draws and their log p(z), shape ``(K, N)``."""
+        latents = self.pair.draw_prior(self.batch, num_samples)
+        return latents, self.pair.densities(self.batch, latents)[0]
+
+    def log_prob(self, latents: Latents) -> Tensor:
+        """Returns log p(z) of any latents, shape ``(K, N)``."""
+        return self.pair.densities(self.batch, latents)[0]
+
+    def log_weights(self, num_samples: int) -> Tensor:
+        """Returns log p(x|z) of fresh draws, nats, shape ``(K, N)``."""
+        if self.pair.shares_prior:
+            return self.pair.draw_shared_prior(self.batch, num_samples)
+        latents = self.pair.draw_prior(self.batch, num_samples)
+        return self.pair.densities(self.batch, latents)[1]
+
+
+def log_joint(pair: Pair, batch: Batch, u: Tensor) -> Tensor:
+    """``log p(x, z(u)) + log |dz/du|``, the joint density in unconstrained space, for u of shape ``(K, N, D)``."""
+    latents, log_det = pair.space.unflatten(u)
+    return pair.log_pxz(batch, latents) + log_det

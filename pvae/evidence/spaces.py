@@ -1,0 +1,174 @@
+"""Latents as tensors: how programs lay them out, and how they become vectors of real numbers. Nothing of Pyro runs here.
+
+Everywhere else particles come first and data second: ``(K, N, ...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+
+from pvae.errors import ProgramError
+
+__all__ = ["LatentSpace", "Latents", "Layout", "Site"]
+
+
+@dataclass(eq=False)
+class Latents:
+    """K draws of every latent of N data.
+
+    Attributes:
+        values: By site, each of shape ``(K, N, *plates, *event)``.
+        num_samples: ``K``.
+        densities: log p(z) and log p(x|z) at them, each ``(K, N)``, once they are known.
+    """
+
+    values: dict[str, Tensor]
+    num_samples: int
+    densities: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where particles and data stand in the tensors of a program.
+
+    Attributes:
+        data_dim: Dimension of the data plate in a site's batch shape, negative.
+        particle_dim: Dimension of the particle plate, left of all others, negative.
+        folded: Whether there is no such plate, and particles are copies of the data: row ``k N + n`` is particle k of
+            datum n.
+    """
+
+    data_dim: int
+    particle_dim: int
+    folded: bool = False
+
+    def gather(self, value: Tensor, event_dim: int, num_samples: int) -> Tensor:
+        """A site's value as ``(K, N, *plates, *event)``, with a plate of size 1 where the site has none."""
+        axis = self.data_dim - event_dim
+        if not self.folded:
+            return value.movedim(axis, 1)
+        value = value.reshape((1,) * (self._nesting + event_dim - value.dim()) + value.shape)
+        return value.movedim(axis, 0).unflatten(0, (num_samples, -1))
+
+    def lay_out(self, value: Tensor, event_dim: int, depth: int) -> Tensor:
+        """The inverse of `gather`, for a site whose plates reach ``depth`` dimensions to the left."""
+        axis = self.data_dim - event_dim
+        if not self.folded:
+            return value.movedim(1, axis)
+        value = value.flatten(0, 1).movedim(0, axis)
+        return value.reshape(value.shape[self._nesting - depth :])
+
+    def copies(self, batch: tuple[Tensor, ...], num_samples: int) -> tuple[Tensor, ...]:
+        """The data for K particles: as they are, or K times where they are folded."""
+        return tuple(t.expand(num_samples, *t.shape).flatten(0, 1) for t in batch) if self.folded else batch
+
+    def sum_out(self, log_prob: Tensor, num_samples: int) -> Tensor:
+        """Sums a site's log-densities over all but particles and data, in float64; broadcasts with ``(K, N)``."""
+        dims = self._nesting + (not self.folded)
+        log_prob = log_prob.reshape((1,) * (dims - log_prob.dim()) + log_prob.shape)
+        inner = [d for d in range(-dims + (not self.folded), 0) if d != self.data_dim]
+        summed = (log_prob.sum(inner) if inner else log_prob).double()
+        return summed.unflatten(0, (num_samples, -1)) if self.folded else summed
+
+    @property
+    def _nesting(self) -> int:
+        return -self.particle_dim - 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """How one latent becomes a part of the vector.
+
+    Attributes:
+        shape: ``(*plates, *event)``.
+        unconstrained: The same for the real numbers in its place.
+        transform: From real numbers to the support; none where the support is all real numbers.
+        refusal: Why there is no such transform; empty if there is.
+    """
+
+    shape: torch.Size
+    unconstrained: torch.Size
+    transform: Transform | None
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """The latents of one datum as a vector u of D real numbers, by a bijection for each site.
+
+    Densities of u and of the latents differ by the bijections' Jacobian; none is needed where a site is real.
+    """
+
+    sites: dict[str, Site]
+
+    @classmethod
+    def of(cls, sites: Mapping[str, tuple[Any, Tensor]]) -> LatentSpace:
+        """From each site's support and its values ``(K, N, *plates, *event)``."""
+        return cls({name: _site(name, *site) for name, site in sites.items()})
+
+    @property
+    def dim(self) -> int:
+        """``D``, how many real numbers."""
+        return sum(site.unconstrained.numel() for site in self._checked().values())
+
+    def flatten(self, latents: Latents) -> tuple[Tensor, Tensor]:
+        """Returns u, shape ``(K, N, D)``, and ``log |dz/du|``, shape ``(K, N)`` or broadcasting with it."""
+        parts: list[Tensor] = []
+        log_det = torch.zeros((), dtype=torch.float64)
+        for name, site in self._checked().items():
+            z = latents.values[name]
+            u = z if site.transform is None else site.transform.inv(z)
+            if site.transform is not None:
+                log_det = log_det.to(z.device) + _summed(site.transform.log_abs_det_jacobian(u, z))
+            parts.append(u.flatten(2) if u.dim() > 2 else u[..., None])
+        return torch.cat(parts, -1), log_det
+
+    def unflatten(self, u: Tensor) -> tuple[Latents, Tensor]:
+        """Returns the latents at u, shape ``(K, N, D)``, and ``log |dz/du|``, shape ``(K, N)`` or broadcasting."""
+        values, log_det = {}, torch.zeros((), dtype=torch.float64)
+        sites = self._checked()
+        parts = u.split([site.unconstrained.numel() for site in sites.values()], -1)
+        for part, (name, site) in zip(parts, sites.items(), strict=True):
+            one = part.reshape(*u.shape[:2], *site.unconstrained)
+            values[name] = one if site.transform is None else site.transform(one)
+            if site.transform is not None:
+                log_det = log_det.to(u.device) + _summed(site.transform.log_abs_det_jacobian(one, values[name]))
+        return Latents(values, len(u)), log_det
+
+    def _checked(self) -> dict[str, Site]:
+        for site in self.sites.values():
+            if site.refusal:
+                raise ProgramError(site.refusal)
+        if not self.sites:
+            raise ProgramError("the model has no latent sites: log p(x) is its density, and needs no proposal.")
+        return self.sites
+
+
+def _summed(log_det: Tensor) -> Tensor:
+    return log_det.flatten(2).sum(-1).double() if log_det.dim() > 2 else log_det.double()
+
+
+def _site(name: str, support: Any, values: Tensor) -> Site:
+    shape = values.shape[2:]
+    inner = support
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    if inner is constraints.real:
+        return Site(shape, shape, None)
+    advice = "Use proposal='guide' or 'prior', which take any latents."
+    if support.is_discrete:
+        return Site(shape, shape, None, f"site '{name}' is discrete, and this proposal moves real numbers. {advice}")
+    bounds = {key: getattr(inner, key) for key in ("lower_bound", "upper_bound") if hasattr(inner, key)}
+    numbers = {key: torch.as_tensor(value).flatten() for key, value in bounds.items()}
+    if any((value != value[0]).any() for value in numbers.values()):
+        return Site(shape, shape, None, f"the support of site '{name}' is not the same for all of its entries. {advice}")
+    if bounds:
+        inner = type(inner)(*(value[0].item() for value in numbers.values()))
+    transform = biject_to(inner)
+    return Site(shape, torch.Size(transform.inverse_shape(shape)), transform)
