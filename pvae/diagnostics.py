@@ -73,7 +73,7 @@ def gaps(
     *,
     num_samples: int = 1000,
     refined: Refined | None = None,
-    proposal: str | Proposal | Program | None = None,
+    proposal: str | Proposal | Program = "refined",
     seed: int = 0,
     device: str | torch.device = "auto",
     progress: bool = False,
@@ -89,9 +89,9 @@ def gaps(
         guide: The recognition program.
         data: As for `pvae.log_evidence`.
         num_samples: Draws for each datum and each of the three estimates.
-        refined: How q* is found and of what family it is: ``Refined(steps=500)`` if left out, with a diagonal
-            covariance; ``Refined(full=True)`` for a full one.
-        proposal: For log p(x); as for `pvae.log_evidence`. Left out, that is ``refined`` with Student-t tails.
+        refined: How q* is found and of what family it is; ``Refined(full=False, steps=200)`` if left out, for guides
+            with a diagonal covariance.
+        proposal: For log p(x), as for `pvae.log_evidence`: a full covariance for each datum if left out.
         seed: As for `pvae.log_evidence`; the three estimates use ``seed``, ``seed + 1`` and ``seed + 2``.
         device: As for `pvae.log_evidence`.
         progress: Show bars on stderr, if that is a terminal.
@@ -104,11 +104,11 @@ def gaps(
 
     Source: Cremer, Li and Duvenaud, 2018, Inference Suboptimality in Variational Autoencoders.
     """
-    best = Refined(steps=500) if refined is None else refined
+    best = Refined(full=False, steps=200) if refined is None else refined
     estimates = [
         log_evidence(
             model, guide, data, num_samples=num_samples, proposal=p, seed=seed + i, device=device, progress=progress
         )
-        for i, p in enumerate((best if proposal is None else proposal, best, Guide()))
+        for i, p in enumerate((proposal, best, Guide()))
     ]
     return Gaps(*estimates)

@@ -117,7 +117,7 @@ def linear_gaussian(
 
 @dataclass(frozen=True)
 class TwoModes:
-    """``z ~ Normal(0, I)``, ``x ~ Normal(s W z, noise^2 I)`` with a sign ``s = -1`` or ``1``, each with probability 1/2.
+    """``z ~ Normal(0, I)``, ``x ~ Normal(s W z, noise^2 I)`` with a sign s that is -1 or 1, with probability 1/2.
 
     The sign is summed out in the model, so that z and -z explain x equally well: the posterior has two modes, as far
     from each other as the data are from 0. The guide knows one of them. Its weights look perfect there, and miss
@@ -137,7 +137,9 @@ class TwoModes:
             z = pyro.sample("z", dist.Normal(weight.new_zeros(weight.shape[1]), 1.0).to_event(1))
             means = (z @ weight.T)[..., None, :] * signs[:, None]
             components = dist.Normal(means, self.half.noise).to_event(1)
-            pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(logits=torch.zeros_like(signs)), components), obs=x)
+            pyro.sample(
+                "x", dist.MixtureSameFamily(dist.Categorical(logits=torch.zeros_like(signs)), components), obs=x
+            )
 
     def guide(self, x: Tensor) -> None:
         """One of the posterior's two modes, exactly."""

@@ -7,6 +7,7 @@ that a right program fails under another seed is below 1e-6 for 5 sigma.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.distributions import constraints
 import pvae
 from pvae.evidence import proposals
 from pvae.evidence.importance import _chunk_shape
+from pvae.evidence.session import Session
 from pvae.evidence.traces import Pair
 from pvae.testing import linear_gaussian
 
@@ -56,7 +58,8 @@ def test_prior_estimates_the_exact_log_px_where_that_is_possible():
     estimate = evidence(oracle, x, num_samples=1000, proposal="prior")
     z = z_scores(estimate, oracle.log_px(x))[estimate.khat < 0.5]
     assert len(z) > 300
-    assert z.std() == pytest.approx(1, abs=5 * 0.06)
+    assert (z.abs() < 5.5).all()  # 400 normal scores, whether or not they are correlated: 2e-5
+    assert estimate.shared_draws
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-7), (torch.float32, 1e-4)])
@@ -124,7 +127,7 @@ def test_a_narrow_guide_is_flagged_and_its_interval_withheld():
 # --- draws, chunks, seeds -----------------------------------------------------------------------------------------
 
 
-class Counted:
+class Counted(proposals.Proposal):
     """Deals out the columns of one matrix of draws, and counts them."""
 
     name = "counted"
@@ -133,14 +136,20 @@ class Counted:
         self.deck = -90 + torch.randn(num_samples, num_data, dtype=torch.float64)
         self.dealt = torch.zeros(num_data, dtype=torch.long)
 
-    def shares_draws(self, pair):
-        return False
+    def on(self, pair, batch):
+        return Dealt(pair, batch, self)
 
-    def log_weights(self, pair, batch, num_samples):
-        columns = batch[1]
-        taken = int(self.dealt[columns[0]])
-        self.dealt[columns] += num_samples
-        return self.deck[taken : taken + num_samples, columns]
+
+class Dealt(proposals.Sampler):
+    def __init__(self, pair, batch, deck):
+        super().__init__(pair, batch)
+        self.proposal = deck
+
+    def log_weights(self, num_samples):
+        columns = self.batch[1]
+        taken = int(self.proposal.dealt[columns[0]])
+        self.proposal.dealt[columns] += num_samples
+        return self.proposal.deck[taken : taken + num_samples, columns]
 
 
 @pytest.mark.parametrize("num_samples", [1, 7, 250])
@@ -173,17 +182,22 @@ def test_every_chunk_size_estimates_the_same(proposal, chunk_size, small_vae, bi
     assert ((one.log_px - other.log_px).abs() < 5 * error).all()
 
 
-@pytest.mark.parametrize("shared", [False, True])
+class Shared(proposals.Prior):
+    def shares_draws(self, pair):
+        return True
+
+
+@pytest.mark.parametrize("proposal", [proposals.Guide(), Shared(), proposals.Laplace(), proposals.Annealed()])
 @pytest.mark.parametrize("num_samples", [1, 1000, 10**6])
-def test_chunks_are_bounded_whatever_the_order_of_the_data(shared, num_samples):
+def test_chunks_are_bounded_whatever_the_order_of_the_data(proposal, num_samples):
     labels, images = torch.zeros(100_000), torch.zeros(1, 3, 64, 64).expand(100_000, 3, 64, 64)
     shapes = [
-        _chunk_shape(data, num_samples, None, torch.device("cpu"), shared)
+        _chunk_shape(100_000, num_samples, Session(None, data, torch.device("cpu")), proposal, None)
         for data in ((labels, images), (images, labels))
     ]
     assert shapes[0] == shapes[1]
     rows, draws = shapes[0]
-    entries = rows * min(draws, num_samples) * (1 if shared else images[0].numel())
+    entries = rows * min(draws, num_samples) * (1 if isinstance(proposal, Shared) else images[0].numel())
     assert rows >= 1
     assert draws >= 1
     assert entries <= 2**22
@@ -221,7 +235,7 @@ def test_shared_draws_are_weighed_as_the_model_weighs_them(make):
         torch.manual_seed(0)
         z = vae.prior().sample((20, 1))
         exact = torch.stack([vae.decode(z[:, 0]).log_prob(row) for row in x], 1)
-    torch.testing.assert_close(shared, exact.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shared, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_shared_and_separate_draws_estimate_the_same(small_vae, bits):
@@ -229,8 +243,8 @@ def test_shared_and_separate_draws_estimate_the_same(small_vae, bits):
         def shares_draws(self, pair):
             return False
 
-        def log_weights(self, pair, batch, num_samples):
-            return pair.draw_prior(batch, num_samples)
+        def on(self, pair, batch):
+            return super().on(dataclasses.replace(pair, shares_prior=False), batch)
 
     shared = evidence(small_vae, bits[:50], num_samples=2000, proposal="prior")
     separate = evidence(small_vae, bits[:50], num_samples=2000, proposal=Separate())
@@ -286,16 +300,14 @@ def mixture(loc):
         bernoulli_pair(prior=lambda x: dist.Normal(x[:, :2], 1.0)),
         bernoulli_pair(logits=lambda z, x: z @ torch.ones(2, 6) + x.mean(1, keepdim=True)),
         bernoulli_pair(logits=lambda z, x: z @ torch.ones(2, 6) + z.new_zeros(len(x), 1)),
-        linear_gaussian(2, 6),
         bernoulli_pair(mask=torch.arange(6) % 2 == 0),
         bernoulli_pair(prior=lambda x: mixture(x[:, :2])),
         bernoulli_pair(family=lambda logits: HalfBernoulli(logits=logits)),
     ],
-    ids=["prior", "likelihood", "copies", "gaussian", "masked", "mixture", "subclass"],
+    ids=["prior", "likelihood", "copies", "masked", "mixture", "subclass"],
 )
 def test_draws_are_shared_only_where_that_is_sound(pair, bits):
-    x = bits[:20].double() if isinstance(pair, pvae.testing.LinearGaussian) else bits[:20]
-    prior, guide = (evidence(pair, x, num_samples=4000, proposal=p) for p in ("prior", "guide"))
+    prior, guide = (evidence(pair, bits[:20], num_samples=4000, proposal=p) for p in ("prior", "guide"))
     assert not prior.shared_draws
     error = (prior.std_error.square() + guide.std_error.square()).sqrt()
     assert ((prior.log_px - guide.log_px).abs() < 5 * error + 1e-3)[~prior.unreliable & ~guide.unreliable].all()
@@ -550,9 +562,9 @@ def test_programs_run_in_eval_mode_without_gradients(bits):
         ({"num_samples": 2.5}, "num_samples"),
         ({"num_samples": True}, "num_samples"),
         ({"chunk_size": 0}, "chunk_size"),
-        ({"proposal": "posterior"}, "proposal.*'guide', 'prior'; got 'posterior'"),
+        ({"proposal": "posterior"}, "proposal must be one of 'guide', 'prior', 'refined'.*; got 'posterior'"),
         ({"proposal": proposals.Prior}, "class Prior: make one"),
-        ({"proposal": None}, "proposal.*no name, shares_draws, log_weights"),
+        ({"proposal": None}, "proposal must be one of 'guide'.*or a Pyro guide; got None"),
         ({"seed": -1}, "seed"),
         ({"device": "tpu7"}, "device"),
         ({"data": torch.zeros(0, 6)}, "data is empty"),
@@ -605,11 +617,21 @@ def global_guide(x):
     guide_of("z")(x)
 
 
-def does_not_broadcast(x):
+def sequential(x):
+    for i in pyro.plate("data", 2):
+        pyro.sample(f"x_{i}", dist.Normal(pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0)), 1.0), obs=x[i % len(x), 0])
+
+
+def sequential_guide(x):
+    for i in pyro.plate("data", 2):
+        pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+
+
+def couples(x):
+    """A datum's mean depends on the others of its batch."""
     with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
-        loc = nn.functional.conv1d(z[:, None].reshape(len(x), 1, 2), torch.ones(1, 1, 1)).reshape(len(x), 2)
-        pyro.sample("x", dist.Normal(loc.sum(-1), 1.0), obs=x[:, 0])
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z + x[:, 1].mean(), 1.0), obs=x[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -626,11 +648,8 @@ def does_not_broadcast(x):
         (local, guide_of(), r"Model: \['z'\]; guide: \[\]"),
         (local, guide_of("z", "extra"), r"only in the guide: \['extra'\]"),
         (local, guide_of("z", fn=dist.Delta(torch.tensor(0.0))), r"point mass at \['z'\]"),
-        (
-            does_not_broadcast,
-            guide_of("z", fn=dist.Normal(torch.zeros(2), 1.0).to_event(1)),
-            "several particles at once",
-        ),
+        (sequential, sequential_guide, r"one plate over the data.*'x_0 \(model\)' has plates \[\]"),
+        (couples, guide_of("z"), r"treat each datum.*the model's log-density is .* if each is run alone"),
     ],
 )
 def test_pairs_without_an_evidence_for_each_datum_are_refused(model, guide, match, bits):
@@ -643,15 +662,56 @@ def fixed_guide(x):
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
 
-@pytest.mark.parametrize("dim", [-1, 1])
-def test_a_program_that_counts_dimensions_from_the_left_is_refused(dim, bits):
-    """With particles, dimension 1 is the data: the program would normalise over them, and nothing would fail."""
-    pair = bernoulli_pair(logits=lambda z, x: torch.softmax(z, dim=dim) @ torch.ones(2, 6))
-    if dim == -1:
-        evidence(pair, bits, num_samples=3)
-    else:
-        with pytest.raises(pvae.ProgramError, match=r"the model's log-density.*among three particles.*dim=-1"):
-            evidence(pair, bits, num_samples=3)
+@pytest.mark.parametrize("proposal", ["guide", "prior", "refined", "laplace", "defensive", "ais"])
+def test_a_program_that_does_not_broadcast_gives_the_same_answer(proposal):
+    """A convolution wants exactly 4 dimensions, and softmax over dimension 1 means another thing with particles."""
+    weight = torch.randn(6, 2, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def made(decode):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(decode(z), 0.5).to_event(1), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x[:, :2] / 4, 0.4).to_event(1))
+
+        return model, guide
+
+    def conv(z):
+        return nn.functional.conv2d(torch.softmax(z, 1)[:, :, None, None], weight)[:, :, 0, 0]
+
+    broadcasting = made(lambda z: torch.softmax(z, -1) @ weight[:, :, 0, 0].T)
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    estimates = [pvae.log_evidence(*pair, x, num_samples=400, proposal=proposal) for pair in (made(conv), broadcasting)]
+    error = torch.stack([e.std_error for e in estimates]).norm(dim=0)
+    assert ((estimates[0].log_px - estimates[1].log_px).abs() < 5 * error).all()
+
+
+def test_nested_plates_fold_too():
+    """Two latents, one in a plate inside the data plate, and a program that asserts what it is given."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            if a.shape[0] != len(x):
+                raise ValueError("not for particles")
+            with pyro.plate("features", 3, dim=-2):
+                b = pyro.sample("b", dist.Normal(a, 1.0))
+                pyro.sample("x", dist.Normal(b, 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(x.mean(1) / 2, 1.0))
+            with pyro.plate("features", 3, dim=-2):
+                pyro.sample("b", dist.Normal((a + x.T) / 2, 1.0))
+
+    exact = dist.MultivariateNormal(torch.zeros(3).double(), (torch.ones(3, 3) + 2 * torch.eye(3)).double())
+    x = exact.sample((30,))
+    for proposal in ("guide", "prior", "laplace", "student-t"):
+        estimate = pvae.log_evidence(model, guide, x, num_samples=3000, proposal=proposal)
+        assert ((estimate.log_px - exact.log_prob(x)).abs() < 5 * estimate.std_error + 1e-6).all()
 
 
 def test_model_and_guide_that_changed_places_are_refused(small_vae, bits):
@@ -714,7 +774,7 @@ def test_to_dataset(estimate):
     data = estimate.to_dataset()
     assert dict(data.sizes) == {"datum": 30}
     np.testing.assert_array_equal(data["log_px"], estimate.log_px.numpy())
-    assert set(data.data_vars) == {"log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error"}
+    assert set(data.data_vars) == {"log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "samples"}
     assert data.attrs["num_samples"] == 100
     assert data.attrs["units"] == "nats"
 

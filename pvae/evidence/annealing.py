@@ -183,7 +183,9 @@ class Chains(Sampler):
         # A trajectory that runs off ends in nan: it is not accepted.
         rate = (new.log_f(beta) - state.log_f(beta) + energy).nan_to_num(-torch.inf).clamp(max=0.0).exp()
         accept = torch.rand_like(rate) < rate
-        chosen = (torch.where(accept if a.dim() == 2 else accept[..., None], a, b) for a, b in zip(new, state, strict=True))
+        chosen = (
+            torch.where(accept if a.dim() == 2 else accept[..., None], a, b) for a, b in zip(new, state, strict=True)
+        )
         return _State(*chosen), rate
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,13 +162,13 @@ class EvidenceEstimate:
     def mean_khat(self) -> float:
         """The data's k-hats, averaged with weights ``std_error^2``: each datum's share in the mean's variance.
 
-        One datum's k-hat scatters; this scatters less, and a few bad data that make up the error of the mean show in it.
+        One datum's k-hat scatters; this scatters less, and shows a few bad data that make up the error of the mean.
         """
         shares, khat = self.std_error.square(), self.khat
-        if (~(shares > 0)).all() or khat.isneginf().all():
-            return khat.max().item()
         counted = shares > 0
-        # Equal weights have no tail and next to no error.
+        if not counted.any():
+            return khat.max().item()
+        # Equal weights have a k-hat of -inf, and next to no error.
         return ((shares * khat.clamp(min=-1.0))[counted].sum() / shares[counted].sum()).item()
 
     @property
@@ -177,7 +178,7 @@ class EvidenceEstimate:
         The limit for `mean_khat` is ``min(1 - 1 / log10 K, 0.7)``, with K the fewest draws of a datum.
         """
         fewest = int(self.samples.min())
-        limit = KHAT_LIMIT if fewest < 10 else min(1 - 1 / torch.tensor(float(fewest)).log10().item(), KHAT_LIMIT)
+        limit = min(1 - 1 / math.log10(max(fewest, MIN_SAMPLES_FOR_KHAT)), KHAT_LIMIT)
         return _reason(self.mean_khat, fewest, limit)
 
     def mean_interval(self, level: float = 0.95) -> tuple[float, float]:

@@ -195,14 +195,14 @@ def _chunk_shape(
 ) -> tuple[int, int]:
     """How many data and how many draws to evaluate at once.
 
-    Chosen so that activations fit the caches of a CPU, or use a small part of a GPU's memory. Shared draws make a
-    square: what is computed for each draw is spread over many data, and there are no activations for each pair. Where
-    a proposal is fitted to each datum first, many data are taken at once and few draws.
+    Chosen so that activations fit the caches of a CPU, or use a small part of a GPU's memory. Where draws are shared
+    there are no activations for each pair, and a draw's decoding is spread over many data. Where a proposal is fitted
+    to each datum first, many data are taken at once and few draws.
     """
     cuda = session.device.type == "cuda"
     if proposal.shares_draws(session.pair):
         pairs = chunk_size or (2**24 if cuda else 2**21)
-        draws = min(num_samples, math.isqrt(pairs))
+        draws = min(num_samples, max(1, math.isqrt(pairs // 8)))
         return min(num_data, max(1, pairs // draws)), draws
     most, entries = (2**18, 2**27) if cuda else (2**13, 2**22)
     pairs = chunk_size or max(1, min(most, entries // session.entries))

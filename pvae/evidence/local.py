@@ -59,7 +59,7 @@ class Refined(Gaussian):
     Args:
         start: Where to begin, usually the encoder's answer.
         full: A full covariance; else means and scales only, along the axes of ``start``, which is the family of most
-            encoders.
+            encoders, but makes weights with heavier tails.
         steps: Gradient steps.
         particles: Draws for each datum and step.
         lr: Adam's first learning rate, in standard deviations of ``start``; it falls linearly to 0.
@@ -70,7 +70,7 @@ class Refined(Gaussian):
     """
 
     start: Gaussian = field(default_factory=Guide)
-    full: bool = False
+    full: bool = True
     steps: int = 100
     particles: int = 8
     lr: float = 0.1
@@ -91,8 +91,10 @@ class Refined(Gaussian):
         shift, log_scale = torch.zeros_like(start.loc), torch.zeros_like(start.loc)
         lower = torch.zeros_like(start.factor) if self.full else None
         tuned = [t.requires_grad_() for t in (shift, log_scale, lower) if t is not None]
-        # A gradient below 1e-3 nats for a standard deviation is noise or rounding, and not worth a step.
-        adam = torch.optim.Adam(tuned, lr=self.lr, eps=1e-3)
+        # D entries of a row move e together, so that each may move 1 / sqrt(D) as far. A gradient below 1e-3 nats for a
+        # standard deviation is noise or rounding, and not worth a step.
+        row = {"params": tuned[2:], "lr": self.lr / start.loc.shape[1] ** 0.5}
+        adam = torch.optim.Adam([{"params": tuned[:2]}, row], lr=self.lr, eps=1e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
         for _ in range(steps):
             with torch.enable_grad():

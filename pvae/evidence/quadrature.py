@@ -110,8 +110,8 @@ def _rule(pair: Pair, batch: Batch, around: Elliptical, num_nodes: int) -> Tenso
     t = torch.tensor(list(itertools.product(nodes, repeat=dim)), dtype=torch.float64, device=around.loc.device)
     # Far out a weight underflows; its node is left out, and contributes nothing.
     log_w = torch.tensor(list(itertools.product(weights, repeat=dim)), dtype=torch.float64).log().sum(-1).to(t.device)
-    chunks = []
-    for part, log_weight in zip(t.split(max(1, _PAIRS // len(batch[0]))), log_w.split(max(1, _PAIRS // len(batch[0])))):
+    chunks, size = [], max(1, _PAIRS // len(batch[0]))
+    for part, log_weight in zip(t.split(size), log_w.split(size), strict=True):
         e = (math.sqrt(2) * part[:, None]).expand(-1, len(batch[0]), -1).to(around.loc)
         joint = log_joint(pair, batch, around.place(e))
         chunks.append((joint + (log_weight + part.square().sum(-1))[:, None]).logsumexp(0))

@@ -64,7 +64,13 @@ class Session:
 
 @contextmanager
 def opened(
-    model: Program, guide: Program, data: Data, *, seed: int, device: str | torch.device, others: tuple[object, ...] = ()
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    seed: int,
+    device: str | torch.device,
+    others: tuple[object, ...] = (),
 ) -> Iterator[Session]:
     """Checks a pair and its data, and runs a block in which they can be evaluated.
 

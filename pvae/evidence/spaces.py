@@ -1,6 +1,6 @@
-"""Latents as tensors: how programs lay them out, and how they become vectors of real numbers. Nothing of Pyro runs here.
+"""Latents as tensors: how programs lay them out, and how they become vectors of real numbers.
 
-Everywhere else particles come first and data second: ``(K, N, ...)``.
+Nothing of Pyro runs here. Everywhere else particles come first and data second: ``(K, N, ...)``.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ class LatentSpace:
         parts: list[Tensor] = []
         log_det = torch.zeros((), dtype=torch.float64)
         for name, site in self._checked().items():
-            z = latents.values[name]
-            u = z if site.transform is None else site.transform.inv(z)
+            z = u = latents.values[name]
             if site.transform is not None:
+                u = torch.as_tensor(site.transform.inv(z))
                 log_det = log_det.to(z.device) + _summed(site.transform.log_abs_det_jacobian(u, z))
             parts.append(u.flatten(2) if u.dim() > 2 else u[..., None])
         return torch.cat(parts, -1), log_det
@@ -167,7 +167,9 @@ def _site(name: str, support: Any, values: Tensor) -> Site:
     bounds = {key: getattr(inner, key) for key in ("lower_bound", "upper_bound") if hasattr(inner, key)}
     numbers = {key: torch.as_tensor(value).flatten() for key, value in bounds.items()}
     if any((value != value[0]).any() for value in numbers.values()):
-        return Site(shape, shape, None, f"the support of site '{name}' is not the same for all of its entries. {advice}")
+        return Site(
+            shape, shape, None, f"the support of site '{name}' is not the same for all of its entries. {advice}"
+        )
     if bounds:
         inner = type(inner)(*(value[0].item() for value in numbers.values()))
     transform = biject_to(inner)

@@ -9,7 +9,6 @@ copies of the data instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -93,8 +92,8 @@ class Pair:
     @cached_property
     def space(self) -> LatentSpace:
         """The latents as vectors of real numbers."""
-        sites = _latent(self._run(self.model, self.trial, 2))
-        values = self._gathered(sites, 2)
+        sites = _latent(self._run(self.model, self.trial, 3))
+        values = self._gathered(sites, 3)
         return LatentSpace.of({name: (site["fn"].support, values[name]) for name, site in sites.items()})
 
     def draw_guide(self, batch: Batch, num_samples: int) -> tuple[Latents, Tensor]:
@@ -138,7 +137,7 @@ class Pair:
 
         Exact where all sites are normal and do not depend on each other; else from ``max(400, 10 D)`` draws.
         """
-        sites = self._run(self.guide, batch, 2)
+        sites = self._run(self.guide, batch, 3)
         normal = [_normal_moments(sites[name], self.layout) for name in self.space.sites]
         if all(normal):
             locs, factors = zip(*normal, strict=True)  # type: ignore[arg-type]
@@ -259,16 +258,16 @@ def _running_particles(pair: Pair) -> Pair:
     Raises:
         ProgramError: There is no such layout.
     """
-    trials = [_draw_alone(pair) for _ in range(2)]
+    trials = [_draw_alone(pair) for _ in range(3)]  # not 2, which would look like the data
     values = {name: torch.cat([trial[0][name] for trial in trials]) for name in trials[0][0]}
     alone = {program: torch.cat([trial[1][program] for trial in trials]) for program in ("model", "guide")}
     problems = []
     for folded in (False, True):
         laid_out = replace(pair, layout=replace(pair.layout, folded=folded))
         try:
-            latents = Latents(values, 2)
+            latents = Latents(values, 3)
             together = {"model": laid_out.log_pxz(pair.trial, latents), "guide": laid_out.log_qz(pair.trial, latents)}
-            laid_out.draw_guide(pair.trial, 2)
+            laid_out.draw_guide(pair.trial, 3)
         except (RuntimeError, ValueError, IndexError) as error:
             problems.append(str(error))
             continue
@@ -278,7 +277,7 @@ def _running_particles(pair: Pair) -> Pair:
                 logger.info("the pair does not broadcast over particles (%s): they are run as copies", problems[0])
             return laid_out
         problems.append(
-            f"the {wrong[0]}'s log-density is {together[wrong[0]].tolist()} among two particles of two data, and "
+            f"the {wrong[0]}'s log-density is {together[wrong[0]].tolist()} among three particles of two data, and "
             f"{alone[wrong[0]].tolist()} if each is run alone"
         )
     raise ProgramError(
@@ -296,7 +295,8 @@ def _draw_alone(pair: Pair) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         batch = tuple(t[row : row + 1] for t in pair.trial)
         latents, log_qz = alone.draw_guide(batch, 1)
         rows.append((latents.values, {"model": alone.log_pxz(batch, latents), "guide": log_qz}))
-    return tuple({name: torch.cat([row[part][name] for row in rows], 1) for name in rows[0][part]} for part in (0, 1))
+    values, densities = ({n: torch.cat([row[part][n] for row in rows], 1) for n in rows[0][part]} for part in (0, 1))
+    return values, densities
 
 
 def _as_trace(values: dict[str, Tensor]) -> poutine.Trace:
@@ -328,14 +328,17 @@ def _check_density(guide: Sites) -> None:
 
 
 def _normal_moments(site: Any, layout: Layout) -> tuple[Tensor, Tensor] | None:
-    """Mean ``(N, d)`` and Cholesky factor of a site run for two particles, where it is normal and the same for both."""
+    """Mean and Cholesky factor of a site run for three particles, where that is normal and the same in all.
+
+    None where it is not.
+    """
     leaf, event_dim = leaf_of(site["fn"]), len(site["fn"].event_shape)
     if type(leaf) not in (dist.Normal, dist.MultivariateNormal) or site["mask"] is not None:
         return None
     scale = leaf.stddev if type(leaf) is dist.Normal else leaf.scale_tril
-    loc = layout.gather(leaf.loc, event_dim, 2)
-    scale = layout.gather(scale, event_dim + scale.dim() - leaf.loc.dim(), 2)
-    if not (torch.equal(loc[0], loc[1]) and torch.equal(scale[0], scale[1])):
+    loc = layout.gather(leaf.loc, event_dim, 3)
+    scale = layout.gather(scale, event_dim + scale.dim() - leaf.loc.dim(), 3)
+    if not (torch.equal(loc, loc[:1].expand_as(loc)) and torch.equal(scale, scale[:1].expand_as(scale))):
         return None
     if type(leaf) is dist.Normal:
         flat = loc[0].flatten(1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, NumericalError, positive_int
-from pvae.evidence.pareto import MIN_SAMPLES_FOR_KHAT, Tail, fit_tail, tail_length
+from pvae.evidence.pareto import Tail, fit_tail, tail_length
 
 __all__ = ["WeightSums", "iwae_bounds"]
 
@@ -35,8 +35,8 @@ class WeightSums:
         mean_log: ``mean_k log w_k``, shape ``(N,)``.
         squares_log: ``sum_k (log w_k - mean_log)^2``, shape ``(N,)``.
         log_variance: Log of the estimated variance of ``sum_k w_k``, shape ``(N,)``; nan for ``K = 1``.
-        candidates: Log-weights among which the largest ``capacity`` are, in no order, shape ``(M, N)``; ``-inf`` fills
-            up.
+        candidates: Blocks of log-weights, ``(M, N)`` each, among which the largest ``capacity`` are, in no order;
+            ``-inf`` fills up.
         floor: No log-weight at or below this is wanted any more, shape ``(N,)``.
         capacity: How many of the largest are kept.
     """
@@ -47,7 +47,7 @@ class WeightSums:
     mean_log: Tensor
     squares_log: Tensor
     log_variance: Tensor
-    candidates: Tensor
+    candidates: tuple[Tensor, ...]
     floor: Tensor
     capacity: int
 
@@ -68,21 +68,26 @@ class WeightSums:
         k, n = w.shape
         top = w.amax(0)  # nan where any is
         _check(w, top)
-        # Exponents in the weights' own dtype, sums in float64.
-        relative = (w - top.nan_to_num(neginf=0.0)).exp_()
-        base = top.double().nan_to_num(neginf=0.0)
-        log_sum = relative.sum(0, dtype=torch.float64).log() + base
-        log_sum_squares = relative.square_().sum(0, dtype=torch.float64).log() + 2 * base
-        mean = w.sum(0, dtype=torch.float64) / k
+        # One chunk is summed pairwise in the weights' own dtype, relative to its largest; chunks are in float64.
+        base = top.nan_to_num(neginf=0.0)
+        below = w - base
+        mean = below.mean(0)
         # A weight of zero makes mean and spread of the logs -inf and nan; the ELBO is -inf then.
-        spread = (w.double() - mean).square_().sum(0) if w.dtype == torch.float64 else _spread(w, mean)
-        squares = torch.where(mean.isfinite(), spread, torch.inf)
+        spread = torch.where(mean.isfinite(), (below - mean).square_().sum(0), torch.inf).double()
+        mean = mean.double() + base.double()
+        # What is lost below exp(lowest) is beyond float64, and spares the processor subnormal numbers.
+        lowest = math.log(torch.finfo(w.dtype).tiny) / 2
+        relative = below.clamp_(min=lowest).exp_()
+        nothing = top.isneginf()
+        log_sum = (relative.sum(0).double().log() + base.double()).masked_fill(nothing, -torch.inf)
+        squares = relative.square_().sum(0).double().log() + 2 * base.double()
+        log_sum_squares = squares.masked_fill(nothing, -torch.inf)
         capacity = tail_length(max_samples or k) + 1
         floor = torch.full_like(mean, -torch.inf) if floor is None else floor
         counts = torch.full((n,), k, device=w.device)
         variance = _log_variance(counts, log_sum, log_sum_squares)
         kept = _above(w, floor, capacity)
-        return cls(counts, log_sum, log_sum_squares, mean, squares, variance, kept, floor, capacity)
+        return cls(counts, log_sum, log_sum_squares, mean, spread, variance, (kept,), floor, capacity)
 
     def add(self, log_weights: Tensor) -> WeightSums:
         """The sums with one more chunk, shape ``(K, N)``, of the same data."""
@@ -96,10 +101,10 @@ class WeightSums:
         between = (self.mean_log - other.mean_log).square() * (k * m / (k + m))
         log_sum = torch.logaddexp(self.log_sum, other.log_sum)
         log_sum_squares = torch.logaddexp(self.log_sum_squares, other.log_sum_squares)
-        candidates, floor = torch.cat([self.candidates, other.candidates]), torch.maximum(self.floor, other.floor)
-        if len(candidates) > 2 * capacity:
-            candidates = candidates.topk(capacity, dim=0).values
-            floor = candidates[-1]
+        candidates, floor = self.candidates + other.candidates, torch.maximum(self.floor, other.floor)
+        if sum(map(len, candidates)) > 2 * capacity:
+            candidates = (torch.cat(candidates).topk(capacity, dim=0).values,)
+            floor = candidates[0][-1].double()
         counts = self.num_samples + other.num_samples
         return WeightSums(
             counts,
@@ -140,32 +145,29 @@ class WeightSums:
 
     def put(self, rows: Tensor, sums: WeightSums) -> WeightSums:
         """A copy with the sums of some of the data replaced."""
-        short = len(sums.candidates) - len(self.candidates)
-        mine, theirs = self._filled(max(short, 0)), sums._filled(max(-short, 0))
-        values = {}
-        for field in fields(self)[:-1]:
-            values[field.name] = getattr(mine, field.name).clone()
-            values[field.name][..., rows] = getattr(theirs, field.name)
-        return WeightSums(**values, capacity=max(self.capacity, sums.capacity))
+        longest = max(len(self.largest), len(sums.largest))
+        mine, theirs = self._tensors(longest), sums._tensors(longest)
+        for name, tensor in mine.items():
+            tensor[..., rows] = theirs[name]
+        return self._from(mine, max(self.capacity, sums.capacity))
 
     @classmethod
     def cat(cls, parts: Iterable[WeightSums]) -> WeightSums:
         """The sums of several sets of data, one after the other."""
         parts = list(parts)
-        longest = max(len(part.candidates) for part in parts)
-        parts = [part._filled(longest - len(part.candidates)) for part in parts]
-        tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts], dim=-1) for f in fields(cls)[:-1]}
-        return cls(**tensors, capacity=max(part.capacity for part in parts))
+        tensors = [part._tensors(max(len(one.largest) for one in parts)) for part in parts]
+        joined = {name: torch.cat([t[name] for t in tensors], dim=-1) for name in tensors[0]}
+        return cls._from(joined, max(part.capacity for part in parts))
 
     def cpu(self) -> WeightSums:
         """The sums on the CPU, with no more candidates than wanted."""
-        few = replace(self, candidates=self.largest) if len(self.candidates) > self.capacity else self
-        return few._map(torch.Tensor.cpu)
+        return replace(self, candidates=(self.largest,))._map(torch.Tensor.cpu)
 
-    @property
+    @cached_property
     def largest(self) -> Tensor:
         """The largest log-weights in descending order, shape ``(min(M, capacity), N)``."""
-        return self.candidates.topk(min(self.capacity, len(self.candidates)), dim=0).values
+        joined = torch.cat(self.candidates)
+        return joined.topk(min(self.capacity, len(joined)), dim=0).values.double()
 
     @property
     def log_px(self) -> Tensor:
@@ -232,11 +234,21 @@ class WeightSums:
         return tail
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> WeightSums:
-        return WeightSums(**{f.name: function(getattr(self, f.name)) for f in fields(self)[:-1]}, capacity=self.capacity)
+        tensors = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name not in _NOT_TENSORS}
+        return WeightSums(**tensors, candidates=tuple(map(function, self.candidates)), capacity=self.capacity)
 
-    def _filled(self, rows: int) -> WeightSums:
-        fill = self.candidates.new_full((rows, self.candidates.shape[1]), -torch.inf)
-        return replace(self, candidates=torch.cat([self.candidates, fill])) if rows else self
+    def _tensors(self, rows: int) -> dict[str, Tensor]:
+        """Copies of all tensors by name, the candidates as one of so many rows."""
+        tensors = {f.name: getattr(self, f.name).clone() for f in fields(self) if f.name not in _NOT_TENSORS}
+        fill = self.largest.new_full((rows - len(self.largest), len(self.log_sum)), -torch.inf)
+        return tensors | {"candidates": torch.cat([self.largest, fill])}
+
+    @classmethod
+    def _from(cls, tensors: dict[str, Tensor], capacity: int) -> WeightSums:
+        return cls(**tensors | {"candidates": (tensors["candidates"],)}, capacity=capacity)  # type: ignore[arg-type]
+
+
+_NOT_TENSORS = ("candidates", "capacity")
 
 
 def iwae_bounds(log_weights: Tensor, num_samples: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -278,13 +290,6 @@ def _check(w: Tensor, top: Tensor) -> None:
     )
 
 
-def _spread(w: Tensor, mean: Tensor) -> Tensor:
-    """``sum_k (w_k - mean)^2`` of float32 log-weights, summed in float64 without a float64 copy of them."""
-    centre = mean.to(w)
-    squares = (w - centre).square_().sum(0, dtype=torch.float64)
-    return (squares - len(w) * (mean - centre.double()).square()).clamp(min=0.0)
-
-
 def _log_variance(num_samples: Tensor, log_sum: Tensor, log_sum_squares: Tensor) -> Tensor:
     """``log(K^2 Var(mean_k w_k))`` of K independent terms, ``(K sum w^2 - (sum w)^2) / (K - 1)``; nan for K = 1."""
     k = num_samples.double()
@@ -295,12 +300,14 @@ def _log_variance(num_samples: Tensor, log_sum: Tensor, log_sum_squares: Tensor)
 
 def _above(w: Tensor, floor: Tensor, most: int) -> Tensor:
     """The at most ``most`` largest entries above ``floor`` of each column, ``(M, N)``, filled up with ``-inf``."""
+    if most >= len(w):
+        return w
     if floor.isneginf().any():
-        return w.topk(min(most, len(w)), dim=0).values.double()
+        return w.topk(most, dim=0).values
     rows, columns = (w > floor.to(w)).nonzero(as_tuple=True)
     counts = torch.bincount(columns, minlength=w.shape[1])
     columns, order = columns.sort(stable=True)
     places = torch.arange(len(columns), device=w.device) - (counts.cumsum(0) - counts)[columns]
-    kept = torch.full((int(counts.max()), w.shape[1]), -torch.inf, dtype=torch.float64, device=w.device)
-    kept[places, columns] = w[rows[order], columns].double()
+    kept = w.new_full((int(counts.max()), w.shape[1]), -torch.inf)
+    kept[places, columns] = w[rows[order], columns]
     return kept
