@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pvae import datasets, evidence, likelihoods, networks, plots, posteriors, priors, svi, testing
+from pvae import datasets, diagnostics, evidence, likelihoods, networks, plots, posteriors, priors, svi, testing
 from pvae.errors import (
     ArgumentError,
     DataError,
@@ -33,6 +33,7 @@ __all__ = [
     "PVAEError",
     "ProgramError",
     "datasets",
+    "diagnostics",
     "evidence",
     "fit",
     "likelihoods",

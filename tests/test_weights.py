@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import pickle
 from functools import reduce
 
 import numpy as np
 import pytest
 import torch
 
-from pvae.errors import NumericalError
+from pvae.errors import ArgumentError, NumericalError
 from pvae.evidence.pareto import pareto_khat, tail_length
-from pvae.evidence.weights import WeightSums
+from pvae.evidence.weights import WeightSums, iwae_bounds
 
 STATISTICS = ("log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error")
 
@@ -157,3 +158,120 @@ def test_memory_does_not_grow_with_the_number_of_chunks():
     assert sums.largest.shape == (301, 7)
     assert sums.num_samples.tolist() == [10_000] * 7
     assert sum(map(len, sums.candidates)) <= 2 * 301 + 100
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 100, 999])
+def test_going_on_chunk_by_chunk_finds_the_largest_weights(chunk):
+    """However small the chunks, and though a chunk of descending weights has them all."""
+    for log_weights in (draws(4000), draws(4000).sort(dim=0, descending=True).values, draws(4000).sort(dim=0).values):
+        chunks = log_weights.split(chunk)
+        sums = reduce(WeightSums.add, chunks[1:], WeightSums.of(chunks[0], len(log_weights)))
+        whole = WeightSums.of(log_weights)
+        torch.testing.assert_close(sums.largest, whole.largest)
+        for name in STATISTICS:
+            torch.testing.assert_close(getattr(sums, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+
+
+def test_sums_travel_between_processes():
+    parts = [pickle.loads(pickle.dumps(WeightSums.of(chunk, 900))) for chunk in draws(900).split(300)]
+    whole = WeightSums.of(draws(900))
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(reduce(WeightSums.merge, parts), name), getattr(whole, name))
+
+
+def test_rows_are_taken_put_back_and_joined():
+    log_weights = draws(200)
+    whole, rows = WeightSums.of(log_weights), torch.tensor([1, 4])
+    joined = WeightSums.cat([WeightSums.of(log_weights[:, :3]), WeightSums.of(log_weights[:, 3:])])
+    other = WeightSums.of(draws(700)[:, rows])
+    mixed = whole.put(rows, other)
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(joined, name), getattr(whole, name))
+        torch.testing.assert_close(getattr(whole[rows], name), getattr(whole, name)[rows])
+        torch.testing.assert_close(getattr(mixed, name)[rows], getattr(other, name))
+        torch.testing.assert_close(getattr(mixed, name)[[0, 2, 3, 5, 6]], getattr(whole, name)[[0, 2, 3, 5, 6]])
+    assert mixed.num_samples.tolist() == [200, 700, 200, 200, 700, 200, 200]
+
+
+def test_replicates_give_the_error_of_their_means():
+    chunks = draws(800).split(100)
+    replicates = [WeightSums.of(chunk, 800) for chunk in chunks]
+    sums = WeightSums.of_replicates(replicates)
+    means = torch.stack([(chunk + 90).exp().mean(0) for chunk in chunks])
+    torch.testing.assert_close(sums.log_px, means.mean(0).log() - 90)
+    torch.testing.assert_close(sums.std_error, means.std(0) / 8**0.5 / means.mean(0))
+    torch.testing.assert_close(sums.khat, WeightSums.of(draws(800)).khat)
+    twice = sums.combine(sums)
+    torch.testing.assert_close(twice.std_error, sums.std_error / 2**0.5)
+    with pytest.raises(ArgumentError, match="at least 2 of them, got 1"):
+        WeightSums.of_replicates(replicates[:1])
+
+
+def test_bias_is_that_of_the_second_order():
+    sums = WeightSums.of(draws(50))
+    w = (draws(50) + 90).exp()
+    torch.testing.assert_close(sums.bias, -w.var(0) / (2 * 50 * w.mean(0) ** 2))
+
+
+@pytest.mark.parametrize("num_samples", [100, 225, 2500])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.0, 4.0])
+def test_smoothed_weights_agree_with_arviz(num_samples, scale):
+    import arviz
+
+    log_weights = draws(num_samples, scale=scale)
+    if hasattr(arviz, "psislw"):
+        normalized, _ = arviz.psislw(log_weights.T.numpy().copy())
+    else:
+        from arviz_stats.base import array_stats
+
+        normalized, _ = array_stats.psislw(-log_weights.T.numpy())
+    normalized = torch.from_numpy(normalized).T
+    # Weights outside of the tail are as they were but for the norm.
+    smoothed = normalized + (log_weights.amin(0) - normalized.amin(0))
+    exact = smoothed.logsumexp(0) - math.log(num_samples)
+    torch.testing.assert_close(streamed(log_weights, 64).log_px_psis, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_smoothing_leaves_alone_what_has_no_fit():
+    for log_weights in (
+        torch.zeros(100, 2),
+        draws(10),
+        torch.full((100, 1), -torch.inf).index_fill(0, torch.tensor([0]), 0.0),
+    ):
+        sums = WeightSums.of(log_weights)
+        assert torch.equal(sums.log_px_psis, sums.log_px)
+
+
+def test_smoothing_lowers_the_error_of_heavy_weights():
+    """Log-normal weights of sd 2, K = 300, 2,000 data: the spread of the smoothed p-hat is the smaller."""
+    w = 2 * torch.randn(300, 2000, generator=torch.Generator().manual_seed(0)) - 2
+    sums = WeightSums.of(w)
+    plain, smooth = sums.log_px.exp(), sums.log_px_psis.exp()
+    assert (smooth - 1).square().mean() < 0.9 * (plain - 1).square().mean()
+
+
+# --- the curve of bounds ------------------------------------------------------------------------------------------
+
+
+def test_iwae_bounds_are_group_means():
+    log_weights = draws(12)
+    bounds, errors = iwae_bounds(log_weights, [1, 3, 5, 12])
+    torch.testing.assert_close(bounds[0], log_weights.mean(0))
+    groups = log_weights.reshape(4, 3, -1).logsumexp(1) - math.log(3)
+    torch.testing.assert_close(bounds[1], groups.mean(0))
+    torch.testing.assert_close(errors[1], groups.std(0) / 2)
+    torch.testing.assert_close(bounds[2], (log_weights[:10].reshape(2, 5, -1).logsumexp(1) - math.log(5)).mean(0))
+    torch.testing.assert_close(bounds[3], WeightSums.of(log_weights).log_px)
+    assert errors[3].isnan().all()
+
+
+def test_iwae_bounds_rise_with_k():
+    """Where each k divides the next, by Jensen's inequality on the very same weights."""
+    bounds, _ = iwae_bounds(draws(1024, num_data=50, scale=3.0), [1, 2, 8, 64, 1024])
+    assert (bounds.diff(dim=0) > 0).all()
+
+
+@pytest.mark.parametrize("k, match", [(0, "num_samples must be a whole number"), (13, "at most K = 12.*got 13")])
+def test_impossible_groups_are_named(k, match):
+    with pytest.raises(ArgumentError, match=match):
+        iwae_bounds(draws(12), [k])

@@ -1,8 +1,21 @@
 """log p(x) of any Pyro pair, with the error of each number."""
 
 from pvae.evidence import proposals
+from pvae.evidence.bidirectional import Bracket, bidirectional_monte_carlo
 from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
 from pvae.evidence.importance import log_evidence, log_weights
+from pvae.evidence.quadrature import QuadratureEstimate, gauss_hermite
 from pvae.evidence.weights import iwae_bounds
 
-__all__ = ["KHAT_LIMIT", "EvidenceEstimate", "iwae_bounds", "log_evidence", "log_weights", "proposals"]
+__all__ = [
+    "KHAT_LIMIT",
+    "Bracket",
+    "EvidenceEstimate",
+    "QuadratureEstimate",
+    "bidirectional_monte_carlo",
+    "gauss_hermite",
+    "iwae_bounds",
+    "log_evidence",
+    "log_weights",
+    "proposals",
+]

@@ -15,7 +15,7 @@ from pvae.evidence.traces import Batch
 from pvae.evidence.weights import WeightSums
 from pvae.isolation import Program, resolve_seed
 
-__all__ = ["Bracket", "bidirectional"]
+__all__ = ["Bracket", "bidirectional_monte_carlo"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,6 +26,7 @@ class Bracket:
         lower: ``log (1/K) sum_k w_k`` of the forward chains, nats per datum, shape ``(N,)``: at most log p(x) in the
             mean.
         upper: ``-log (1/K) sum_k 1 / w_k`` of the reverse chains, likewise at least log p(x) in the mean.
+        data: The simulated data, as they would be passed to `pvae.log_evidence`.
         acceptance: Of the forward chains' moves, shape ``(N,)``.
         num_samples: ``K``, chains in each direction.
         seed: The seed used.
@@ -33,6 +34,7 @@ class Bracket:
 
     lower: Tensor
     upper: Tensor
+    data: tuple[Tensor, ...]
     acceptance: Tensor
     num_samples: int
     seed: int
@@ -58,7 +60,7 @@ class Bracket:
         )
 
 
-def bidirectional(
+def bidirectional_monte_carlo(
     model: Program,
     guide: Program,
     data: Data,
@@ -100,15 +102,15 @@ def bidirectional(
         raise ArgumentError(f"proposal must be a pvae.evidence.proposals.Annealed, got {proposal!r}.")
     with opened(model, guide, data, seed=seed, device=device, others=(annealed,)) as session:
 
-        def one(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        def one(batch: Batch) -> tuple[Tensor, ...]:
             simulated, latents = session.pair.simulate(batch)
             chains = annealed.on(session.pair, simulated)
             forward = WeightSums.of(chains.log_weights(num_samples)).log_px
             reverse = WeightSums.of(-chains.reverse_log_weights(latents, num_samples)).log_px
             acceptance = chains.diagnostics.get("acceptance", torch.full_like(forward, torch.nan))
-            return forward.cpu(), -reverse.cpu(), acceptance.cpu()
+            return tuple(t.cpu() for t in (forward, -reverse, acceptance, *simulated))
 
         pairs = min(2**13, 2**22 // session.entries)
         parts = session.each_batch(one, max(1, pairs // max(num_samples, annealed.pilots)))
-    lower, upper, acceptance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Bracket(lower, upper, acceptance, num_samples, seed)
+    lower, upper, acceptance, *simulated = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Bracket(lower, upper, tuple(simulated), acceptance, num_samples, seed)

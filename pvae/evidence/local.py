@@ -91,10 +91,10 @@ class Refined(Gaussian):
         shift, log_scale = torch.zeros_like(start.loc), torch.zeros_like(start.loc)
         lower = torch.zeros_like(start.factor) if self.full else None
         tuned = [t.requires_grad_() for t in (shift, log_scale, lower) if t is not None]
-        # D entries of a row move e together, so that each may move 1 / sqrt(D) as far. A gradient below 1e-3 nats for a
-        # standard deviation is noise or rounding, and not worth a step.
+        # D entries of a row move e together, so that each may move 1 / sqrt(D) as far. With eps = lr no step is longer
+        # than the gradient, so that near the optimum, where curvature is about 1, rounding does not grow.
         row = {"params": tuned[2:], "lr": self.lr / start.loc.shape[1] ** 0.5}
-        adam = torch.optim.Adam([{"params": tuned[:2]}, row], lr=self.lr, eps=1e-3)
+        adam = torch.optim.Adam([{"params": tuned[:2]}, row], lr=self.lr, eps=self.lr)
         schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
         for _ in range(steps):
             with torch.enable_grad():

@@ -44,7 +44,7 @@ def pareto_khat(largest: Tensor, num_samples: int) -> Tensor:
     nor its standard error can be trusted, at any K one could afford.
 
     Args:
-        largest: Log-weights in descending order, at least ``min(K, tail_length(K) + 1)`` of them, shape ``(M, N)``.
+        largest: Log-weights in descending order, shape ``(M, N)``; best ``min(K, tail_length(K) + 1)`` of them.
         num_samples: ``K``, the number of draws they are the largest of.
 
     Returns:
@@ -64,7 +64,7 @@ def fit_tail(largest: Tensor, num_samples: int) -> Tail:
     if num_samples < MIN_SAMPLES_FOR_KHAT:
         unknown = torch.full_like(largest[0], torch.nan)
         return Tail(unknown, largest.logsumexp(0), unknown)
-    m = tail_length(num_samples)
+    m = min(tail_length(num_samples), len(largest) - 1)  # fewer are known after a merge
     # Weights relative to the largest; below the smallest positive float64 they are zero in effect.
     top = largest[0].nan_to_num(neginf=0.0)
     tail, threshold = (largest[:m] - top).exp(), (largest[m] - top).exp()

@@ -19,7 +19,7 @@ from pvae.evidence.session import opened
 from pvae.evidence.traces import Batch, Pair
 from pvae.isolation import Program
 
-__all__ = ["QuadratureEstimate", "quadrature"]
+__all__ = ["QuadratureEstimate", "gauss_hermite"]
 
 _MAX_DIM = 3
 _PAIRS = 2**13  # of a node and a datum to evaluate at once
@@ -53,7 +53,7 @@ class QuadratureEstimate:
         )
 
 
-def quadrature(
+def gauss_hermite(
     model: Program,
     guide: Program,
     data: Data,

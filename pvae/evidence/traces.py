@@ -341,7 +341,7 @@ def _normal_moments(site: Any, layout: Layout) -> tuple[Tensor, Tensor] | None:
     if not (torch.equal(loc, loc[:1].expand_as(loc)) and torch.equal(scale, scale[:1].expand_as(scale))):
         return None
     if type(leaf) is dist.Normal:
-        flat = loc[0].flatten(1)
+        flat = loc[0].reshape(loc.shape[1], -1)
         return flat, scale[0].reshape(flat.shape).diag_embed()
     return (loc[0], scale[0]) if loc.dim() == 3 else None  # a nested plate would make many blocks
 

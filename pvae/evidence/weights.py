@@ -38,7 +38,7 @@ class WeightSums:
         candidates: Blocks of log-weights, ``(M, N)`` each, among which the largest ``capacity`` are, in no order;
             ``-inf`` fills up.
         floor: No log-weight at or below this is wanted any more, shape ``(N,)``.
-        capacity: How many of the largest are kept.
+        capacity: How many of the largest are kept, and known.
     """
 
     num_samples: Tensor
@@ -52,17 +52,22 @@ class WeightSums:
     capacity: int
 
     @classmethod
-    def of(cls, log_weights: Tensor, max_samples: int | None = None, *, floor: Tensor | None = None) -> WeightSums:
+    def of(cls, log_weights: Tensor, max_samples: int | None = None) -> WeightSums:
         """The sums of one chunk.
 
         Args:
             log_weights: Shape ``(K, N)``, any floating dtype. ``-inf`` is a weight of zero.
             max_samples: The number of draws in all chunks together; this chunk's by default.
-            floor: Leave log-weights at or below it out of `candidates`, shape ``(N,)``.
 
         Raises:
             NumericalError: A log-weight is nan or ``+inf``.
         """
+        capacity = tail_length(max_samples or len(log_weights)) + 1
+        floor = torch.full(log_weights.shape[1:], -torch.inf, dtype=torch.float64, device=log_weights.device)
+        return cls._of(log_weights, capacity, floor)
+
+    @classmethod
+    def _of(cls, log_weights: Tensor, capacity: int, floor: Tensor) -> WeightSums:
         w = log_weights.detach()
         w = w if w.dtype in (torch.float32, torch.float64) else w.float()
         k, n = w.shape
@@ -82,8 +87,6 @@ class WeightSums:
         log_sum = (relative.sum(0).double().log() + base.double()).masked_fill(nothing, -torch.inf)
         squares = relative.square_().sum(0).double().log() + 2 * base.double()
         log_sum_squares = squares.masked_fill(nothing, -torch.inf)
-        capacity = tail_length(max_samples or k) + 1
-        floor = torch.full_like(mean, -torch.inf) if floor is None else floor
         counts = torch.full((n,), k, device=w.device)
         variance = _log_variance(counts, log_sum, log_sum_squares)
         kept = _above(w, floor, capacity)
@@ -91,12 +94,14 @@ class WeightSums:
 
     def add(self, log_weights: Tensor) -> WeightSums:
         """The sums with one more chunk, shape ``(K, N)``, of the same data."""
-        return self.merge(WeightSums.of(log_weights, floor=self.floor))
+        return self.merge(WeightSums._of(log_weights, self.capacity, self.floor))
 
     def merge(self, other: WeightSums) -> WeightSums:
         """The sums over the draws of both, for the same data."""
         k, m = self.num_samples.double(), other.num_samples.double()
-        capacity = max(self.capacity, other.capacity)
+        # Of sums that dropped the smaller weights, only so many of the largest of both are known.
+        dropped = [one.capacity for one in (self, other) if (one.num_samples > one.capacity).any()]
+        capacity = min(dropped) if dropped else max(self.capacity, other.capacity)
         mean = (k * self.mean_log + m * other.mean_log) / (k + m)
         between = (self.mean_log - other.mean_log).square() * (k * m / (k + m))
         log_sum = torch.logaddexp(self.log_sum, other.log_sum)

@@ -1,0 +1,68 @@
+"""Gaps against the oracle's exact ones."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+import pvae
+from pvae.diagnostics import gaps
+from pvae.evidence.proposals import Refined
+from pvae.testing import linear_gaussian
+
+
+def mean_field(oracle):
+    """The best diagonal Gaussian for each datum: the posterior's mean, and the precision's diagonal."""
+
+    def guide(x, shift=0.0):
+        exact = oracle.posterior(x)
+        scale = exact.precision_matrix.diagonal(dim1=-2, dim2=-1).rsqrt()
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(exact.loc + shift * scale, scale).to_event(1))
+
+    precision = torch.linalg.inv(oracle.posterior(oracle.sample(1)).covariance_matrix)[0]
+    return guide, (precision.diagonal().log().sum() - precision.logdet()).item() / 2
+
+
+def test_a_perfect_amortization_leaves_the_approximation_gap():
+    """The gaps of a mean-field guide in closed form, to 5 standard errors and what Adam leaves (0.01 nats)."""
+    oracle = linear_gaussian(4, 6)
+    guide, approximation = mean_field(oracle)
+    assert approximation > 0.1
+    found = gaps(oracle.model, guide, oracle.sample(50))
+    assert (found.approximation - approximation).abs().max() < 5 * found.approximation_std_error.max() + 0.01
+    assert (found.amortization.abs() < 5 * found.amortization_std_error + 0.01).all()
+
+
+def test_a_shifted_guide_has_an_amortization_gap():
+    """Off by d, the ELBO loses ``d' P d / 2`` for the posterior's precision P."""
+    oracle = linear_gaussian(4, 6)
+    guide, approximation = mean_field(oracle)
+    x = oracle.sample(50)
+    found = gaps(oracle.model, lambda x: guide(x, 0.5), x, refined=Refined(full=False, steps=400))
+    assert found.approximation.mean().item() == pytest.approx(approximation, abs=0.02)
+    precision = torch.linalg.inv(oracle.posterior(x[:1]).covariance_matrix)[0]
+    off = 0.5 * precision.diagonal().rsqrt()
+    assert found.amortization.mean().item() == pytest.approx((off @ precision @ off / 2).item(), abs=0.03)
+    total = found.evidence.corrected - found.guide.elbo
+    torch.testing.assert_close(found.approximation + found.amortization, total)
+
+
+def test_a_richer_family_closes_the_approximation_gap():
+    oracle = linear_gaussian(4, 6)
+    guide, approximation = mean_field(oracle)
+    found = gaps(oracle.model, guide, oracle.sample(20), refined=Refined(steps=300))
+    assert found.approximation.abs().max() < 0.02
+    assert found.amortization.mean().item() == pytest.approx(approximation, abs=0.03)
+
+
+def test_gaps_describe_themselves(small_vae, bits):
+    found = gaps(small_vae.model, small_vae.guide, bits[:20], num_samples=100)
+    assert found.approximation.shape == (20,)
+    lines = str(found).splitlines()
+    assert lines[0] == "log p(x) - ELBO of 20 data, nats per datum"
+    assert [line.split()[0] for line in lines[1:5]] == ["log", "approximation", "amortization", "ELBO"]
+    with pytest.raises(pvae.ArgumentError, match="num_samples"):
+        gaps(small_vae.model, small_vae.guide, bits, num_samples=0)

@@ -1,0 +1,187 @@
+"""What an estimate says of itself: intervals that cover or are withheld, more draws where they matter, merging.
+
+Coverage is a binomial share; each bound names the chance of missing it with a right program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+import pvae
+from pvae.evidence.estimates import EvidenceEstimate
+from pvae.evidence.pareto import pareto_khat
+from pvae.evidence.proposals import Annealed, Sobol
+from pvae.evidence.weights import WeightSums
+from pvae.testing import linear_gaussian
+
+
+def lognormal(sd, num_samples, num_data, generator):
+    """An estimate from weights ``exp(Normal(-sd^2 / 2, sd))``, whose mean is 1: log p(x) is 0."""
+    w = sd * torch.randn(num_samples, num_data, generator=generator) - sd**2 / 2
+    return EvidenceEstimate(WeightSums.of(w), "log-normal", 0, False, 0.0)
+
+
+def coverage(sd, num_samples, replications, num_data=200):
+    """The share of given intervals of the mean that cover, and the share that is given."""
+    generator = torch.Generator().manual_seed(0)
+    given, covered = 0, 0
+    for _ in range(replications):
+        lower, upper = lognormal(sd, num_samples, num_data, generator).mean_interval(0.95)
+        given += not math.isnan(lower)
+        covered += lower <= 0 <= upper
+    return covered / max(given, 1), given / replications
+
+
+@pytest.mark.parametrize("sd, num_samples, replications", [(0.5, 100, 400), (1.0, 100, 600), (1.5, 1000, 400)])
+def test_intervals_of_the_mean_cover(sd, num_samples, replications):
+    """200 data. True coverage is 0.94, so 0.90 and 0.99 are 3.4 sigma and more away for 400: 3e-4 to be outside of the
+    lower, which the fixed seed takes out of the running.
+    """
+    covered, given = coverage(sd, num_samples, replications)
+    assert given > 0.9
+    assert 0.90 <= covered <= 0.99
+
+
+@pytest.mark.parametrize("sd, num_samples", [(1.5, 100), (2.0, 100), (2.0, 1000), (3.0, 1000), (3.0, 5000)])
+def test_intervals_of_the_mean_are_withheld_where_they_would_not_cover(sd, num_samples):
+    covered, given = coverage(sd, num_samples, 60)
+    assert given < 0.05 or 0.90 <= covered <= 0.99
+
+
+def test_a_few_bad_data_withhold_the_interval_of_the_mean():
+    """190 data with mild weights and 10 with hopeless ones, which make up the error of the mean."""
+    generator = torch.Generator().manual_seed(0)
+    mild, wild = (lognormal(sd, 1000, n, generator) for sd, n in ((0.5, 190), (5.0, 10)))
+    both = dataclasses.replace(mild, sums=WeightSums.cat([mild.sums, wild.sums]))
+    assert mild.mean_withheld == ""
+    assert "is above 0.67" in both.mean_withheld
+    assert math.isnan(both.mean_interval()[0])
+    assert f"withheld: {both.mean_withheld}" in str(both)
+    assert both.withheld[0] == ""
+    assert both.withheld[-1].endswith("is above 0.70")
+
+
+def test_reasons_are_given_where_there_are_too_few_samples():
+    few = lognormal(1.0, 24, 5, torch.Generator().manual_seed(0))
+    assert few.withheld == ["k-hat needs at least 25 samples, there are 24"] * 5
+    assert few.mean_withheld == "k-hat needs at least 25 samples, there are 24"
+    one = lognormal(1.0, 1, 5, torch.Generator().manual_seed(0))
+    assert math.isnan(one.mean_interval()[0])
+    str(one)
+
+
+def test_no_error_is_no_reason_to_withhold():
+    exact = EvidenceEstimate(WeightSums.of(torch.full((100, 4), -3.0)), "exact", 0, False, 0.0)
+    lower, upper = exact.mean_interval()
+    assert lower == pytest.approx(-3, abs=1e-6)
+    assert upper == pytest.approx(-3, abs=1e-6)
+
+
+def test_the_corrected_value_is_less_biased():
+    """Log-normal weights of sd 1, K = 100: the bias -0.0086 of log_px falls below a quarter of it; 8,000 data."""
+    estimate = lognormal(1.0, 100, 8000, torch.Generator().manual_seed(0))
+    error = estimate.mean_std_error  # 0.0014
+    assert estimate.mean < -0.0086 + 3 * error
+    assert abs(estimate.corrected.mean().item()) < 0.002 + 4 * error
+    torch.testing.assert_close(estimate.corrected, estimate.log_px + estimate.std_error.square() / 2)
+
+
+# --- spending where it matters ------------------------------------------------------------------------------------
+
+
+def hard(x):
+    """Which data the guide below is wrong for: something that each datum shows by itself."""
+    return (x[:, :1] > 0).to(x)
+
+
+def test_only_unresolved_data_take_more_samples():
+    oracle = linear_gaussian(2, 4)
+    x = oracle.sample(40)
+
+    def shifted(x):
+        exact = oracle.posterior(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(exact.loc + 0.3 * hard(x), scale_tril=exact.scale_tril))
+
+    estimate = pvae.log_evidence(
+        oracle.model, shifted, x, num_samples=100, target_std_error=0.01, max_samples=5000, chunk_size=900
+    )
+    easy = hard(x)[:, 0] == 0
+    assert (estimate.samples[easy] == 100).all()
+    assert (estimate.samples[~easy] > 100).all()
+    assert set(estimate.samples.tolist()) <= {100, 200, 400, 800, 1600, 3200, 5000}
+    assert estimate.num_samples <= 5000
+    assert ((estimate.std_error <= 0.01) & (estimate.khat <= 0.7) == ~estimate.unresolved).all()
+    assert ((estimate.log_px - oracle.log_px(x)).abs() < 5 * estimate.std_error + 1e-6).all()
+    wide = pvae.log_evidence(oracle.model, shifted, x, num_samples=100, target_std_error=10.0)
+    assert (wide.samples[easy] == 100).all()
+    assert not wide.unresolved.any()  # k-hat alone asked for more
+
+
+def test_data_that_stay_unresolved_are_named():
+    oracle = linear_gaussian(10, 20, guide_scale=0.4)
+    x = oracle.sample(10)
+    estimate = pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=100, target_std_error=0.05, max_samples=450)
+    assert estimate.unresolved.any()
+    assert estimate.num_samples == 450
+    assert (estimate.samples[estimate.unresolved] == 450).all()
+    assert "data are unresolved" in str(estimate)
+    assert estimate.to_dataset()["samples"].max() == 450
+
+
+@pytest.mark.parametrize("proposal", ["prior", "laplace", Sobol(), Annealed(temperatures=3), "defensive"])
+def test_every_proposal_can_go_on(proposal):
+    oracle = linear_gaussian(2, 4, guide_shift=0.5)
+    x = oracle.sample(12)
+    estimate = pvae.log_evidence(
+        oracle.model, oracle.guide, x, num_samples=100, proposal=proposal, target_std_error=0.03, max_samples=1600
+    )
+    reliable = ~estimate.unreliable
+    assert ((estimate.log_px - oracle.log_px(x)).abs() < 6 * estimate.std_error + 1e-6)[reliable].all()
+    assert set(estimate.samples.tolist()) <= {100, 200, 400, 800, 1600}
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"target_std_error": 0.0}, "target_std_error must be a positive number of nats, got 0.0"),
+        ({"target_std_error": math.nan}, "target_std_error"),
+        ({"max_samples": 100}, "max_samples needs a target_std_error"),
+        ({"target_std_error": 0.1, "max_samples": 10}, "max_samples must be at least num_samples, 1000, got 10"),
+        ({"target_std_error": 0.1, "max_samples": 0}, "max_samples"),
+    ],
+)
+def test_impossible_targets_are_named(options, match, small_vae, bits):
+    with pytest.raises(pvae.ArgumentError, match=match):
+        pvae.log_evidence(small_vae.model, small_vae.guide, bits, **options)
+
+
+# --- merging ------------------------------------------------------------------------------------------------------
+
+
+def test_estimates_merge_as_if_drawn_at_once():
+    oracle = linear_gaussian(2, 4, guide_shift=0.3)
+    x = oracle.sample(20)
+    parts = [pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=500, seed=s) for s in (1, 2)]
+    weights = torch.cat([pvae.log_weights(oracle.model, oracle.guide, x, num_samples=500, seed=s) for s in (1, 2)])
+    merged, whole = parts[0].merge(parts[1]), WeightSums.of(weights)
+    assert merged.num_samples == 1000
+    for name in ("log_px", "ess", "elbo"):
+        torch.testing.assert_close(getattr(merged, name), getattr(whole, name))
+    # Each part kept 68 weights and their threshold: that many of the largest of both are known.
+    known = weights.sort(dim=0, descending=True).values[:69]
+    torch.testing.assert_close(merged.khat, pareto_khat(known, 1000))
+    torch.testing.assert_close(merged.std_error, whole.std_error, rtol=0.01, atol=0)
+    assert merged.seconds == parts[0].seconds + parts[1].seconds
+    other = pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=500, seed=3, proposal="laplace")
+    assert parts[0].merge(other).proposal == "guide and laplace"
+    with pytest.raises(pvae.ArgumentError, match="both estimates have seed 1"):
+        parts[0].merge(parts[0])
+    with pytest.raises(pvae.ArgumentError, match="of 20 and of 5 data"):
+        parts[0].merge(pvae.log_evidence(oracle.model, oracle.guide, x[:5], seed=7))
