@@ -48,7 +48,13 @@ def results(tmp_path_factory):
 
 def test_the_table_has_every_row(results):
     printed, _ = results
-    for row in ("ELBO", "log p(x) by the guide", "log p(x) by the prior", "with 100 times the samples"):
+    for row in (
+        "ELBO",
+        "log p(x) by the guide",
+        "refined for each image",
+        "log p(x) by the prior",
+        "with 100 times the samples",
+    ):
         assert row in printed
     assert "digits, threshold binarization, 1437 training images, on cpu" in printed
 
@@ -61,7 +67,7 @@ def test_the_report_has_every_number(results):
     assert report["dataset"] == "digits"
     assert report["binarization"] == "threshold"
     assert (report["num_train"], report["num_test"], report["num_eval"], report["epochs"]) == (1437, 360, 3, 1)
-    for proposal, k in (("guide", 30), ("prior", 30), ("prior_100x", 3000)):
+    for proposal, k in (("guide", 30), ("refined", 30), ("prior", 30), ("prior_100x", 3000)):
         numbers = report["log_px"][proposal]
         expected = {"mean", "std_error", "num_samples", "ess_median", "khat_median", "khat_above_0.7", "seconds"}
         assert expected <= numbers.keys()

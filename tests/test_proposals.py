@@ -35,6 +35,8 @@ EVERY = [
     Annealed(temperatures=20),
     Annealed(Laplace(), temperatures=5),
 ]
+# Those that do not find the oracle's posterior itself, and so have an error to judge.
+INEXACT = [p for p in EVERY if not isinstance(p, Refined | Laplace | Annealed)] + [Annealed(temperatures=20)]
 
 
 def named(proposal):
@@ -64,15 +66,13 @@ def test_every_estimator_is_within_its_error(latent_dim, shift, scale, proposal)
     assert (error < 4 * estimate.std_error)[reliable].double().sum() >= 0.95 * reliable.sum()
 
 
-@pytest.mark.parametrize("proposal", EVERY, ids=named)
+@pytest.mark.parametrize("proposal", INEXACT, ids=named)
 @pytest.mark.parametrize("latent_dim", [2, 10])
 def test_errors_are_of_the_right_size(latent_dim, proposal):
     """The scores of 150 data have an sd of 1 to 5 sigma of 0.06, and of Sobol's 10 replicates (Student-t 9) 1.13."""
     oracle = linear_gaussian(latent_dim, 12, guide_shift=0.3, guide_scale=1.2)
     x = oracle.sample(150)
     estimate = evidence(oracle, x, proposal, 64 if isinstance(proposal, Annealed) else 1000)
-    if (estimate.std_error < 1e-3).all():
-        pytest.skip("the posterior itself: there is no error but rounding")
     scores = ((estimate.corrected - oracle.log_px(x)) / estimate.std_error)[~estimate.unreliable]
     assert scores.std() < 1.45
     if not isinstance(proposal, Defensive):  # its regular places make it better than its error says
