@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import pvae
+from pvae.evidence import bidirectional_monte_carlo, gauss_hermite
+from pvae.evidence.proposals import Annealed, Sobol
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -25,7 +27,11 @@ def test_training_ends_at_the_same_elbo_as_on_the_cpu(place, bits):
     assert gpu.history["elbo"][-1] == pytest.approx(cpu.history["elbo"][-1], abs=6 * 0.09 * 2**0.5)
 
 
-@pytest.mark.parametrize("proposal", ["guide", "prior"])
+@pytest.mark.parametrize(
+    "proposal",
+    ["guide", "prior", "refined", "laplace", "student-t", "defensive", Sobol(), Annealed(temperatures=10)],
+    ids=str,
+)
 def test_log_px_is_the_same_as_on_the_cpu(proposal, bits):
     on_cpu = pvae.VAE.mlp(6, 2, [8])
     on_gpu = copy.deepcopy(on_cpu)
@@ -35,6 +41,16 @@ def test_log_px_is_the_same_as_on_the_cpu(proposal, bits):
     error = (cpu.std_error.square() + gpu.std_error.square()).sqrt()
     assert ((cpu.log_px - gpu.log_px).abs() < 5 * error + 1e-5).all()
     assert gpu.log_px.device.type == "cpu"
+
+
+def test_spending_quadrature_and_bounds_on_the_gpu(bits):
+    vae = pvae.VAE.mlp(6, 2, [8])
+    pair, options = (vae.model, vae.guide, bits[:50]), {"device": "cuda"}
+    estimate = pvae.log_evidence(*pair, num_samples=100, target_std_error=0.01, max_samples=3200, **options)
+    exact = gauss_hermite(*pair, **options)
+    assert ((estimate.log_px - exact.log_px).abs() < 5 * estimate.std_error + 5e-3).all()
+    bracket = bidirectional_monte_carlo(*pair, num_samples=8, **options)
+    assert bracket.gap > -5 * bracket.gap_std_error
 
 
 def test_seeds_and_the_callers_random_numbers_on_the_gpu(bits):

@@ -34,6 +34,13 @@ def test_the_guide_finds_more_than_the_elbo(report):
     assert 1 < report["log_px"]["guide"]["mean"] - report["elbo"] < 8
 
 
+def test_a_refined_guide_finds_more_and_can_be_trusted(report):
+    guide, refined = report["log_px"]["guide"], report["log_px"]["refined"]
+    assert 0.5 < refined["mean"] - guide["mean"] < 4
+    assert refined["khat_median"] < 0.7 < guide["khat_median"]
+    assert refined["khat_above_0.7"] < 0.3
+
+
 def test_the_prior_is_far_below_and_flagged(report):
     guide, prior = report["log_px"]["guide"], report["log_px"]["prior"]
     assert guide["num_samples"] == prior["num_samples"]
