@@ -7,7 +7,7 @@ import torch
 from pyro import poutine
 
 from pvae.errors import ArgumentError
-from pvae.testing import linear_gaussian
+from pvae.testing import linear_gaussian, two_modes
 
 
 def test_log_px_is_the_integral_of_the_joint():
@@ -57,3 +57,36 @@ def test_impossible_arguments():
     for options in ({"latent_dim": 0}, {"noise": 0.0}, {"guide_scale": -1.0}):
         with pytest.raises(ArgumentError, match=next(iter(options))):
             linear_gaussian(**options)
+
+
+def test_two_modes_have_the_evidence_of_one_and_both_of_its_modes():
+    """log p(x) by a grid, and Bayes' rule at any latent for the posterior of two modes."""
+    oracle = two_modes(1, 3, noise=0.5)
+    x = oracle.sample(5)
+    with torch.no_grad():
+        grid = torch.linspace(-12, 12, 20_001, dtype=torch.float64)[:, None]
+        pz = torch.distributions.Normal(0.0, 1.0).log_prob(grid)[:, 0]
+        mean = grid @ oracle.half.weight.T
+        likelihood = torch.stack(
+            [torch.distributions.Normal(s * mean[:, None], 0.5).log_prob(x).sum(-1) for s in (1, -1)]
+        )
+        joint = pz[:, None] + likelihood.logsumexp(0) - torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(oracle.log_px(x), joint.logsumexp(0) + torch.log(grid[1] - grid[0]))
+    posterior = oracle.posterior(x).log_prob(grid[:, None].expand(-1, 5, 1))
+    inside = slice(8000, 12_000)
+    torch.testing.assert_close(
+        joint[inside] - posterior[inside], oracle.log_px(x).expand(4000, 5), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_the_guide_of_two_modes_knows_one():
+    oracle = two_modes(2, 5, noise=0.1)
+    x = oracle.sample(200)
+    guide = poutine.trace(oracle.guide).get_trace(x)
+    model = poutine.trace(poutine.replay(oracle.model, trace=guide)).get_trace(x)
+    model.compute_log_prob()
+    guide.compute_log_prob()
+    log_w = model.nodes["z"]["log_prob"] + model.nodes["x"]["log_prob"] - guide.nodes["z"]["log_prob"]
+    missed = oracle.log_px(x) - log_w
+    torch.testing.assert_close(missed.median(), torch.tensor(2.0, dtype=torch.float64).log())
+    assert (missed > -1e-9).all()
