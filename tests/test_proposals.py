@@ -456,7 +456,7 @@ def test_a_flow_is_seen_through_its_moments(bits):
         (Refined(steps=0), "steps must be a whole number"),
         (Refined(lr=0.0), "lr must be positive"),
         (Laplace(max_steps=0), "max_steps"),
-        (Sobol(replicates=1), "replicates must be at least 2"),
+        (StudentT(Sobol(replicates=7)), "num_samples must be a multiple of the 7 replicates, got 1000"),
         (Sobol(replicates=7), "num_samples must be a multiple of the 7 replicates, got 1000"),
         (Annealed(temperatures=0), "temperatures"),
         (Annealed(acceptance=1.5), "acceptance must lie between 0 and 1"),
@@ -467,6 +467,26 @@ def test_a_flow_is_seen_through_its_moments(bits):
 def test_impossible_arguments_are_named(proposal, match, small_vae, bits):
     with pytest.raises(pvae.ArgumentError, match=match):
         evidence(small_vae, bits[:5], proposal)
+
+
+def test_an_error_needs_replicates():
+    with pytest.raises(pvae.ArgumentError, match="replicates must be at least 2"):
+        Sobol(replicates=1)
+
+
+@pytest.mark.parametrize("wrapped", [StudentT(Sobol()), Inflated(Sobol(), 1.1), Defensive(Sobol())], ids=named)
+def test_replicates_pass_through_what_is_made_of_them(wrapped):
+    oracle = linear_gaussian(2, 6, guide_shift=0.3)
+    x = oracle.sample(40)
+    estimate = evidence(oracle, x, wrapped, 1280)
+    assert wrapped.replicates == 10
+    # From ten replicates, as Student-t scores of 9 degrees of freedom; from 1,280 weights they would be far too wide.
+    scores = (estimate.log_px - oracle.log_px(x)) / estimate.std_error
+    assert 0.6 < scores.square().mean().sqrt() < 1.8
+    for other in (Refined(Sobol()), Annealed(Sobol(), temperatures=2)):
+        assert other.replicates is None
+        again = evidence(oracle, x, other, 1000)
+        assert ((again.log_px - oracle.log_px(x)).abs() < 5 * again.std_error + 1e-6).all()
 
 
 @pytest.mark.parametrize("proposal", ["refined", "laplace", "ais", "defensive", "student-t", Sobol()])

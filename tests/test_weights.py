@@ -179,6 +179,15 @@ def test_sums_travel_between_processes():
         torch.testing.assert_close(getattr(reduce(WeightSums.merge, parts), name), getattr(whole, name))
 
 
+def test_runs_of_different_lengths_know_the_largest_that_both_kept():
+    """500 draws keep 69 of their largest weights and 300 keep 53: of all 800, the largest 53 are known."""
+    short, long = draws(300), draws(500)
+    for one in (WeightSums.of(short).merge(WeightSums.of(long)), WeightSums.of(long).merge(WeightSums.of(short))):
+        known = torch.cat([short, long]).sort(dim=0, descending=True).values[:53]
+        torch.testing.assert_close(one.largest, known)
+        torch.testing.assert_close(one.khat, pareto_khat(known, 800))
+
+
 def test_rows_are_taken_put_back_and_joined():
     log_weights = draws(200)
     whole, rows = WeightSums.of(log_weights), torch.tensor([1, 4])

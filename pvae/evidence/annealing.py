@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class Annealed(Proposal):
         if isinstance(self.start, Prior):
             start = None
         elif isinstance(self.start, Gaussian):
-            start = self.start.gaussian(pair, batch)
+            start = replace(self.start.gaussian(pair, batch), sobol=None)
         else:
             raise ArgumentError(f"start must be a Gaussian proposal or Prior(), got {self.start!r}.")
         chains = Chains(pair, batch, start, ladder(self.temperatures), self.leapfrog_steps)

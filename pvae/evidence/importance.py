@@ -84,8 +84,8 @@ def log_evidence(
     """
     start = time.perf_counter()
     num_samples, seed = positive_int("num_samples", num_samples), resolve_seed(seed)
-    limit = _limit(num_samples, target_std_error, max_samples)
     chosen = proposals.resolve(proposal)
+    limit = _limit(num_samples, target_std_error, max_samples, chosen.replicates or 1)
     with (
         opened(model, guide, data, seed=seed, device=device, others=(chosen,)) as session,
         _bar(session.num_data * num_samples, progress) as bar,
@@ -129,6 +129,7 @@ def log_weights(
     """
     num_samples, seed = positive_int("num_samples", num_samples), resolve_seed(seed)
     chosen = proposals.resolve(proposal)
+    _limit(num_samples, None, None, chosen.replicates or 1)
     with (
         opened(model, guide, data, seed=seed, device=device, others=(chosen,)) as session,
         _bar(session.num_data * num_samples, progress) as bar,
@@ -155,7 +156,7 @@ class _Draws:
                 for _, chunks in groupby(self._chunks(sampler, num_samples, size), key=itemgetter(0))
                 for _, first in [next(chunks)]
             ]
-            sums = WeightSums.of_replicates(replicates) if sampler.replicates else replicates[0]
+            sums = WeightSums.of_replicates(replicates) if self.proposal.replicates else replicates[0]
             return sums.cpu(), {name: value.cpu() for name, value in sampler.diagnostics.items()}
 
         parts = self._each_batch(one, num_samples, rows)
@@ -178,9 +179,7 @@ class _Draws:
 
     def _chunks(self, sampler: Sampler, num_samples: int, size: int) -> Iterator[tuple[int, Tensor]]:
         """Log-weights ``(k, n)`` as they are drawn, each with the number of its replicate."""
-        replicates = sampler.replicates or 1
-        if num_samples % replicates:
-            raise ArgumentError(f"num_samples must be a multiple of the {replicates} replicates, got {num_samples}.")
+        replicates = self.proposal.replicates or 1
         each = num_samples // replicates
         for replicate in range(replicates):
             sampler.restart()
@@ -211,8 +210,10 @@ def _chunk_shape(
     return rows, max(1, pairs // rows)
 
 
-def _limit(num_samples: int, target_std_error: float | None, max_samples: int | None) -> int:
+def _limit(num_samples: int, target_std_error: float | None, max_samples: int | None, replicates: int) -> int:
     """The most draws that a datum may take."""
+    if num_samples % replicates:
+        raise ArgumentError(f"num_samples must be a multiple of the {replicates} replicates, got {num_samples}.")
     if target_std_error is None:
         if max_samples is not None:
             raise ArgumentError("max_samples needs a target_std_error; num_samples says how many draws without one.")
@@ -222,7 +223,7 @@ def _limit(num_samples: int, target_std_error: float | None, max_samples: int | 
     limit = max(num_samples, _MAX_SAMPLES) if max_samples is None else positive_int("max_samples", max_samples)
     if limit < num_samples:
         raise ArgumentError(f"max_samples must be at least num_samples, {num_samples}, got {limit}.")
-    return limit
+    return limit - limit % replicates
 
 
 def _bar(total: int, progress: bool) -> tqdm:

@@ -110,7 +110,7 @@ class Refined(Gaussian):
             adam.step()
             schedule.step()
         shift, spread = shift.detach(), _lower(log_scale, lower).detach()
-        return replace(start, loc=start.place(shift[None])[0], factor=start.factor @ spread, df=math.inf)
+        return replace(start, loc=start.place(shift[None])[0], factor=start.factor @ spread, df=math.inf, sobol=None)
 
 
 def _lower(log_scale: Tensor, lower: Tensor | None) -> Tensor:

@@ -45,7 +45,13 @@ class _Around(Gaussian):
 
     @property
     def prepares(self) -> bool:  # type: ignore[override]
+        """As the base does."""
         return self.base.prepares
+
+    @property
+    def replicates(self) -> int | None:  # type: ignore[override]
+        """As the base has."""
+        return self.base.replicates
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,11 @@ class Sobol(_Around):
     """
 
     base: Gaussian = field(default_factory=Guide)
-    replicates: int = 10
+    replicates: int = 10  # type: ignore[override]
+
+    def __post_init__(self) -> None:
+        if positive_int("replicates", self.replicates) < 2:
+            raise ArgumentError("replicates must be at least 2: the error is taken from their scatter.")
 
     @property
     def name(self) -> str:
@@ -120,14 +130,6 @@ class Sobol(_Around):
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The base's density, with Sobol points below it."""
         return replace(self.base.gaussian(pair, batch), sobol=SobolNormals())
-
-    def on(self, pair: Pair, batch: Batch) -> Sampler:
-        """The proposal for the data of one batch, in replicates."""
-        if positive_int("replicates", self.replicates) < 2:
-            raise ArgumentError("replicates must be at least 2: the error is taken from their scatter.")
-        sampler = super().on(pair, batch)
-        sampler.replicates = self.replicates
-        return sampler
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,11 @@ class Defensive(Proposal):
         return self.base.prepares
 
     @property
+    def replicates(self) -> int | None:  # type: ignore[override]
+        """As the base has."""
+        return self.base.replicates
+
+    @property
     def name(self) -> str:
         """What to call it in results."""
         return f"{self.base.name} and {self.share:.0%} prior"
@@ -165,7 +172,7 @@ class Defensive(Proposal):
         if not isinstance(base, Density):
             raise ArgumentError(f"base must be a proposal with a density, got {self.base!r}.")
         sampler = _Mixture(pair, batch, base, self.share, float(torch.rand(())))
-        sampler.replicates, sampler.diagnostics = base.replicates, base.diagnostics
+        sampler.diagnostics = base.diagnostics
         return sampler
 
 

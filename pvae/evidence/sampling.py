@@ -22,14 +22,11 @@ class Sampler(ABC):
     Attributes:
         pair: The model and the guide.
         batch: The data.
-        replicates: In how many independent replicates the draws must come for their error to be known; None where
-            they are independent.
         diagnostics: What it found out on the way, by name, shape ``(N,)`` each.
     """
 
     pair: Pair
     batch: Batch
-    replicates: int | None = field(default=None, kw_only=True)
     diagnostics: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     @abstractmethod
@@ -62,6 +59,9 @@ class Proposal(ABC):
 
     prepares = False
     """Whether `on` does work of its own for each datum, so that batches should hold many data."""
+
+    replicates: int | None = None
+    """In how many replicates draws must come for their error to be known; none where they are independent."""
 
     @property
     @abstractmethod
