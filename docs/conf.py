@@ -77,8 +77,17 @@ _NOT_MADE_BY_USERS = {
     "pvae.FitResult",
     "pvae.EvidenceEstimate",
     "pvae.datasets.Dataset",
-    "pvae.evidence.proposals.Proposal",
+    "pvae.diagnostics.Gaps",
+    "pvae.evidence.Bracket",
+    "pvae.evidence.QuadratureEstimate",
+    "pvae.evidence.pareto.Tail",
+    "pvae.evidence.sampling.Proposal",
+    "pvae.evidence.sampling.Gaussian",
+    "pvae.evidence.spaces.LatentSpace",
     "pvae.evidence.traces.Pair",
+    "pvae.evidence.weights.WeightSums",
+    "pvae.testing.LinearGaussian",
+    "pvae.testing.TwoModes",
 }
 
 

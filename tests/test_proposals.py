@@ -447,31 +447,31 @@ def test_a_flow_is_seen_through_its_moments(bits):
 
 
 @pytest.mark.parametrize(
-    "proposal, match",
+    "make, match",
     [
-        (Inflated(scale=0.0), "scale must be positive, got 0"),
-        (StudentT(df=-1.0), "df must be positive"),
-        (Defensive(share=1.0), "share must lie between 0 and 1, got 1"),
-        (Defensive(Annealed()), "base must be a proposal with a density, got Annealed"),
-        (Refined(steps=0), "steps must be a whole number"),
-        (Refined(lr=0.0), "lr must be positive"),
-        (Laplace(max_steps=0), "max_steps"),
-        (StudentT(Sobol(replicates=7)), "num_samples must be a multiple of the 7 replicates, got 1000"),
-        (Sobol(replicates=7), "num_samples must be a multiple of the 7 replicates, got 1000"),
-        (Annealed(temperatures=0), "temperatures"),
-        (Annealed(acceptance=1.5), "acceptance must lie between 0 and 1"),
-        (Annealed(start="prior"), r"start must be a Gaussian proposal or Prior\(\), got 'prior'"),
+        (lambda: Inflated(scale=0.0), "scale must be positive, got 0"),
+        (lambda: StudentT(df=-1.0), "df must be positive"),
+        (lambda: Defensive(share=1.0), "share must lie between 0 and 1, got 1"),
+        (lambda: Defensive(Annealed()), "base must be a proposal with a density, got Annealed"),
+        (lambda: Refined(steps=0), "steps must be a whole number"),
+        (lambda: Refined(lr=0.0), "lr must be positive"),
+        (lambda: Laplace(max_steps=0), "max_steps"),
+        (lambda: StudentT(Sobol(replicates=7)), "num_samples must be a multiple of the 7 replicates, got 1000"),
+        (lambda: Sobol(replicates=7), "num_samples must be a multiple of the 7 replicates, got 1000"),
+        (lambda: Annealed(temperatures=0), "temperatures"),
+        (lambda: Annealed(acceptance=1.5), "acceptance must lie between 0 and 1"),
+        (lambda: Annealed(start="prior"), r"start must be a Gaussian proposal, such as .*; got 'prior'"),
+        (lambda: StudentT(Prior()), r"base must be a Gaussian proposal, such as .*; got Prior\(\)"),
+        (lambda: Refined(Prior()), r"start must be a Gaussian proposal"),
+        (lambda: Laplace("guide"), r"start must be a Gaussian proposal.*; got 'guide'"),
+        (lambda: Sobol(replicates=1), "replicates must be at least 2"),
+        (lambda: Defensive("guide"), "base must be a proposal with a density, got 'guide'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_impossible_arguments_are_named(proposal, match, small_vae, bits):
+def test_impossible_arguments_are_named(make, match, small_vae, bits):
     with pytest.raises(pvae.ArgumentError, match=match):
-        evidence(small_vae, bits[:5], proposal)
-
-
-def test_an_error_needs_replicates():
-    with pytest.raises(pvae.ArgumentError, match="replicates must be at least 2"):
-        Sobol(replicates=1)
+        evidence(small_vae, bits[:5], make())
 
 
 @pytest.mark.parametrize("wrapped", [StudentT(Sobol()), Inflated(Sobol(), 1.1), Defensive(Sobol())], ids=named)
@@ -501,3 +501,18 @@ def test_nothing_of_the_callers_changes(proposal, module_pair, bits, caller_stat
     assert all(p.grad is None for p in module_pair.parameters())
     assert torch.equal(first.log_px, again.log_px)
     assert not any(t.requires_grad for t in (first.log_px, first.std_error, *first.diagnostics.values()))
+
+
+def test_a_proposal_with_untrained_params_warns():
+    """A guide that comes along as a proposal runs only after the pair was looked at."""
+    oracle = linear_gaussian(2, 4)
+
+    def other(x):
+        scale = pyro.param("width", torch.tensor(1.0, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), scale).to_event(1))
+
+    with pytest.warns(UserWarning, match=r"\['width'\] have their initial values"):
+        evidence(oracle, oracle.sample(5), other, 100)
+    pyro.param("width", torch.tensor(2.0, dtype=torch.float64))
+    evidence(oracle, oracle.sample(5), other, 100)  # warnings are errors here

@@ -47,6 +47,14 @@ class Annealed(Proposal):
     acceptance: float = 0.65
     pilots: int = 8
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.start, Prior):
+            Gaussian.checked("start", self.start)
+        for argument in ("temperatures", "leapfrog_steps", "pilots"):
+            positive_int(argument, getattr(self, argument))
+        if not 0 < self.acceptance < 1:
+            raise ArgumentError(f"acceptance must lie between 0 and 1, got {self.acceptance!r}.")
+
     @property
     def name(self) -> str:
         """What to call it in results."""
@@ -54,16 +62,7 @@ class Annealed(Proposal):
 
     def on(self, pair: Pair, batch: Batch) -> Chains:
         """Chains for the data of one batch, with step sizes tuned and frozen."""
-        for argument in ("temperatures", "leapfrog_steps", "pilots"):
-            positive_int(argument, getattr(self, argument))
-        if not 0 < self.acceptance < 1:
-            raise ArgumentError(f"acceptance must lie between 0 and 1, got {self.acceptance!r}.")
-        if isinstance(self.start, Prior):
-            start = None
-        elif isinstance(self.start, Gaussian):
-            start = replace(self.start.gaussian(pair, batch), sobol=None)
-        else:
-            raise ArgumentError(f"start must be a Gaussian proposal or Prior(), got {self.start!r}.")
+        start = None if isinstance(self.start, Prior) else replace(self.start.gaussian(pair, batch), sobol=None)
         chains = Chains(pair, batch, start, ladder(self.temperatures), self.leapfrog_steps)
         chains.tune(self.pilots, self.acceptance)
         return chains

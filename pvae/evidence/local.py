@@ -40,6 +40,10 @@ class Laplace(Gaussian):
     max_steps: int = 30
     prepares = True
 
+    def __post_init__(self) -> None:
+        self.checked("start", self.start)
+        positive_int("max_steps", self.max_steps)
+
     @property
     def name(self) -> str:
         """What to call it in results."""
@@ -47,8 +51,8 @@ class Laplace(Gaussian):
 
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The approximation for each datum of a batch."""
-        positive_int("max_steps", self.max_steps)
-        mode, factor = find_mode(pair, batch, self.start.gaussian(pair, batch).loc, self.max_steps)
+        start = self.start.gaussian(pair, batch)
+        mode, factor = find_mode(pair, batch, start.loc, self.max_steps)
         return Elliptical(pair.space, mode, factor)
 
 
@@ -76,6 +80,13 @@ class Refined(Gaussian):
     lr: float = 0.1
     prepares = True
 
+    def __post_init__(self) -> None:
+        self.checked("start", self.start)
+        positive_int("steps", self.steps)
+        positive_int("particles", self.particles)
+        if not self.lr > 0:
+            raise ArgumentError(f"lr must be positive, got {self.lr!r}.")
+
     @property
     def name(self) -> str:
         """What to call it in results."""
@@ -83,9 +94,6 @@ class Refined(Gaussian):
 
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The refined Gaussian for each datum of a batch."""
-        steps, particles = positive_int("steps", self.steps), positive_int("particles", self.particles)
-        if not self.lr > 0:
-            raise ArgumentError(f"lr must be positive, got {self.lr!r}.")
         start = self.start.gaussian(pair, batch)
         # Coordinates in which the start is standard: e = shift + spread noise, u = loc + factor e.
         shift, log_scale = torch.zeros_like(start.loc), torch.zeros_like(start.loc)
@@ -95,11 +103,11 @@ class Refined(Gaussian):
         # than the gradient, so that near the optimum, where curvature is about 1, rounding does not grow.
         row = {"params": tuned[2:], "lr": self.lr / start.loc.shape[1] ** 0.5}
         adam = torch.optim.Adam([{"params": tuned[:2]}, row], lr=self.lr, eps=self.lr)
-        schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
-        for _ in range(steps):
+        schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=self.steps)
+        for _ in range(self.steps):
             with torch.enable_grad():
                 spread = _lower(log_scale, lower)
-                noise = torch.randn(particles, *shift.shape, dtype=shift.dtype, device=shift.device)
+                noise = torch.randn(self.particles, *shift.shape, dtype=shift.dtype, device=shift.device)
                 e = shift + torch.einsum("nij,knj->kni", spread, noise)
                 # d(-log q)/de = spread^-T noise, by which q moves e but not its own density
                 push = torch.linalg.solve_triangular(spread.detach().mT, noise.permute(1, 2, 0), upper=True)

@@ -43,6 +43,9 @@ class _Around(Gaussian):
 
     base: Gaussian
 
+    def __post_init__(self) -> None:
+        Gaussian.checked("base", self.base)
+
     @property
     def prepares(self) -> bool:  # type: ignore[override]
         """As the base does."""
@@ -66,6 +69,11 @@ class Inflated(_Around):
     base: Gaussian = field(default_factory=Guide)
     scale: float = 1.2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.scale > 0:
+            raise ArgumentError(f"scale must be positive, got {self.scale!r}.")
+
     @property
     def name(self) -> str:
         """What to call it in results."""
@@ -73,8 +81,6 @@ class Inflated(_Around):
 
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The base's density, widened."""
-        if not self.scale > 0:
-            raise ArgumentError(f"scale must be positive, got {self.scale!r}.")
         inner = self.base.gaussian(pair, batch)
         return replace(inner, factor=self.scale * inner.factor)
 
@@ -91,6 +97,11 @@ class StudentT(_Around):
     base: Gaussian = field(default_factory=Guide)
     df: float = 5.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.df > 0:
+            raise ArgumentError(f"df must be positive, got {self.df!r}.")
+
     @property
     def name(self) -> str:
         """What to call it in results."""
@@ -98,8 +109,6 @@ class StudentT(_Around):
 
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The base's density with heavier tails."""
-        if not self.df > 0:
-            raise ArgumentError(f"df must be positive, got {self.df!r}.")
         return replace(self.base.gaussian(pair, batch), df=float(self.df))
 
 
@@ -119,6 +128,7 @@ class Sobol(_Around):
     replicates: int = 10  # type: ignore[override]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if positive_int("replicates", self.replicates) < 2:
             raise ArgumentError("replicates must be at least 2: the error is taken from their scatter.")
 
@@ -149,6 +159,12 @@ class Defensive(Proposal):
     base: Proposal = field(default_factory=Guide)
     share: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ArgumentError(f"share must lie between 0 and 1, got {self.share!r}.")
+        if not isinstance(self.base, Proposal):
+            raise ArgumentError(f"base must be a proposal with a density, got {self.base!r}.")
+
     @property
     def prepares(self) -> bool:  # type: ignore[override]
         """As the base does."""
@@ -166,8 +182,6 @@ class Defensive(Proposal):
 
     def on(self, pair: Pair, batch: Batch) -> Sampler:
         """The mixture for the data of one batch."""
-        if not 0 < self.share < 1:
-            raise ArgumentError(f"share must lie between 0 and 1, got {self.share!r}.")
         base = self.base.on(pair, batch)
         if not isinstance(base, Density):
             raise ArgumentError(f"base must be a proposal with a density, got {self.base!r}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from pvae.errors import ArgumentError
 from pvae.evidence.gaussians import Elliptical
 from pvae.evidence.spaces import Latents
 from pvae.evidence.traces import Batch, Pair
@@ -83,6 +84,15 @@ class Gaussian(Proposal):
     @abstractmethod
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """Its density for each datum of a batch."""
+
+    @staticmethod
+    def checked(argument: str, proposal: object) -> Gaussian:
+        """The proposal itself, or an `ArgumentError` that names the argument it was given as."""
+        if not isinstance(proposal, Gaussian):
+            raise ArgumentError(
+                f"{argument} must be a Gaussian proposal, such as Guide(), Refined() or Laplace(); got {proposal!r}."
+            )
+        return proposal
 
     def on(self, pair: Pair, batch: Batch) -> Sampler:
         """The proposal for the data of one batch, prepared to draw."""

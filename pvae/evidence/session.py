@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -88,10 +88,16 @@ def opened(
     with isolated(modules, seed=seed, device=chosen, params=known) as store:
         pair = Pair.of(model, guide, tensors, chosen)
         untrained = outside_modules(store)["params"].keys() - known["params"].keys()
-        if untrained:
-            warnings.warn(
-                f"parameters {sorted(untrained)} have their initial values: the param store holds none of these names. "
-                "After pvae.fit, evaluate inside `with result.trained():`.",
-                stacklevel=4,
-            )
+        _warn_of_initial_values(untrained)
         yield Session(pair, tensors, chosen)
+        # Another guide, which a proposal brought along, runs only inside of the block.
+        _warn_of_initial_values(outside_modules(store)["params"].keys() - known["params"].keys() - untrained)
+
+
+def _warn_of_initial_values(names: Collection[str]) -> None:
+    if names:
+        warnings.warn(
+            f"parameters {sorted(names)} have their initial values: the param store holds none of these names. "
+            "After pvae.fit, evaluate inside `with result.trained():`.",
+            stacklevel=5,
+        )
