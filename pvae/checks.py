@@ -21,6 +21,8 @@ __all__ = [
     "check_pair",
     "check_support",
     "density_sites",
+    "simple_support",
+    "tensors_of",
 ]
 
 Data = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
@@ -84,10 +86,8 @@ def check_support(site: str, distribution: Any, value: Tensor) -> None:
     below any ``to_event``, ``expand`` or ``mask``.
     """
     family = type(base_distribution(distribution))
-    support = getattr(family, "support", None)
-    if not isinstance(support, constraints.Constraint) or constraints.is_dependent(support):
-        return
-    if support.event_dim or support is constraints.real:
+    support = simple_support(distribution)
+    if support is None or support is constraints.real:
         return
     bad = ~support.check(value)
     if not bad.any():
@@ -106,6 +106,14 @@ def check_support(site: str, distribution: Any, value: Tensor) -> None:
     )
 
 
+def simple_support(distribution: Any) -> constraints.Constraint | None:
+    """A distribution's support below any ``to_event``, if it is one of single entries that depends on no parameters."""
+    support = getattr(type(base_distribution(distribution)), "support", None)
+    if not isinstance(support, constraints.Constraint) or constraints.is_dependent(support) or support.event_dim:
+        return None
+    return support
+
+
 def check_observations(sites: Mapping[str, Any], batch: tuple[Tensor, ...], data: tuple[Tensor, ...]) -> None:
     """Checks all the ``data``, not only the traced ``batch``, against the support of the observed sites.
 
@@ -117,10 +125,27 @@ def check_observations(sites: Mapping[str, Any], batch: tuple[Tensor, ...], data
     for name, site in sites.items():
         if site["type"] != "sample" or not site["is_observed"]:
             continue
-        value = site["value"]
-        for rows, tensor in zip(batch, data, strict=True):
-            if value.numel() == rows.numel() and torch.equal(value.reshape(-1), rows.reshape(-1).to(value)):
-                check_support(name, site["fn"], tensor)
+        problems = []
+        matches = tensors_of(site["value"], batch)
+        for index in matches:
+            try:
+                check_support(name, site["fn"], data[index])
+            except DataError as error:
+                problems.append(error)
+        # Two tensors may happen to agree on a batch; the site observes one of them.
+        if matches and len(problems) == len(matches):
+            raise problems[0]
+
+
+def tensors_of(value: Tensor, batch: tuple[Tensor, ...]) -> list[int]:
+    """Which tensors of a batch an observed value is, by index: one it shares memory with, else all that are equal."""
+    equal = [
+        index
+        for index, rows in enumerate(batch)
+        if value.numel() == rows.numel() and torch.equal(value.reshape(-1), rows.reshape(-1).to(value))
+    ]
+    same = [index for index in equal if batch[index].data_ptr() == value.data_ptr()]
+    return same or equal
 
 
 def density_sites(sites: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pvae.evidence.estimates import EvidenceEstimate
 from pvae.evidence.importance import log_evidence
 from pvae.evidence.proposals import Guide, Refined
 from pvae.evidence.sampling import Proposal
-from pvae.isolation import Program
+from pvae.isolation import Program, resolve_seed
 
 __all__ = ["Gaps", "gaps"]
 
@@ -74,7 +74,7 @@ def gaps(
     num_samples: int = 1000,
     refined: Refined | None = None,
     proposal: str | Proposal | Program = "refined",
-    seed: int = 0,
+    seed: int | None = 0,
     device: str | torch.device = "auto",
     progress: bool = False,
 ) -> Gaps:
@@ -104,7 +104,7 @@ def gaps(
 
     Source: Cremer, Li and Duvenaud, 2018, Inference Suboptimality in Variational Autoencoders.
     """
-    best = Refined(full=False, steps=200) if refined is None else refined
+    best, seed = Refined(full=False, steps=200) if refined is None else refined, resolve_seed(seed)
     estimates = [
         log_evidence(
             model, guide, data, num_samples=num_samples, proposal=p, seed=seed + i, device=device, progress=progress

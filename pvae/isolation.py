@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -47,8 +47,9 @@ def modules_of(*programs: Program) -> list[nn.Module]:
             queue += [thing.__self__, thing.__func__]
         elif inspect.isfunction(thing):
             if thing.__module__.split(".")[0] not in ("torch", "pyro"):
-                variables = inspect.getclosurevars(thing)
-                queue += [*variables.nonlocals.values(), *variables.globals.values()]
+                with suppress(ValueError):  # a variable that is not assigned yet
+                    variables = inspect.getclosurevars(thing)
+                    queue += [*variables.nonlocals.values(), *variables.globals.values()]
         else:
             queue += getattr(thing, "__dict__", {}).values()
     return [thing for thing in seen.values() if _is_module(thing)]

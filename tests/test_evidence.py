@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pyro
@@ -192,7 +193,13 @@ class Shared(proposals.Prior):
 def test_chunks_are_bounded_whatever_the_order_of_the_data(proposal, num_samples):
     labels, images = torch.zeros(100_000), torch.zeros(1, 3, 64, 64).expand(100_000, 3, 64, 64)
     shapes = [
-        _chunk_shape(100_000, num_samples, Session(None, data, torch.device("cpu")), proposal, None)
+        _chunk_shape(
+            100_000,
+            num_samples,
+            Session(types.SimpleNamespace(space=types.SimpleNamespace(dim=50)), data, torch.device("cpu")),
+            proposal,
+            None,
+        )
         for data in ((labels, images), (images, labels))
     ]
     assert shapes[0] == shapes[1]

@@ -268,7 +268,7 @@ def test_discrete_latents_are_drawn_and_not_moved():
         estimate = pvae.log_evidence(coin, coin_guide, x, num_samples=4000, proposal=proposal)
         assert ((estimate.corrected - exact).abs() < 5 * estimate.std_error).all()
     for proposal in ("refined", "laplace", "student-t", "ais"):
-        with pytest.raises(pvae.ProgramError, match=r"site 'c' is discrete.*proposal='guide' or 'prior'"):
+        with pytest.raises(pvae.ProgramError, match=r"site 'c' is discrete.*proposal='guide', 'prior' or 'defensive'"):
             pvae.log_evidence(coin, coin_guide, x, proposal=proposal)
 
 
@@ -318,6 +318,21 @@ def test_two_modes_are_missed_by_one_and_found_by_two():
         assert reliable[apart].double().mean() > 0.3
         assert ((estimate.corrected - exact).abs() < 4 * estimate.std_error)[reliable].double().mean() >= 0.95
         assert abs((estimate.log_px - exact)[apart].mean()) < 0.05
+
+
+def test_the_prior_has_its_share_however_draws_are_cut():
+    """One draw at a time: a guide that is nowhere near leaves all to the prior's half, to 5 standard errors."""
+
+    def far(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.full((2,), 50.0, dtype=torch.float64), 0.1).to_event(1))
+
+    oracle = linear_gaussian(2, 3, noise=1.0)
+    x = oracle.bias[None]  # the prior explains it well
+    for share in (0.3, 0.5):
+        estimate = evidence(oracle, x, Defensive(Guide(far), share), 1000, chunk_size=1)
+        assert abs(estimate.corrected - oracle.log_px(x)) < 5 * estimate.std_error
+        assert estimate.std_error < 0.2
 
 
 # --- each proposal's own ------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Bracket:
 
     @property
     def gap(self) -> float:
-        """Mean of ``upper - lower``: in the mean at least the error of either bound, nats per datum."""
+        """Mean of ``upper - lower``, nats per datum; in the mean at least the error of either bound."""
         return (self.upper - self.lower).mean().item()
 
     @property

@@ -23,6 +23,8 @@ __all__ = ["KHAT_LIMIT", "EvidenceEstimate"]
 KHAT_LIMIT = 0.7
 """Above this k-hat neither an estimate nor its standard error can be trusted (Vehtari et al., 2024)."""
 
+_MIN_ESS = 20  # with fewer, a datum's error is a guess, and its k-hat may be low by luck
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EvidenceEstimate:
@@ -35,6 +37,7 @@ class EvidenceEstimate:
         shared_draws: Whether data shared draws, so that their errors are correlated.
         seconds: How long it took.
         target_std_error: The standard error asked for, nats per datum, if one was.
+        merged_seeds: Those of the runs that `merge` joined with this.
         diagnostics: What the proposal found out on the way, by name, shape ``(N,)`` each, such as ``"acceptance"``.
     """
 
@@ -44,6 +47,7 @@ class EvidenceEstimate:
     shared_draws: bool
     seconds: float
     target_std_error: float | None = None
+    merged_seeds: tuple[int, ...] = ()
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -63,7 +67,7 @@ class EvidenceEstimate:
 
     @cached_property
     def khat(self) -> Tensor:
-        """Pareto k-hat of the weights, shape ``(N,)``: above 0.7 do not trust the estimate or its error.
+        """Pareto k-hat of the weights, shape ``(N,)``. Above 0.7 do not trust the estimate or its error.
 
         ``-inf`` for equal weights, ``inf`` where fewer than 5 weights stand out, nan for K < 25.
         """
@@ -139,14 +143,18 @@ class EvidenceEstimate:
     @property
     def withheld(self) -> list[str]:
         """Why `interval` gives none, for each datum; empty strings where it does."""
-        return [_reason(k, n, KHAT_LIMIT) for k, n in zip(self.khat.tolist(), self.samples.tolist(), strict=True)]
+        return [
+            _reason(k, n, KHAT_LIMIT) or (f"only {ess:.1f} effective samples of {_MIN_ESS}" if ess < _MIN_ESS else "")
+            for k, n, ess in zip(self.khat.tolist(), self.samples.tolist(), self.ess.tolist(), strict=True)
+        ]
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """A confidence interval for log p(x) of each datum.
 
         ``corrected -+ z std_error``: the second-order bias of the logarithm is added back, without which such an
-        interval covers too little. Withheld (nan) where `unreliable`, as no interval is honest there; `withheld` has
-        the reasons.
+        interval covers too little. z is a normal quantile, or a Student-t's where the error comes from a few
+        replicates. Withheld (nan) where `unreliable` or with fewer than 20 effective samples, as no interval is honest
+        there; `withheld` has the reasons.
 
         Args:
             level: Coverage aimed at, between 0 and 1.
@@ -154,20 +162,20 @@ class EvidenceEstimate:
         Returns:
             Lower and upper ends, nats per datum, each of shape ``(N,)``.
         """
-        z = _quantile(level)
-        centre = self.corrected.masked_fill(self.unreliable, torch.nan)
-        return centre - z * self.std_error, centre + z * self.std_error
+        half = _quantile(level, self.sums.freedom) * self.std_error
+        centre = self.corrected.masked_fill(self.unreliable | (self.ess < _MIN_ESS), torch.nan)
+        return centre - half, centre + half
 
     @property
     def mean_khat(self) -> float:
-        """The data's k-hats, averaged with weights ``std_error^2``: each datum's share in the mean's variance.
+        """The data's k-hats, averaged with weights ``std_error^2``, each datum's share in the mean's variance.
 
         One datum's k-hat scatters; this scatters less, and shows a few bad data that make up the error of the mean.
         """
         shares, khat = self.std_error.square(), self.khat
-        counted = shares > 0
-        if not counted.any():
-            return khat.max().item()
+        counted, unknown = shares > 0, shares.isnan()
+        if unknown.any() or not counted.any():
+            return khat[unknown].max().item() if unknown.any() else khat.max().item()
         # Equal weights have a k-hat of -inf, and next to no error.
         return ((shares * khat.clamp(min=-1.0))[counted].sum() / shares[counted].sum()).item()
 
@@ -193,11 +201,14 @@ class EvidenceEstimate:
         Returns:
             Lower and upper end, nats per datum.
         """
-        z = _quantile(level)
+        # Degrees of freedom of a sum of variances: Satterthwaite, 1946.
+        variances = self.std_error.square()
+        freedom = variances.sum().square() / (variances.square() / self.sums.freedom).sum()
+        half = _quantile(level, freedom.nan_to_num(torch.inf, posinf=torch.inf)).item() * self.mean_std_error
         if self.mean_withheld:
             return float("nan"), float("nan")
         centre = self.corrected.mean().item()
-        return centre - z * self.mean_std_error, centre + z * self.mean_std_error
+        return centre - half, centre + half
 
     def merge(self, other: EvidenceEstimate) -> EvidenceEstimate:
         """The estimate from the draws of both: of the same data in the same order, by any proposals, with other seeds.
@@ -207,8 +218,9 @@ class EvidenceEstimate:
         """
         if self.num_data != other.num_data:
             raise ArgumentError(f"estimates of {self.num_data} and of {other.num_data} data cannot be merged.")
-        if self.seed == other.seed:
-            raise ArgumentError(f"both estimates have seed {self.seed}, so their draws are not independent.")
+        mine, theirs = ({one.seed, *one.merged_seeds} for one in (self, other))
+        if mine & theirs:
+            raise ArgumentError(f"both estimates have seed {min(mine & theirs)}, so their draws are not independent.")
         return EvidenceEstimate(
             self.sums.combine(other.sums),
             self.proposal if self.proposal == other.proposal else f"{self.proposal} and {other.proposal}",
@@ -216,6 +228,7 @@ class EvidenceEstimate:
             self.shared_draws or other.shared_draws,
             self.seconds + other.seconds,
             self.target_std_error,
+            tuple(sorted(mine | theirs)),
             self.diagnostics,
         )
 
@@ -263,10 +276,13 @@ class EvidenceEstimate:
 _COLUMNS = ("log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "samples")
 
 
-def _quantile(level: float) -> float:
+def _quantile(level: float, freedom: Tensor) -> Tensor:
+    """Half the width of an interval in standard errors, of a Student-t or, with infinite freedom, of a normal."""
     if not 0 < level < 1:
         raise ArgumentError(f"level must lie between 0 and 1, got {level!r}.")
-    return torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
+    from scipy.special import stdtrit
+
+    return torch.as_tensor(stdtrit(freedom.numpy(), (1 + level) / 2))
 
 
 def _reason(khat: float, num_samples: int, limit: float) -> str:

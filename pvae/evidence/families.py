@@ -110,7 +110,13 @@ def product(family: type, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
     x = x.to(dtype)
     statistics = torch.cat([_rows(t.to(dtype)) for t in rule.statistics(x, p)], 1)
     log_px = torch.addmm(-_rows(rule.normalizer(p)).sum(1, keepdim=True), natural, statistics.T)
-    return log_px if rule.carrier is None else log_px + _rows(rule.carrier(x)).sum(1)
+    if rule.carrier is not None:
+        log_px = log_px + _rows(rule.carrier(x)).sum(1)
+    # A probability of 0 is infinite here, and 0 times that is nan, where the density itself is well defined.
+    for k in (~natural.isfinite().all(1)).nonzero()[:, 0].tolist():
+        one = family(**{name: value[k].to(dtype) for name, value in parameters.items()}, validate_args=False)
+        log_px[k] = _rows(one.log_prob(x)).sum(1)
+    return log_px
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import reduce
 from itertools import groupby
 from operator import itemgetter
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from pvae.checks import Data
 from pvae.errors import ArgumentError, positive_int
 from pvae.evidence import proposals
-from pvae.evidence.estimates import EvidenceEstimate
+from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
 from pvae.evidence.sampling import Proposal, Sampler
 from pvae.evidence.session import Session, opened
 from pvae.evidence.traces import Batch
@@ -61,8 +60,10 @@ def log_evidence(
         proposal: ``"guide"`` draws from q(z|x); ``"prior"`` from p(z). ``"refined"`` and ``"laplace"`` fit a Gaussian
             to each datum, ``"student-t"`` gives the guide heavier tails, ``"defensive"`` mixes in the prior, ``"ais"``
             anneals from the guide. Or a `pvae.evidence.proposals.Proposal`, or another Pyro guide.
-        target_std_error: Go on with the data whose standard error, in nats, is above this or whose k-hat is above 0.7,
-            doubling their draws until none are left or they have had ``max_samples``.
+        target_std_error: In nats per datum. Data whose standard error is above it, or whose k-hat is above 0.7, get
+            twice as many draws, and so on until none are left or they have had ``max_samples``. These draws only decide
+            how many each datum needs. It then gets as many fresh ones, because an estimate that stopped where its error
+            looked small would be biased.
         max_samples: The most draws for one datum then; 100,000 if left out.
         seed: Same seed, same machine, same versions, same chunk size: same bits. ``None`` for a fresh one.
         device: ``"auto"`` (the GPU where there is one), ``"cpu"``, ``"cuda"`` or a ``torch.device``.
@@ -88,24 +89,23 @@ def log_evidence(
     limit = _limit(num_samples, target_std_error, max_samples, chosen.replicates or 1)
     with (
         opened(model, guide, data, seed=seed, device=device, others=(chosen,)) as session,
-        _bar(session.num_data * num_samples, progress) as bar,
+        _bar(progress) as bar,
     ):
         draws = _Draws(session, chosen, chunk_size, bar)
-        sums, diagnostics = draws.summed(num_samples, limit)
-        estimate = EvidenceEstimate(
-            sums, chosen.name, seed, chosen.shares_draws(session.pair), 0.0, target_std_error, diagnostics
-        )
-        while target_std_error is not None and estimate.num_samples < limit:
-            # Data that are resolved rest; all others have had the same number of draws.
-            rows = estimate.unresolved.nonzero()[:, 0]
-            more = min(estimate.num_samples, (limit // estimate.num_samples - 1) * estimate.num_samples)
-            more = more or (limit - estimate.num_samples)
-            if not len(rows):
-                break
-            bar.total += len(rows) * more
-            extra, _ = draws.summed(more, limit, rows)
-            estimate = replace(estimate, sums=estimate.sums.put(rows, estimate.sums[rows].combine(extra)))
-    return replace(estimate, seconds=time.perf_counter() - start)
+        if target_std_error is None:
+            sums, diagnostics = draws.summed(num_samples, num_samples)
+        else:
+            sums, diagnostics = draws.summed_each(draws.plan(num_samples, limit, target_std_error), limit)
+        shared = chosen.shares_draws(session.pair)
+    return EvidenceEstimate(
+        sums,
+        chosen.name,
+        seed,
+        shared,
+        time.perf_counter() - start,
+        target_std_error=target_std_error,
+        diagnostics=diagnostics,
+    )
 
 
 def log_weights(
@@ -132,7 +132,7 @@ def log_weights(
     _limit(num_samples, None, None, chosen.replicates or 1)
     with (
         opened(model, guide, data, seed=seed, device=device, others=(chosen,)) as session,
-        _bar(session.num_data * num_samples, progress) as bar,
+        _bar(progress) as bar,
     ):
         return _Draws(session, chosen, chunk_size, bar).kept(num_samples)
 
@@ -144,6 +144,7 @@ class _Draws:
         self.session = session
         self.proposal = proposal
         self.chunk_size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
+        self.replicates = proposal.replicates or 1
         self.bar = bar
 
     def summed(self, num_samples: int, limit: int, rows: Tensor | None = None) -> tuple[WeightSums, dict[str, Tensor]]:
@@ -159,9 +160,33 @@ class _Draws:
             sums = WeightSums.of_replicates(replicates) if self.proposal.replicates else replicates[0]
             return sums.cpu(), {name: value.cpu() for name, value in sampler.diagnostics.items()}
 
+        self.bar.total += num_samples * (self.session.num_data if rows is None else len(rows))
         parts = self._each_batch(one, num_samples, rows)
         diagnostics = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
         return WeightSums.cat(part[0] for part in parts), diagnostics
+
+    def plan(self, num_samples: int, limit: int, target: float) -> Tensor:
+        """How many draws each datum needs for a standard error of ``target`` and a good k-hat, found by doubling."""
+        sums, _ = self.summed(num_samples, limit)
+        rows = torch.arange(self.session.num_data)
+        while True:
+            # A margin, since the error of the fresh draws scatters.
+            short = (sums.khat[rows] <= KHAT_LIMIT) & (sums.std_error[rows] <= 0.8 * target)
+            rows = rows[~short]
+            done = int(sums.num_samples.max())
+            if not len(rows) or done == limit:
+                return sums.num_samples
+            more = min(done, limit - done) // self.replicates * self.replicates
+            extra, _ = self.summed(more, limit, rows)
+            sums = sums.put(rows, sums[rows].combine(extra))
+
+    def summed_each(self, wanted: Tensor, limit: int) -> tuple[WeightSums, dict[str, Tensor]]:
+        """As `summed`, for a number of draws for each datum, shape ``(N,)``."""
+        groups = [(wanted == k).nonzero()[:, 0] for k in wanted.unique()]
+        parts = [self.summed(int(wanted[rows[0]]), limit, rows) for rows in groups]
+        order = torch.cat(groups).argsort()
+        diagnostics = {name: torch.cat([part[1][name] for part in parts])[order] for name in parts[0][1]}
+        return WeightSums.cat(part[0] for part in parts)[order], diagnostics
 
     def kept(self, num_samples: int) -> Tensor:
         """The log-weights themselves, ``(K, N)``."""
@@ -170,6 +195,7 @@ class _Draws:
             sampler = self.proposal.on(self.session.pair, batch)
             return torch.cat([chunk.double().cpu() for _, chunk in self._chunks(sampler, num_samples, size)])
 
+        self.bar.total += num_samples * self.session.num_data
         return torch.cat(self._each_batch(one, num_samples), dim=1)
 
     def _each_batch(self, function: Callable[[Batch, int], T], num_samples: int, rows: Tensor | None = None) -> list[T]:
@@ -179,9 +205,8 @@ class _Draws:
 
     def _chunks(self, sampler: Sampler, num_samples: int, size: int) -> Iterator[tuple[int, Tensor]]:
         """Log-weights ``(k, n)`` as they are drawn, each with the number of its replicate."""
-        replicates = self.proposal.replicates or 1
-        each = num_samples // replicates
-        for replicate in range(replicates):
+        each = num_samples // self.replicates
+        for replicate in range(self.replicates):
             sampler.restart()
             for done in range(0, each, size):
                 chunk = sampler.log_weights(min(size, each - done))
@@ -205,7 +230,10 @@ def _chunk_shape(
         return min(num_data, max(1, pairs // draws)), draws
     most, entries = (2**18, 2**27) if cuda else (2**13, 2**22)
     pairs = chunk_size or max(1, min(most, entries // session.entries))
-    draws = min(num_samples, 8) if proposal.prepares else num_samples
+    draws = num_samples
+    if proposal.prepares:
+        draws = min(num_samples, 8)
+        pairs = max(1, min(pairs, 2**25 // session.pair.space.dim**2))  # matrices of D x D for each datum
     rows = min(num_data, max(1, pairs // draws))
     return rows, max(1, pairs // rows)
 
@@ -226,5 +254,5 @@ def _limit(num_samples: int, target_std_error: float | None, max_samples: int | 
     return limit - limit % replicates
 
 
-def _bar(total: int, progress: bool) -> tqdm:
-    return tqdm(total=total, unit=" draws", unit_scale=True, disable=None if progress else True)
+def _bar(progress: bool) -> tqdm:
+    return tqdm(total=0, unit=" draws", unit_scale=True, disable=None if progress else True)

@@ -50,8 +50,8 @@ def pareto_khat(largest: Tensor, num_samples: int) -> Tensor:
     Returns:
         One k-hat for each datum, shape ``(N,)``. It is ``-inf`` where the tail's weights differ by less than 0.1% (as
         with an exact posterior, where one draw is enough and what differs is rounding), ``inf`` where fewer than 5
-        weights stand out of all others (one weight that outweighs the rest by hundreds of nats leaves no tail to fit),
-        and nan for ``K < 25``.
+        weights stand out of all others (one weight that outweighs the rest by hundreds of nats leaves no tail to fit)
+        or all weights are zero, and nan for ``K < 25``.
 
     Source: Zhang and Stephens, 2009, A New and Efficient Estimation Method for the Generalized Pareto Distribution;
     prior on k and length of the tail from Vehtari et al., 2024, Pareto Smoothed Importance Sampling.
@@ -70,10 +70,10 @@ def fit_tail(largest: Tensor, num_samples: int) -> Tail:
     tail, threshold = (largest[:m] - top).exp(), (largest[m] - top).exp()
     excess = (tail - threshold).flip(0).T.contiguous()  # (N, M), ascending
     equal = excess[:, -1] < 1e-3
-    too_few = (excess > 0).sum(1) < 5
+    too_few = ((excess > 0).sum(1) < 5) & ~equal | largest[0].isneginf()
     theta, fitted = _fit(excess)
     shrunk = (m * fitted + 5) / (m + 10)  # ten pseudo-observations at k = 1/2
-    khat = torch.where(equal, -torch.inf, torch.where(too_few, torch.inf, shrunk))
+    khat = torch.where(too_few, torch.inf, torch.where(equal, -torch.inf, shrunk))
 
     scale = -fitted / theta
     ranks = (torch.arange(m, dtype=excess.dtype, device=excess.device) + 0.5) / m

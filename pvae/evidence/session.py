@@ -89,7 +89,10 @@ def opened(
         pair = Pair.of(model, guide, tensors, chosen)
         untrained = outside_modules(store)["params"].keys() - known["params"].keys()
         _warn_of_initial_values(untrained)
-        yield Session(pair, tensors, chosen)
+        session = Session(pair, tensors, chosen)
+        if pair.has_other_supports:
+            session.each_batch(pair.check_data, max(1, 2**20 // session.entries))
+        yield session
         # Another guide, which a proposal brought along, runs only inside of the block.
         _warn_of_initial_values(outside_modules(store)["params"].keys() - known["params"].keys() - untrained)
 

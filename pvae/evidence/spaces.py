@@ -108,9 +108,10 @@ class LatentSpace:
     sites: dict[str, Site]
 
     @classmethod
-    def of(cls, sites: Mapping[str, tuple[Any, Tensor]]) -> LatentSpace:
-        """From each site's support and its values ``(K, N, *plates, *event)``."""
-        return cls({name: _site(name, *site) for name, site in sites.items()})
+    def of(cls, sites: Mapping[str, tuple[Any, Tensor]], refusals: Mapping[str, str] | None = None) -> LatentSpace:
+        """From each site's support and its values ``(K, N, *plates, *event)``, and why some have no vector."""
+        refusals = refusals or {}
+        return cls({name: _site(name, *site, refusals.get(name, "")) for name, site in sites.items()})
 
     @property
     def dim(self) -> int:
@@ -154,16 +155,18 @@ def _summed(log_det: Tensor) -> Tensor:
     return log_det.flatten(2).sum(-1).double() if log_det.dim() > 2 else log_det.double()
 
 
-def _site(name: str, support: Any, values: Tensor) -> Site:
+def _site(name: str, support: Any, values: Tensor, refusal: str) -> Site:
     shape = values.shape[2:]
     inner = support
     while isinstance(inner, constraints.independent):
         inner = inner.base_constraint
+    advice = "Use proposal='guide', 'prior' or 'defensive', which take any latents."
+    if support.is_discrete:
+        refusal = "is discrete"
+    if refusal:
+        return Site(shape, shape, None, f"site '{name}' {refusal}, and this proposal moves real numbers. {advice}")
     if inner is constraints.real:
         return Site(shape, shape, None)
-    advice = "Use proposal='guide' or 'prior', which take any latents."
-    if support.is_discrete:
-        return Site(shape, shape, None, f"site '{name}' is discrete, and this proposal moves real numbers. {advice}")
     bounds = {key: getattr(inner, key) for key in ("lower_bound", "upper_bound") if hasattr(inner, key)}
     numbers = {key: torch.as_tensor(value).flatten() for key, value in bounds.items()}
     if any((value != value[0]).any() for value in numbers.values()):
@@ -172,5 +175,9 @@ def _site(name: str, support: Any, values: Tensor) -> Site:
         )
     if bounds:
         inner = type(inner)(*(value[0].item() for value in numbers.values()))
-    transform = biject_to(inner)
+    try:
+        transform = biject_to(inner)
+    except NotImplementedError:
+        refusal = f"the support of site '{name}', {inner}, is not known to be that of some real numbers. {advice}"
+        return Site(shape, shape, None, refusal)
     return Site(shape, torch.Size(transform.inverse_shape(shape)), transform)

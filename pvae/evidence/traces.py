@@ -9,6 +9,7 @@ copies of the data instead.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,12 +19,24 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pvae.checks import base_distribution, check_observations, check_pair, density_sites
-from pvae.errors import ProgramError
+from pvae.checks import check_observations, check_pair, density_sites, tensors_of
+from pvae.errors import DataError, ProgramError, PVAEError
 from pvae.evidence.families import FAMILIES, PARAMETERS, leaf_of, parameters_of, product
 from pvae.evidence.spaces import Latents, LatentSpace, Layout
+from pvae.evidence.trials import (
+    block_diagonal,
+    check_density,
+    check_names,
+    data_dim,
+    first_other_row,
+    normal_moments,
+    other_support,
+    plates_of,
+    refusal,
+)
 from pvae.isolation import Program
 
 __all__ = ["Pair"]
@@ -57,44 +70,70 @@ class Pair:
     _others: dict[Program, Pair] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, model: Program, guide: Program, data: Batch, device: torch.device) -> Pair:
+    def of(cls, model: Program, guide: Program, data: Batch, device: torch.device, *, nesting: int = 0) -> Pair:
         """Looks at a pair and its data, and raises where log p(x) for each datum is not defined by them.
 
         The data plate is the one whose size follows the number of data: the pair is run on one datum and on two, on
-        the device.
+        the device. ``nesting`` is the least number of plates' dimensions to leave room for.
 
         Raises:
             ProgramError: No such plate, a site outside of it, latent sites that differ, a guide with point masses, or
                 data that depend on each other.
             DataError: Data outside the support of their site.
         """
+        if isinstance(guide, AutoGuide):
+            raise ProgramError(
+                f"the guide is an {type(guide).__name__}, whose parameters belong to the data that it was fitted on. "
+                "log p(x) is estimated in batches: write a guide that takes a batch, such as an encoder."
+            )
         traces = {}
         with pyro.validation_enabled(True):
-            for rows in (1, 2):
-                batch = tuple(t[[i % len(t) for i in range(rows)]].to(device) for t in data)
-                guide_trace = poutine.trace(guide).get_trace(*batch)
-                model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
-                traces[rows] = {"model": density_sites(model_trace.nodes), "guide": density_sites(guide_trace.nodes)}
+            for rows in ([0], [0, first_other_row(data)]):
+                batch = tuple(t[rows].to(device) for t in data)
+                traces[len(rows)] = _tried(model, guide, batch)
+        check_names(traces[1]["model"], traces[2]["model"])
         check_pair(traces[2]["model"], traces[2]["guide"], strict=True)
-        _check_density(traces[2]["guide"])
+        check_density(traces[2]["guide"])
         check_observations(traces[2]["model"], batch, data)
-        data_dim = _data_dim(traces[1], traces[2])
-        nesting = max(-plate.dim for sites in traces[2].values() for s in sites.values() for plate in _plates(s))
-        pair = _running_particles(cls(model, guide, Layout(data_dim, -nesting - 1), batch))
+        dim = data_dim(traces[1], traces[2])
+        depths = [-plate.dim for sites in traces[2].values() for s in sites.values() for plate in plates_of(s)]
+        pair = _running_particles(cls(model, guide, Layout(dim, -max(nesting, *depths) - 1), batch))
         return replace(pair, shares_prior=pair._can_share_prior())
 
     def with_guide(self, guide: Program) -> Pair:
         """The same model with another guide."""
         if guide not in self._others:
-            self._others[guide] = Pair.of(self.model, guide, self.trial, self.trial[0].device)
+            nesting = -self.layout.particle_dim - 1
+            other = Pair.of(self.model, guide, self.trial, self.trial[0].device, nesting=nesting)
+            if other.layout.particle_dim != self.layout.particle_dim:
+                raise ProgramError("another guide for the pair has plates further to the left than the pair itself.")
+            self._others[guide] = other
         return self._others[guide]
+
+    @cached_property
+    def has_other_supports(self) -> bool:
+        """Whether data have supports that a single entry does not show, such as a Binomial's or one-hots'."""
+        sites = _observed(self._run(self.model, self.trial, 1)).values()
+        return any(other_support(site) is not None for site in sites)
+
+    def check_data(self, batch: Batch) -> None:
+        """Raises `DataError` where observed data lie outside of their support, where `has_other_supports`."""
+        latents, _ = self.draw_guide(batch, 1)
+        for name, site in _observed(self._run(self.model, batch, 1, latents)).items():
+            support = other_support(site)
+            bad = torch.zeros(1) if support is None else ~support.check(site["value"])
+            if bad.any():
+                family = type(leaf_of(site["fn"])).__name__
+                share = f"{bad.double().mean().item():.3%}"
+                raise DataError(f"site '{name}' is {family} with support {support}; {share} of a batch are outside.")
 
     @cached_property
     def space(self) -> LatentSpace:
         """The latents as vectors of real numbers."""
         sites = _latent(self._run(self.model, self.trial, 3))
         values = self._gathered(sites, 3)
-        return LatentSpace.of({name: (site["fn"].support, values[name]) for name, site in sites.items()})
+        supports = {name: (site["fn"].support, values[name]) for name, site in sites.items()}
+        return LatentSpace.of(supports, {name: refusal(site) for name, site in sites.items()})
 
     def draw_guide(self, batch: Batch, num_samples: int) -> tuple[Latents, Tensor]:
         """Draws latents from the guide, and returns them with log q(z|x), shape ``(K, N)``."""
@@ -108,9 +147,16 @@ class Pair:
         return Latents(self._gathered(_latent(sites), num_samples), num_samples, densities)
 
     def log_qz(self, batch: Batch, latents: Latents) -> Tensor:
-        """Returns the guide's log q(z|x) at some latents, shape ``(K, N)``."""
-        sites = self._run(self.guide, batch, latents.num_samples, latents)
-        return self._log_density(sites, batch, latents.num_samples)
+        """Returns the guide's log q(z|x) at some latents, shape ``(K, N)``.
+
+        Raises:
+            ProgramError: The guide has a transform without an inverse, and knows only of its own draws.
+        """
+        try:
+            sites = self._run(self.guide, batch, latents.num_samples, latents)
+            return self._log_density(sites, batch, latents.num_samples)
+        except (KeyError, NotImplementedError) as error:
+            raise _Unscored(f"the guide cannot give the density of latents that it did not draw: {error}") from error
 
     def densities(self, batch: Batch, latents: Latents) -> tuple[Tensor, Tensor]:
         """Returns log p(z) and log p(x|z) at some latents, each of shape ``(K, N)``; they are kept with the latents."""
@@ -137,12 +183,13 @@ class Pair:
 
         Exact where all sites are normal and do not depend on each other; else from ``max(400, 10 D)`` draws.
         """
+        dim = self.space.dim
         sites = self._run(self.guide, batch, 3)
-        normal = [_normal_moments(sites[name], self.layout) for name in self.space.sites]
+        normal = [normal_moments(sites[name], self.layout) for name in self.space.sites]
         if all(normal):
             locs, factors = zip(*normal, strict=True)  # type: ignore[arg-type]
-            return torch.cat(locs, -1), _block_diagonal(factors)
-        latents, _ = self.draw_guide(batch, max(400, 10 * self.space.dim))
+            return torch.cat(locs, -1), block_diagonal(factors)
+        latents, _ = self.draw_guide(batch, max(400, 10 * dim))
         u = self.space.flatten(latents)[0]
         loc = u.mean(0)
         centred = (u - loc).transpose(0, 1)
@@ -161,30 +208,40 @@ class Pair:
         drawn = self._gathered(sites, 1)
         simulated = list(batch)
         for name, site in observed.items():
-            value = site["value"]
-            same = [
-                index
-                for index, tensor in enumerate(batch)
-                if value.numel() == tensor.numel() and torch.equal(value.reshape(-1), tensor.reshape(-1).to(value))
-            ]
-            if not same:
+            same = tensors_of(site["value"], batch)
+            if len(same) != 1:
                 raise ProgramError(
-                    f"cannot simulate data: site '{name}', of shape {tuple(value.shape)}, observes none of the data "
-                    f"tensors as it is; their shapes are {[tuple(t.shape) for t in batch]}."
+                    f"cannot simulate data: site '{name}', of shape {tuple(site['value'].shape)}, observes "
+                    f"{'none' if not same else 'more than one'} of the data tensors as it is; their shapes are "
+                    f"{[tuple(t.shape) for t in batch]}."
                 )
             simulated[same[0]] = drawn.pop(name)[0].reshape(batch[same[0]].shape).to(batch[same[0]])
-        return tuple(simulated), Latents(drawn, 1)
+        latents, data = Latents(drawn, 1), tuple(simulated)
+        again = self._log_density(_observed(self._run(self.model, data, 1, latents)), data, 1)
+        if not torch.allclose(
+            again, self._log_density({name: sites[name] for name in observed}, batch, 1), rtol=1e-4, atol=1e-4
+        ):
+            raise ProgramError(
+                "cannot simulate data: given them, the model's log p(x|z) is not what it was when it drew them. It may "
+                "use data beyond observing them, or round them to whole numbers."
+            )
+        return data, latents
 
     def _run(self, program: Program, batch: Batch, num_samples: int, latents: Latents | None = None) -> Sites:
         """Runs a program for K particles, with latents of its own or given ones; returns its sites with densities."""
         if latents is not None:
+            check_names(latents.values.keys(), self._dims.keys())
             values = {name: self.layout.lay_out(v, *self._dims[name]) for name, v in latents.values.items()}
             program = poutine.replay(program, trace=_as_trace(values))
         batch = self.layout.copies(batch, num_samples)
-        if self.layout.folded:
-            return density_sites(poutine.trace(program).get_trace(*batch).nodes)
-        with pyro.plate("pvae_particles", num_samples, dim=self.layout.particle_dim):
-            return density_sites(poutine.trace(program).get_trace(*batch).nodes)
+        plate = nullcontext()
+        if not self.layout.folded:
+            plate = pyro.plate("pvae_particles", num_samples, dim=self.layout.particle_dim)
+        with plate:
+            sites = density_sites(poutine.trace(program).get_trace(*batch).nodes)
+        if latents is not None:
+            check_names(_latent(sites).keys(), latents.values.keys())
+        return sites
 
     @cached_property
     def _dims(self) -> dict[str, tuple[int, int]]:
@@ -242,7 +299,7 @@ class Pair:
         it is 0. Univariate families below ``to_event`` show all of their parameters in this way.
         """
         leaf = leaf_of(site["fn"])
-        if type(leaf) not in PARAMETERS or len(_plates(site)) != 2:  # the plates: particles and data
+        if type(leaf) not in PARAMETERS or len(plates_of(site)) != 2:  # the plates: particles and data
             return False
         return all(t.stride(self._parameter_dim(site, n)) == 0 for n, t in parameters_of(leaf).items())
 
@@ -250,6 +307,21 @@ class Pair:
         """The data plate's dimension in a parameter of a site's distribution below ``to_event``."""
         classes = isinstance(leaf_of(site["fn"]), dist.Categorical) and parameter in ("logits", "probs")
         return self.layout.data_dim - len(site["fn"].event_shape) - classes
+
+
+def _tried(model: Program, guide: Program, batch: Batch) -> dict[str, Sites]:
+    """Runs a pair as it is, once."""
+    try:
+        guide_trace = poutine.trace(guide).get_trace(*batch)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error.__cause__ or error, PVAEError):
+            raise
+        raise ProgramError(
+            "log p(x) for each datum needs programs that can be run on any number of data; on "
+            f"{len(batch[0])} this pair failed: {error}"
+        ) from error
+    return {"model": density_sites(model_trace.nodes), "guide": density_sites(guide_trace.nodes)}
 
 
 def _running_particles(pair: Pair) -> Pair:
@@ -266,12 +338,14 @@ def _running_particles(pair: Pair) -> Pair:
         laid_out = replace(pair, layout=replace(pair.layout, folded=folded))
         try:
             latents = Latents(values, 3)
-            together = {"model": laid_out.log_pxz(pair.trial, latents), "guide": laid_out.log_qz(pair.trial, latents)}
+            together = {"model": laid_out.log_pxz(pair.trial, latents)}
+            with suppress(_Unscored):  # a guide that only knows its own draws can still be drawn from
+                together["guide"] = laid_out.log_qz(pair.trial, latents)
             laid_out.draw_guide(pair.trial, 3)
         except (RuntimeError, ValueError, IndexError) as error:
             problems.append(str(error))
             continue
-        wrong = [p for p in alone if not torch.allclose(together[p], alone[p], rtol=1e-4, atol=1e-4, equal_nan=True)]
+        wrong = [p for p in together if not torch.allclose(together[p], alone[p], rtol=1e-4, atol=1e-4, equal_nan=True)]
         if not wrong:
             if folded:
                 logger.info("the pair does not broadcast over particles (%s): they are run as copies", problems[0])
@@ -299,6 +373,10 @@ def _draw_alone(pair: Pair) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return values, densities
 
 
+class _Unscored(ProgramError):
+    """A guide that cannot give its density at latents of others."""
+
+
 def _as_trace(values: dict[str, Tensor]) -> poutine.Trace:
     trace = poutine.Trace()
     for name, value in values.items():
@@ -312,70 +390,3 @@ def _latent(sites: Sites) -> Sites:
 
 def _observed(sites: Sites) -> Sites:
     return {name: site for name, site in sites.items() if site["is_observed"]}
-
-
-def _plates(site: Any) -> list[Any]:
-    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-
-
-def _check_density(guide: Sites) -> None:
-    points = sorted(name for name, site in guide.items() if isinstance(base_distribution(site["fn"]), dist.Delta))
-    if points:
-        raise ProgramError(
-            f"the guide has a point mass at {points}: a Delta has no density to weigh draws by. Use a guide with a "
-            "density, such as a Normal."
-        )
-
-
-def _normal_moments(site: Any, layout: Layout) -> tuple[Tensor, Tensor] | None:
-    """Mean and Cholesky factor of a site run for three particles, where that is normal and the same in all.
-
-    None where it is not.
-    """
-    leaf, event_dim = leaf_of(site["fn"]), len(site["fn"].event_shape)
-    if type(leaf) not in (dist.Normal, dist.MultivariateNormal) or site["mask"] is not None:
-        return None
-    scale = leaf.stddev if type(leaf) is dist.Normal else leaf.scale_tril
-    loc = layout.gather(leaf.loc, event_dim, 3)
-    scale = layout.gather(scale, event_dim + scale.dim() - leaf.loc.dim(), 3)
-    if not (torch.equal(loc, loc[:1].expand_as(loc)) and torch.equal(scale, scale[:1].expand_as(scale))):
-        return None
-    if type(leaf) is dist.Normal:
-        flat = loc[0].reshape(loc.shape[1], -1)
-        return flat, scale[0].reshape(flat.shape).diag_embed()
-    return (loc[0], scale[0]) if loc.dim() == 3 else None  # a nested plate would make many blocks
-
-
-def _block_diagonal(factors: tuple[Tensor, ...]) -> Tensor:
-    size = sum(f.shape[-1] for f in factors)
-    whole = factors[0].new_zeros(len(factors[0]), size, size)
-    start = 0
-    for factor in factors:
-        stop = start + factor.shape[-1]
-        whole[:, start:stop, start:stop] = factor
-        start = stop
-    return whole
-
-
-def _data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> int:
-    """The dimension at which every site has a plate of size 1 for one datum, and of size 2 for two."""
-
-    def dims(site: Any, size: int) -> set[int]:
-        return {plate.dim for plate in _plates(site) if plate.size == size}
-
-    sites = {f"{name} ({program})": (program, name, site) for program in two for name, site in two[program].items()}
-    follows = [
-        dims(site, 2) & dims(one[program][name], 1) if name in one[program] else set()
-        for program, name, site in sites.values()
-    ]
-    common = set.intersection(*follows) if follows else set()
-    if len(common) == 1:
-        return common.pop()
-    shown = "; ".join(
-        f"'{label}' has plates {[(p.name, p.size) for p in _plates(site)]}, batch shape {tuple(site['fn'].batch_shape)}"
-        for label, (_, _, site) in sites.items()
-    )
-    raise ProgramError(
-        "log p(x) for each datum needs one plate over the data, of size len(x), around every sample site of the model "
-        f"and the guide: with pyro.plate('data', len(x)): ... On two data, {shown or 'there are no sample sites'}."
-    )

@@ -35,6 +35,8 @@ class WeightSums:
         mean_log: ``mean_k log w_k``, shape ``(N,)``.
         squares_log: ``sum_k (log w_k - mean_log)^2``, shape ``(N,)``.
         log_variance: Log of the estimated variance of ``sum_k w_k``, shape ``(N,)``; nan for ``K = 1``.
+        freedom: Degrees of freedom of that estimate, shape ``(N,)``: ``inf`` for independent draws, ``R - 1`` from R
+            replicates.
         candidates: Blocks of log-weights, ``(M, N)`` each, among which the largest ``capacity`` are, in no order;
             ``-inf`` fills up.
         floor: No log-weight at or below this is wanted any more, shape ``(N,)``.
@@ -47,6 +49,7 @@ class WeightSums:
     mean_log: Tensor
     squares_log: Tensor
     log_variance: Tensor
+    freedom: Tensor
     candidates: tuple[Tensor, ...]
     floor: Tensor
     capacity: int
@@ -90,7 +93,8 @@ class WeightSums:
         counts = torch.full((n,), k, device=w.device)
         variance = _log_variance(counts, log_sum, log_sum_squares)
         kept = _above(w, floor, capacity)
-        return cls(counts, log_sum, log_sum_squares, mean, spread, variance, (kept,), floor, capacity)
+        freedom = torch.full_like(variance, torch.inf)
+        return cls(counts, log_sum, log_sum_squares, mean, spread, variance, freedom, (kept,), floor, capacity)
 
     def add(self, log_weights: Tensor) -> WeightSums:
         """The sums with one more chunk, shape ``(K, N)``, of the same data."""
@@ -118,6 +122,7 @@ class WeightSums:
             mean,
             torch.where(mean.isfinite(), self.squares_log + other.squares_log + between, torch.inf),
             _log_variance(counts, log_sum, log_sum_squares),
+            torch.full_like(log_sum, torch.inf),
             candidates,
             floor,
             capacity,
@@ -138,11 +143,16 @@ class WeightSums:
         sums = torch.stack([one.log_sum for one in replicates])
         counts = torch.full_like(total.num_samples, len(replicates))
         variance = _log_variance(counts, sums.logsumexp(0), (2 * sums).logsumexp(0))
-        return replace(total, log_variance=variance)
+        return replace(total, log_variance=variance, freedom=torch.full_like(variance, len(replicates) - 1.0))
 
     def combine(self, other: WeightSums) -> WeightSums:
-        """As `merge`, for sums whose draws came about in different ways: their variances are added, not pooled."""
-        return replace(self.merge(other), log_variance=torch.logaddexp(self.log_variance, other.log_variance))
+        """As `merge`, for sums whose draws came about in different ways: their variances are added, not pooled.
+
+        Where one has no variance, as for K = 1, they are pooled after all.
+        """
+        pooled, added = self.merge(other), torch.logaddexp(self.log_variance, other.log_variance)
+        freedom = torch.minimum(self.freedom, other.freedom)
+        return replace(pooled, log_variance=torch.where(added.isnan(), pooled.log_variance, added), freedom=freedom)
 
     def __getitem__(self, rows: Tensor) -> WeightSums:
         """The sums of some of the data, by their indices."""
@@ -186,8 +196,12 @@ class WeightSums:
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size ``(sum_k w_k)^2 / sum_k w_k^2``, from 1 to K, shape ``(N,)``. Source: Kong, 1992."""
-        return torch.minimum((2 * self.log_sum - self.log_sum_squares).exp(), self.num_samples.double())
+        """Effective sample size ``(sum_k w_k)^2 / sum_k w_k^2``, from 1 to K, shape ``(N,)``; 0 if all weights are.
+
+        Source: Kong, 1992, A Note on Importance Sampling using Standardized Weights.
+        """
+        ess = torch.minimum((2 * self.log_sum - self.log_sum_squares).exp(), self.num_samples.double())
+        return ess.masked_fill(self.log_sum.isneginf(), 0.0)
 
     @property
     def std_error(self) -> Tensor:

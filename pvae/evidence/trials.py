@@ -1,0 +1,142 @@
+"""What the sites of a trial run tell of a pair: its data plate, and which latents are what. Nothing is run here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+from torch.distributions import constraints
+
+from pvae.checks import base_distribution, simple_support
+from pvae.errors import ProgramError
+from pvae.evidence.families import leaf_of
+from pvae.evidence.spaces import Layout
+
+__all__ = [
+    "block_diagonal",
+    "check_density",
+    "check_names",
+    "data_dim",
+    "first_other_row",
+    "normal_moments",
+    "other_support",
+    "plates_of",
+    "refusal",
+]
+
+_CIRCULAR = ("VonMises", "VonMises3D", "SineBivariateVonMises", "SineSkewed")  # torch calls their support real
+
+
+def plates_of(site: Any) -> list[Any]:
+    """The plates that a site is in, without sequential ones."""
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+
+
+def refusal(site: Any) -> str:
+    """Why a latent cannot be moved as real numbers, beyond what its support says; empty if it can."""
+    layers = [site["fn"]]
+    while hasattr(layers[-1], "base_dist"):
+        layers.append(layers[-1].base_dist)
+    if type(layers[-1]).__name__ in _CIRCULAR:
+        return "is an angle"
+    # A masked latent has no density, so that nothing holds a Gaussian's draws of it in place.
+    masked = site["mask"] is not None or any(isinstance(layer, dist.MaskedDistribution) for layer in layers)
+    return "is masked" if masked else ""
+
+
+def other_support(site: Any) -> Any:
+    """An observed site's support where it is of whole numbers or vectors and `check_observations` does not know it.
+
+    None elsewhere: a support of real numbers may depend on the latents, and then data outside of it are no mistake.
+    """
+    support = inner = site["fn"].support
+    while isinstance(inner, constraints.independent):
+        inner = inner.base_constraint
+    known = simple_support(site["fn"]) is not None
+    return None if known or not (support.is_discrete or inner.event_dim) else support
+
+
+def check_names(here: Collection[str], there: Collection[str]) -> None:
+    """Raises `ProgramError` where two runs have other sites."""
+    if set(here) != set(there):
+        raise ProgramError(
+            f"the latent sites are not the same in every batch, or for one datum and for two: {sorted(here)} and "
+            f"{sorted(there)}. Use the same sites for all data, and mask those that a datum does not have."
+        )
+
+
+def first_other_row(data: tuple[Tensor, ...]) -> int:
+    """A datum that differs from the first, so that they cannot stand in for each other; 0 if they are all alike."""
+    differs = torch.zeros(min(len(data[0]), 1024), dtype=torch.bool)
+    for tensor in data:
+        differs |= (tensor[:1024] != tensor[:1]).reshape(len(differs), -1).any(1).cpu()
+    return int(differs.double().argmax())
+
+
+def check_density(guide: Mapping[str, Any]) -> None:
+    """Raises `ProgramError` where a guide has point masses."""
+    points = sorted(name for name, site in guide.items() if isinstance(base_distribution(site["fn"]), dist.Delta))
+    if points:
+        raise ProgramError(
+            f"the guide has a point mass at {points}: a Delta has no density to weigh draws by. Use a guide with a "
+            "density, such as a Normal."
+        )
+
+
+def normal_moments(site: Any, layout: Layout) -> tuple[Tensor, Tensor] | None:
+    """Mean and Cholesky factor of a site run for three particles, where that is normal and the same in all.
+
+    None where it is not.
+    """
+    leaf, event_dim = leaf_of(site["fn"]), len(site["fn"].event_shape)
+    if type(leaf) not in (dist.Normal, dist.MultivariateNormal) or site["mask"] is not None:
+        return None
+    scale = leaf.stddev if type(leaf) is dist.Normal else leaf.scale_tril
+    loc = layout.gather(leaf.loc, event_dim, 3)
+    scale = layout.gather(scale, event_dim + scale.dim() - leaf.loc.dim(), 3)
+    if not (torch.equal(loc, loc[:1].expand_as(loc)) and torch.equal(scale, scale[:1].expand_as(scale))):
+        return None
+    if type(leaf) is dist.Normal:
+        flat = loc[0].reshape(loc.shape[1], -1)
+        return flat, scale[0].reshape(flat.shape).diag_embed()
+    return (loc[0], scale[0]) if loc.dim() == 3 else None  # a nested plate would make many blocks
+
+
+def block_diagonal(factors: tuple[Tensor, ...]) -> Tensor:
+    """One matrix of several along its diagonal, each ``(N, d, d)``."""
+    size = sum(f.shape[-1] for f in factors)
+    whole = factors[0].new_zeros(len(factors[0]), size, size)
+    start = 0
+    for factor in factors:
+        stop = start + factor.shape[-1]
+        whole[:, start:stop, start:stop] = factor
+        start = stop
+    return whole
+
+
+def data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> int:
+    """The dimension at which every site has a plate of size 1 for one datum, and of size 2 for two."""
+
+    def dims(site: Any, size: int) -> set[int]:
+        return {plate.dim for plate in plates_of(site) if plate.size == size}
+
+    sites = {f"{name} ({program})": (program, name, site) for program in two for name, site in two[program].items()}
+    follows = [
+        dims(site, 2) & dims(one[program][name], 1) if name in one[program] else set()
+        for program, name, site in sites.values()
+    ]
+    common = set.intersection(*follows) if follows else set()
+    if len(common) == 1:
+        return common.pop()
+    shown = "; ".join(
+        f"'{label}' has plates {[(p.name, p.size) for p in plates_of(site)]}, "
+        f"batch shape {tuple(site['fn'].batch_shape)}"
+        for label, (_, _, site) in sites.items()
+    )
+    raise ProgramError(
+        "log p(x) for each datum needs one plate over the data, of size len(x), around every sample site of the model "
+        f"and the guide: with pyro.plate('data', len(x)): ... On two data, {shown or 'there are no sample sites'}."
+    )
