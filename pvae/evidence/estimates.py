@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -172,22 +171,27 @@ class EvidenceEstimate:
 
         One datum's k-hat scatters; this scatters less, and shows a few bad data that make up the error of the mean.
         """
-        shares, khat = self.std_error.square(), self.khat
-        counted, unknown = shares > 0, shares.isnan()
-        if unknown.any() or not counted.any():
-            return khat[unknown].max().item() if unknown.any() else khat.max().item()
+        unknown = self.std_error.isnan()
+        if unknown.any():
+            return self.khat[unknown].max().item()
         # Equal weights have a k-hat of -inf, and next to no error.
-        return ((shares * khat.clamp(min=-1.0))[counted].sum() / shares[counted].sum()).item()
+        return self._shared_out(self.khat.clamp(min=-1.0))
 
     @property
     def mean_withheld(self) -> str:
         """Why `mean_interval` gives none; empty if it does.
 
-        The limit for `mean_khat` is ``min(1 - 1 / log10 K, 0.7)``, with K the fewest draws of a datum.
+        The limit for `mean_khat` is ``min(1 - 1 / log10 K, 0.7)``, averaged likewise where data took different K.
         """
-        fewest = int(self.samples.min())
-        limit = min(1 - 1 / math.log10(max(fewest, MIN_SAMPLES_FOR_KHAT)), KHAT_LIMIT)
-        return _reason(self.mean_khat, fewest, limit)
+        limits = 1 - 1 / self.samples.clamp(min=MIN_SAMPLES_FOR_KHAT).double().log10()
+        return _reason(self.mean_khat, int(self.samples.min()), self._shared_out(limits.clamp(max=KHAT_LIMIT)))
+
+    def _shared_out(self, values: Tensor) -> float:
+        """The values' mean over data, each with its share in the variance of `mean`; plainly if there is none."""
+        shares = self.std_error.square().nan_to_num()
+        shares = shares if shares.sum() > 0 else torch.ones_like(shares)
+        counted = shares > 0  # 0 times an infinite k-hat is no share
+        return ((shares * values)[counted].sum() / shares.sum()).item()
 
     def mean_interval(self, level: float = 0.95) -> tuple[float, float]:
         """A confidence interval for the mean of log p(x) over these data: its Monte Carlo error, not that of the choice
