@@ -181,7 +181,11 @@ def test_tensors_that_agree_by_chance_are_not_confused():
             pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
 
     x, c = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 5.0, 2.0])
-    pvae.log_evidence(model, guide, (x, c), num_samples=10)
+    estimate = pvae.log_evidence(model, guide, (x, c), num_samples=1000)
+    # By symmetry p(x = 1 | c = 0) is 1/2; far from 0 the sign of c decides.
+    assert estimate.log_px[1].exp().item() == pytest.approx(0.5, abs=5 * 0.5 * estimate.std_error[1].item())
+    with pytest.raises(pvae.DataError, match="site 'x' is Bernoulli"):
+        pvae.log_evidence(model, guide, (x + 0.5, c))
 
 
 def test_a_guide_with_fewer_plates_joins_the_pair():
