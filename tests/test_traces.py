@@ -74,7 +74,7 @@ def test_angles_are_drawn_and_not_moved():
         gauss_hermite(model, guide, x)
 
 
-@pytest.mark.parametrize("proposal", ["guide", "prior", "ais"])
+@pytest.mark.parametrize("proposal", ["guide", "prior", Annealed(temperatures=3)], ids=["guide", "prior", "ais"])
 def test_latents_that_come_and_go_with_the_batch_are_refused(proposal):
     def model(x, n):
         with pyro.plate("data", len(x)):
@@ -89,7 +89,7 @@ def test_latents_that_come_and_go_with_the_batch_are_refused(proposal):
     x = torch.randn(4, 3)
     for n in ([1, 1, 3, 3], [1, 2, 3, 3]):
         with pytest.raises(pvae.ProgramError, match="latent sites are not the same in every batch"):
-            pvae.log_evidence(model, guide, (x, torch.tensor(n)), proposal=proposal, chunk_size=16)
+            pvae.log_evidence(model, guide, (x, torch.tensor(n)), num_samples=50, proposal=proposal, chunk_size=16)
 
 
 def test_data_that_depend_on_each_other_are_found_though_the_first_are_equal():
