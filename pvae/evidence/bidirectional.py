@@ -110,7 +110,6 @@ def bidirectional_monte_carlo(
             acceptance = chains.diagnostics.get("acceptance", torch.full_like(forward, torch.nan))
             return tuple(t.cpu() for t in (forward, -reverse, acceptance, *simulated))
 
-        pairs = min(2**13, 2**22 // session.entries)
-        parts = session.each_batch(one, max(1, pairs // max(num_samples, annealed.pilots)))
+        parts = session.each_batch(one, max(1, session.pairs // max(num_samples, annealed.pilots)))
     lower, upper, acceptance, *simulated = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Bracket(lower, upper, tuple(simulated), acceptance, num_samples, seed)

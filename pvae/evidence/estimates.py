@@ -162,7 +162,7 @@ class EvidenceEstimate:
             Lower and upper ends, nats per datum, each of shape ``(N,)``.
         """
         half = _quantile(level, self.sums.freedom) * self.std_error
-        centre = self.corrected.masked_fill(self.unreliable | (self.ess < _MIN_ESS), torch.nan)
+        centre = self.corrected.masked_fill(torch.tensor([bool(reason) for reason in self.withheld]), torch.nan)
         return centre - half, centre + half
 
     @property

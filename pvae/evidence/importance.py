@@ -160,7 +160,6 @@ class _Draws:
             sums = WeightSums.of_replicates(replicates) if self.proposal.replicates else replicates[0]
             return sums.cpu(), {name: value.cpu() for name, value in sampler.diagnostics.items()}
 
-        self.bar.total += num_samples * (self.session.num_data if rows is None else len(rows))
         parts = self._each_batch(one, num_samples, rows)
         diagnostics = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
         return WeightSums.cat(part[0] for part in parts), diagnostics
@@ -171,8 +170,8 @@ class _Draws:
         rows = torch.arange(self.session.num_data)
         while True:
             # A margin, since the error of the fresh draws scatters.
-            short = (sums.khat[rows] <= KHAT_LIMIT) & (sums.std_error[rows] <= 0.8 * target)
-            rows = rows[~short]
+            enough = (sums.khat[rows] <= KHAT_LIMIT) & (sums.std_error[rows] <= 0.8 * target)
+            rows = rows[~enough]
             done = int(sums.num_samples.max())
             if not len(rows) or done == limit:
                 return sums.num_samples
@@ -195,11 +194,11 @@ class _Draws:
             sampler = self.proposal.on(self.session.pair, batch)
             return torch.cat([chunk.double().cpu() for _, chunk in self._chunks(sampler, num_samples, size)])
 
-        self.bar.total += num_samples * self.session.num_data
         return torch.cat(self._each_batch(one, num_samples), dim=1)
 
     def _each_batch(self, function: Callable[[Batch, int], T], num_samples: int, rows: Tensor | None = None) -> list[T]:
         total = self.session.num_data if rows is None else len(rows)
+        self.bar.total += num_samples * total
         size, draws = _chunk_shape(total, num_samples, self.session, self.proposal, self.chunk_size)
         return self.session.each_batch(lambda batch: function(batch, draws), size, rows)
 
@@ -219,17 +218,14 @@ def _chunk_shape(
 ) -> tuple[int, int]:
     """How many data and how many draws to evaluate at once.
 
-    Chosen so that activations fit the caches of a CPU, or use a small part of a GPU's memory. Where draws are shared
-    there are no activations for each pair, and a draw's decoding is spread over many data. Where a proposal is fitted
-    to each datum first, many data are taken at once and few draws.
+    Where draws are shared there are no activations for each pair, and a draw's decoding is spread over many data. Where
+    a proposal is fitted to each datum first, many data are taken at once and few draws.
     """
-    cuda = session.device.type == "cuda"
     if proposal.shares_draws(session.pair):
-        pairs = chunk_size or (2**24 if cuda else 2**21)
+        pairs = chunk_size or (2**24 if session.device.type == "cuda" else 2**21)
         draws = min(num_samples, max(1, math.isqrt(pairs // 8)))
         return min(num_data, max(1, pairs // draws)), draws
-    most, entries = (2**18, 2**27) if cuda else (2**13, 2**22)
-    pairs = chunk_size or max(1, min(most, entries // session.entries))
+    pairs = chunk_size or session.pairs
     draws = num_samples
     if proposal.prepares:
         draws = min(num_samples, 8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +39,10 @@ __all__ = [
 ]
 
 
-class _Around(Gaussian):
-    """A Gaussian proposal made from another."""
+class _MadeOf(Proposal):
+    """A proposal made of another, its ``base``: a `Proposal`, of a narrower kind where a subclass says so."""
 
-    base: Gaussian
-
-    def __post_init__(self) -> None:
-        Gaussian.checked("base", self.base)
+    base: Any
 
     @property
     def prepares(self) -> bool:  # type: ignore[override]
@@ -55,6 +53,15 @@ class _Around(Gaussian):
     def replicates(self) -> int | None:  # type: ignore[override]
         """As the base has."""
         return self.base.replicates
+
+
+class _Around(_MadeOf, Gaussian):  # type: ignore[misc]
+    """A Gaussian proposal made of another."""
+
+    base: Gaussian
+
+    def __post_init__(self) -> None:
+        Gaussian.checked("base", self.base)
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Sobol(_Around):
 
 
 @dataclass(frozen=True)
-class Defensive(Proposal):
+class Defensive(_MadeOf):
     """A mixture of any proposal with a share of the prior: weights stay below ``p(x|z) / share``.
 
     Weights use the mixture's density (the balance heuristic), so that one component covers where the other is blind.
@@ -166,16 +173,6 @@ class Defensive(Proposal):
             raise ArgumentError(f"base must be a proposal with a density, got {self.base!r}.")
 
     @property
-    def prepares(self) -> bool:  # type: ignore[override]
-        """As the base does."""
-        return self.base.prepares
-
-    @property
-    def replicates(self) -> int | None:  # type: ignore[override]
-        """As the base has."""
-        return self.base.replicates
-
-    @property
     def name(self) -> str:
         """What to call it in results."""
         return f"{self.base.name} and {self.share:.0%} prior"
@@ -185,9 +182,7 @@ class Defensive(Proposal):
         base = self.base.on(pair, batch)
         if not isinstance(base, Density):
             raise ArgumentError(f"base must be a proposal with a density, got {self.base!r}.")
-        sampler = _Mixture(pair, batch, base, self.share, float(torch.rand(())))
-        sampler.diagnostics = base.diagnostics
-        return sampler
+        return _Mixture(pair, batch, base, self.share, float(torch.rand(())), diagnostics=base.diagnostics)
 
 
 @dataclass(eq=False)

@@ -46,6 +46,14 @@ class Session:
         """Numbers in the largest tensor of one datum."""
         return max(t[0].numel() for t in self.data)
 
+    @property
+    def pairs(self) -> int:
+        """How many pairs of a draw and a datum to evaluate at once: activations fit the caches of a CPU, or use a small
+        part of a GPU's memory.
+        """
+        most, entries = (2**18, 2**27) if self.device.type == "cuda" else (2**13, 2**22)
+        return max(1, min(most, entries // self.entries))
+
     def each_batch(self, function: Callable[[Batch], T], size: int, rows: Tensor | None = None) -> list[T]:
         """Calls a function with batches of at most ``size`` data, all or those of some rows, on the device.
 

@@ -27,7 +27,6 @@ from pvae.errors import DataError, ProgramError, PVAEError
 from pvae.evidence.families import FAMILIES, PARAMETERS, leaf_of, parameters_of, product
 from pvae.evidence.spaces import Latents, LatentSpace, Layout
 from pvae.evidence.trials import (
-    block_diagonal,
     check_density,
     check_names,
     data_dim,
@@ -188,7 +187,7 @@ class Pair:
         normal = [normal_moments(sites[name], self.layout) for name in self.space.sites]
         if all(normal):
             locs, factors = zip(*normal, strict=True)  # type: ignore[arg-type]
-            return torch.cat(locs, -1), block_diagonal(factors)
+            return torch.cat(locs, -1), torch.vmap(torch.block_diag)(*factors)
         latents, _ = self.draw_guide(batch, max(400, 10 * dim))
         u = self.space.flatten(latents)[0]
         loc = u.mean(0)

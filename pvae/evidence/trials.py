@@ -16,7 +16,6 @@ from pvae.evidence.families import leaf_of
 from pvae.evidence.spaces import Layout
 
 __all__ = [
-    "block_diagonal",
     "check_density",
     "check_names",
     "data_dim",
@@ -103,18 +102,6 @@ def normal_moments(site: Any, layout: Layout) -> tuple[Tensor, Tensor] | None:
         flat = loc[0].reshape(loc.shape[1], -1)
         return flat, scale[0].reshape(flat.shape).diag_embed()
     return (loc[0], scale[0]) if loc.dim() == 3 else None  # a nested plate would make many blocks
-
-
-def block_diagonal(factors: tuple[Tensor, ...]) -> Tensor:
-    """One matrix of several along its diagonal, each ``(N, d, d)``."""
-    size = sum(f.shape[-1] for f in factors)
-    whole = factors[0].new_zeros(len(factors[0]), size, size)
-    start = 0
-    for factor in factors:
-        stop = start + factor.shape[-1]
-        whole[:, start:stop, start:stop] = factor
-        start = stop
-    return whole
 
 
 def data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> int:
