@@ -179,10 +179,9 @@ def sentence(
         f"about {guide.ess.median().item():.0f} of the guide's {guide.num_samples} samples counted for an image, "
         f"and {prior.ess.median().item():.0f} of the prior's"
     )
-    fitted = (
-        f"A Gaussian fitted to each image finds {refined.mean - guide.mean:.2f} nats more than the guide, with "
-        f"{refined.ess.median().item():.0f} samples that count."
-    )
+    gain = refined.mean - guide.mean
+    found = f"finds {gain:.2f} nats more than the guide" if gain >= 0.05 else "finds the same as the guide"
+    fitted = f"A Gaussian fitted to each image {found}, with {refined.ess.median().item():.0f} samples that count."
     if gap < 0.05:
         return f"Guide and prior agree, but {counted}. {fitted}"
     rest = f"still misses {long_gap:.1f}" if long_gap >= 0.05 else "catches up"
