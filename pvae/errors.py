@@ -17,6 +17,7 @@ __all__ = [
     "ProgramError",
     "one_of",
     "positive_int",
+    "yes_no_or_auto",
 ]
 
 
@@ -62,3 +63,10 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     if value not in choices:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
     return value
+
+
+def yes_no_or_auto(name: str, value: object) -> bool | str:
+    """Returns ``value`` if it is ``True``, ``False`` or ``"auto"``, or raises `ArgumentError`."""
+    if not isinstance(value, bool) and value != "auto":
+        raise ArgumentError(f"{name} must be True, False or 'auto', got {value!r}.")
+    return value  # type: ignore[return-value]

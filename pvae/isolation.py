@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae.errors import ArgumentError, DeviceError, PVAEError
 
-__all__ = ["Program", "isolated", "modules_of", "outside_modules", "place", "resolve_device", "resolve_seed"]
+__all__ = ["Program", "isolated", "modules_of", "outside_modules", "place", "reached", "resolve_device", "resolve_seed"]
 
 Program = Callable[..., Any]
 """A Pyro model or guide: called with one batch, it makes ``pyro.sample`` statements."""
@@ -30,6 +30,11 @@ Program = Callable[..., Any]
 
 def modules_of(*programs: Program) -> list[nn.Module]:
     """The modules that programs are made of: themselves, what they are methods of, close over, call or hold."""
+    return [thing for thing in reached(*programs) if _is_module(thing)]
+
+
+def reached(*programs: Any) -> list[Any]:
+    """All that programs are made of, close over, call or hold; modules are not looked into."""
     seen: dict[int, Any] = {}
     queue: list[Any] = list(programs)
     while queue:
@@ -52,7 +57,7 @@ def modules_of(*programs: Program) -> list[nn.Module]:
                     queue += [*variables.nonlocals.values(), *variables.globals.values()]
         else:
             queue += getattr(thing, "__dict__", {}).values()
-    return [thing for thing in seen.values() if _is_module(thing)]
+    return list(seen.values())
 
 
 def _is_module(thing: object) -> bool:

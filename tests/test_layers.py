@@ -18,7 +18,7 @@ GROUND = {
     "isolation",
     "networks",
     "datasets",
-    "graphs",
+    "rewriting",
     "testing",
     "evidence.weights",
     "evidence.pareto",
@@ -27,6 +27,7 @@ PARTS = {"priors", "likelihoods", "posteriors"}
 MODELS = {"vae", "autoencoder"}
 REPORTS = {"diagnostics", "io_arviz", "plots", "estimator"}
 CHECKS = {"checks", "isolation"}
+CAPTURE = {"guards": {"isolation"}, "graphs": {"errors", "guards", "rewriting"}}
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -51,6 +52,8 @@ def imported(path: Path) -> set[str]:
 def allowed(name: str) -> set[str]:
     if name in GROUND:
         return {"errors"} | ({"evidence.pareto"} if name == "evidence.weights" else set())
+    if name in CAPTURE:
+        return CAPTURE[name]
     if name in PARTS:
         return {"errors", "networks", "checks"}
     if name in MODELS:

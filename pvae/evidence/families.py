@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import distributions as dist
 from torch import Tensor
-from torch.nn.functional import one_hot, softplus
+from torch.nn.functional import softplus
 
 __all__ = ["FAMILIES", "PARAMETERS", "Family", "leaf_of", "parameters_of", "product"]
 
@@ -45,7 +45,7 @@ FAMILIES: dict[type, Family] = {
     dist.Categorical: Family(
         lambda p: (p.logits,),
         lambda p: torch.zeros_like(p.logits[..., 0]),
-        lambda x, p: (one_hot(x.long(), p.logits.shape[-1]),),
+        lambda x, p: (x.long()[..., None] == torch.arange(p.logits.shape[-1], device=x.device),),
         dtype=None,
     ),
     dist.Exponential: Family(lambda p: (-p.rate,), lambda p: -p.rate.log(), _itself),
@@ -92,13 +92,15 @@ def leaf_of(distribution: Any) -> Any:
     return distribution
 
 
-def product(family: type, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+def product(family: type, parameters: dict[str, Tensor], x: Tensor, *, exact: bool = True) -> Tensor:
     """``log p(x_n | z_k)`` summed over the entries of a datum, for all draws and data.
 
     Args:
         family: One of `FAMILIES`.
         parameters: By name, each of shape ``(K, *event)``; a categorical's with one more dimension of classes.
         x: Shape ``(N, *event)``.
+        exact: Whether draws with a probability of 0 or 1, for which this form has no number, are done by themselves.
+            Otherwise they are nan, and all is done by tensor operations alone.
 
     Returns:
         Shape ``(K, N)``, in the family's dtype.
@@ -109,11 +111,11 @@ def product(family: type, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
     natural = torch.cat([_rows(eta) for eta in rule.natural(p)], 1)
     x = x.to(dtype)
     statistics = torch.cat([_rows(t.to(dtype)) for t in rule.statistics(x, p)], 1)
-    log_px = torch.addmm(-_rows(rule.normalizer(p)).sum(1, keepdim=True), natural, statistics.T)
+    log_px = natural @ statistics.T - _rows(rule.normalizer(p)).sum(1, keepdim=True)
     if rule.carrier is not None:
         log_px = log_px + _rows(rule.carrier(x)).sum(1)
     # A probability of 0 is infinite here, and 0 times that is nan, where the density itself is well defined.
-    for k in (~natural.isfinite().all(1)).nonzero()[:, 0].tolist():
+    for k in () if not exact else (~natural.isfinite().all(1)).nonzero()[:, 0].tolist():
         one = family(**{name: value[k].to(dtype) for name, value in parameters.items()}, validate_args=False)
         log_px[k] = _rows(one.log_prob(x)).sum(1)
     return log_px

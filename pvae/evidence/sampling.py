@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -24,11 +24,13 @@ class Sampler(ABC):
         pair: The model and the guide.
         batch: The data.
         diagnostics: What it found out on the way, by name, shape ``(N,)`` each.
+        exact: Whether draws that need more than tensor operations get it; otherwise their weights are nan.
     """
 
     pair: Pair
     batch: Batch
     diagnostics: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
+    exact: bool = field(default=True, kw_only=True)
 
     @abstractmethod
     def log_weights(self, num_samples: int) -> Tensor:
@@ -36,6 +38,15 @@ class Sampler(ABC):
 
     def restart(self) -> None:  # noqa: B027 (only replicates have something to begin anew)
         """Begins the next replicate."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...] | None:
+        """All that it knows of this batch; none if draws are more than a function of batch, these and noise."""
+        return None
+
+    def with_tensors(self, batch: Batch, tensors: tuple[Tensor, ...]) -> Sampler:
+        """The sampler that has these tensors for another batch, and works by tensor operations alone."""
+        return replace(self, batch=batch, exact=False)
 
 
 class Density(Sampler):
@@ -118,6 +129,17 @@ class GaussianDensity(Density):
         if self.elliptical.sobol is not None:
             self.elliptical.sobol.restart()
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...] | None:
+        """Location and factor for each datum; none with Sobol points, which have a state of their own."""
+        return None if self.elliptical.sobol is not None else (self.elliptical.loc, self.elliptical.factor)
+
+    def with_tensors(self, batch: Batch, tensors: tuple[Tensor, ...]) -> Sampler:
+        """The sampler with another location and factor for each datum."""
+        loc, factor = tensors
+        elliptical = replace(self.elliptical, loc=loc, factor=factor)
+        return replace(self, batch=batch, elliptical=elliptical, exact=False)
+
 
 @dataclass(frozen=True)
 class Guide(Gaussian):
@@ -146,6 +168,11 @@ class Guide(Gaussian):
 
 class GuideDensity(Density):
     """Draws from a guide."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """None are needed: the guide takes the batch."""
+        return ()
 
     def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
         """Returns fresh draws and their log q, shape ``(K, N)``."""
@@ -177,6 +204,11 @@ class Prior(Proposal):
 class PriorDensity(Density):
     """Draws from a prior."""
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """None are needed: the model takes the batch."""
+        return ()
+
     def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
         """Returns fresh draws and their log p(z), shape ``(K, N)``."""
         latents = self.pair.draw_prior(self.batch, num_samples)
@@ -189,7 +221,7 @@ class PriorDensity(Density):
     def log_weights(self, num_samples: int) -> Tensor:
         """Returns log p(x|z) of fresh draws, nats, shape ``(K, N)``."""
         if self.pair.shares_prior:
-            return self.pair.draw_shared_prior(self.batch, num_samples)
+            return self.pair.draw_shared_prior(self.batch, num_samples, exact=self.exact)
         latents = self.pair.draw_prior(self.batch, num_samples)
         return self.pair.densities(self.batch, latents)[1]
 

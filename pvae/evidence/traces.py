@@ -169,13 +169,13 @@ class Pair:
         log_pz, log_px_given_z = self.densities(batch, latents)
         return log_pz + log_px_given_z
 
-    def draw_shared_prior(self, batch: Batch, num_samples: int) -> Tensor:
+    def draw_shared_prior(self, batch: Batch, num_samples: int, *, exact: bool = True) -> Tensor:
         """Draws K latents from the prior and returns log p(x|z) of all data at each of them, shape ``(K, N)``.
 
         Where `shares_prior`: the K latents are decoded once, and the rest is `pvae.evidence.families.product`.
         """
         (site,) = _observed(self._shared_run(batch, num_samples)).values()
-        return self._product(site)
+        return self._product(site, exact=exact)
 
     def guide_moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean of q(z|x) in `space`, ``(N, D)``, and the Cholesky factor of its covariance, ``(N, D, D)``.
@@ -268,10 +268,10 @@ class Pair:
         latents = self._gathered(_latent(self._run(self.model, tuple(t[:1] for t in batch), num_samples)), num_samples)
         return self._run(self.model, batch, num_samples, Latents(latents, num_samples))
 
-    def _product(self, site: Any) -> Tensor:
+    def _product(self, site: Any, *, exact: bool = True) -> Tensor:
         leaf = leaf_of(site["fn"])
         parameters = {n: t.select(self._parameter_dim(site, n), 0) for n, t in parameters_of(leaf).items()}
-        return product(type(leaf), parameters, site["value"])
+        return product(type(leaf), parameters, site["value"], exact=exact)
 
     def _can_share_prior(self) -> bool:
         """Whether the model's distributions are the same for all data, and its likelihood one of the known families."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,46 @@ from torch import Tensor
 from pvae.errors import ArgumentError, NumericalError, positive_int
 from pvae.evidence.pareto import Tail, fit_tail, tail_length
 
-__all__ = ["WeightSums", "iwae_bounds"]
+__all__ = ["Chunk", "WeightSums", "iwae_bounds"]
+
+
+class Chunk(NamedTuple):
+    """One chunk's log-weights and their sums, in the weights' own dtype and relative to the largest of each datum.
+
+    Only tensor operations lead from the first to the others, so that they can be captured together with the draws.
+
+    Attributes:
+        log_weights: Shape ``(K, N)``.
+        top: The largest, shape ``(N,)``; nan where any is nan.
+        base: The same, but 0 where it is ``-inf``.
+        relative: ``sum_k exp(log w_k - base)``.
+        relative_squares: ``sum_k exp(log w_k - base)^2``.
+        below: ``mean_k log w_k - base``.
+        spread: ``sum_k (log w_k - mean)^2``.
+    """
+
+    log_weights: Tensor
+    top: Tensor
+    base: Tensor
+    relative: Tensor
+    relative_squares: Tensor
+    below: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, log_weights: Tensor) -> Chunk:
+        """The sums of log-weights of shape ``(K, N)``; in float32 at least."""
+        w = log_weights.detach()
+        w = w if w.dtype in (torch.float32, torch.float64) else w.float()
+        top = w.amax(0)
+        base = top.nan_to_num(neginf=0.0)
+        below = w - base
+        mean = below.mean(0)
+        spread = (below - mean).square().sum(0)
+        # What is lost below exp(lowest) is beyond float64, and spares the processor subnormal numbers.
+        lowest = math.log(torch.finfo(w.dtype).tiny) / 2
+        relative = below.clamp(min=lowest).exp()
+        return cls(w, top, base, relative.sum(0), relative.square().sum(0), mean, spread)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,50 +95,42 @@ class WeightSums:
     capacity: int
 
     @classmethod
-    def of(cls, log_weights: Tensor, max_samples: int | None = None) -> WeightSums:
+    def of(cls, log_weights: Tensor | Chunk, max_samples: int | None = None) -> WeightSums:
         """The sums of one chunk.
 
         Args:
-            log_weights: Shape ``(K, N)``, any floating dtype. ``-inf`` is a weight of zero.
+            log_weights: Shape ``(K, N)``, any floating dtype, or what was made of them. ``-inf`` is a weight of zero.
             max_samples: The number of draws in all chunks together; this chunk's by default.
 
         Raises:
             NumericalError: A log-weight is nan or ``+inf``.
         """
-        capacity = tail_length(max_samples or len(log_weights)) + 1
-        floor = torch.full(log_weights.shape[1:], -torch.inf, dtype=torch.float64, device=log_weights.device)
-        return cls._of(log_weights, capacity, floor)
+        chunk = Chunk.of(log_weights) if isinstance(log_weights, Tensor) else log_weights
+        capacity = tail_length(max_samples or len(chunk.log_weights)) + 1
+        return cls._of(chunk, capacity, torch.full_like(chunk.top, -torch.inf, dtype=torch.float64))
 
     @classmethod
-    def _of(cls, log_weights: Tensor, capacity: int, floor: Tensor) -> WeightSums:
-        w = log_weights.detach()
-        w = w if w.dtype in (torch.float32, torch.float64) else w.float()
-        k, n = w.shape
-        top = w.amax(0)  # nan where any is
+    def _of(cls, chunk: Chunk, capacity: int, floor: Tensor) -> WeightSums:
+        w, top, base, relative, relative_squares, below, spread = chunk
         _check(w, top)
-        # One chunk is summed pairwise in the weights' own dtype, relative to its largest; chunks are in float64.
-        base = top.nan_to_num(neginf=0.0)
-        below = w - base
-        mean = below.mean(0)
-        # A weight of zero makes mean and spread of the logs -inf and nan; the ELBO is -inf then.
-        spread = torch.where(mean.isfinite(), (below - mean).square_().sum(0), torch.inf).double()
-        mean = mean.double() + base.double()
-        # What is lost below exp(lowest) is beyond float64, and spares the processor subnormal numbers.
-        lowest = math.log(torch.finfo(w.dtype).tiny) / 2
-        relative = below.clamp_(min=lowest).exp_()
+        k, n = w.shape
+        base = base.double()
         nothing = top.isneginf()
-        log_sum = (relative.sum(0).double().log() + base.double()).masked_fill(nothing, -torch.inf)
-        squares = relative.square_().sum(0).double().log() + 2 * base.double()
-        log_sum_squares = squares.masked_fill(nothing, -torch.inf)
+        log_sum = (relative.double().log() + base).masked_fill(nothing, -torch.inf)
+        log_sum_squares = (relative_squares.double().log() + 2 * base).masked_fill(nothing, -torch.inf)
+        # A weight of zero makes mean and spread of the logs -inf and nan; the ELBO is -inf then.
+        mean = below.double() + base
+        spread = torch.where(mean.isfinite(), spread.double(), torch.inf)
         counts = torch.full((n,), k, device=w.device)
         variance = _log_variance(counts, log_sum, log_sum_squares)
         kept = _above(w, floor, capacity)
         freedom = torch.full_like(variance, torch.inf)
         return cls(counts, log_sum, log_sum_squares, mean, spread, variance, freedom, (kept,), floor, capacity)
 
-    def add(self, log_weights: Tensor) -> WeightSums:
+    def add(self, log_weights: Tensor | Chunk) -> WeightSums:
         """The sums with one more chunk, shape ``(K, N)``, of the same data."""
-        return self.merge(WeightSums._of(log_weights, self.capacity, self.floor))
+        chunk = Chunk.of(log_weights) if isinstance(log_weights, Tensor) else log_weights
+        return self.merge(WeightSums._of(chunk, self.capacity, self.floor))
 
     def merge(self, other: WeightSums) -> WeightSums:
         """The sums over the draws of both, for the same data."""

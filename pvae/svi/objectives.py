@@ -7,7 +7,10 @@ nats, summed over the batch, as Pyro's are: so every datum weighs the same in a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
@@ -15,12 +18,23 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pvae.checks import check_observations, check_pair, density_sites
 from pvae.errors import ArgumentError, ProgramError
 from pvae.isolation import Program
 
-__all__ = ["Objective", "Verified", "is_elbo", "loss_and_grads", "resolve", "validation_loss", "verify"]
+__all__ = [
+    "ItemsStayTensors",
+    "Objective",
+    "Verified",
+    "is_elbo",
+    "loss_and_grads",
+    "params_met",
+    "resolve",
+    "validation_loss",
+    "verify",
+]
 
 Objective = ELBO | Callable[..., Tensor]
 
@@ -56,28 +70,59 @@ def is_elbo(objective: Objective) -> bool:
 
 def loss_and_grads(
     objective: Objective, model: Program, guide: Program, batch: tuple[Tensor, ...]
-) -> tuple[float, list[Tensor]]:
-    """Runs forward and backward on one batch.
+) -> tuple[Tensor, list[Tensor]]:
+    """Runs forward and backward on one batch; gradients are left in the parameters' ``grad``.
 
     Returns:
         The loss, in nats summed over the batch, and the unconstrained parameters that the programs met.
     """
-    with poutine.trace(param_only=True) as met:
+    with params_met() as params:
         if isinstance(objective, ELBO):
             pyro_elbo: Any = objective  # its subclasses have loss_and_grads, the base class does not
             loss = pyro_elbo.loss_and_grads(model, guide, *batch)
         else:
-            differentiable = objective(model, guide, *batch)
-            differentiable.backward()
-            loss = differentiable.item()
-    if not isinstance(loss, int | float):
+            loss = objective(model, guide, *batch)
+            loss.backward()
+    if not isinstance(loss, int | float | Tensor) or (isinstance(loss, Tensor) and loss.dim()):
         raise ArgumentError(f"objective must give one loss, got {loss!r} from {type(objective).__name__}.")
-    return loss, _params(met.trace.nodes)
+    return torch.as_tensor(loss, device=batch[0].device).detach().double(), params
 
 
-def validation_loss(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> float:
+@contextmanager
+def params_met() -> Iterator[list[Tensor]]:
+    """A block that yields a list, which after it holds the unconstrained parameters that programs met inside."""
+    params: list[Tensor] = []
+    with poutine.trace(param_only=True) as met:
+        yield params
+    params += _params(met.trace.nodes)
+
+
+class ItemsStayTensors(TorchFunctionMode):
+    """Lets Pyro's objectives be captured: numbers that they only report or test for nan stay tensors.
+
+    Pyro takes ``.item()`` of every loss, asks whether any is nan, and looks for probabilities of zero to leave out;
+    each would tie a capture to the numbers of one batch. Reads by anybody else remain, and stop the capture.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answers Pyro's own questions without looking at the numbers."""
+        if func is Tensor.item or func is Tensor.__bool__:
+            caller = Path(sys._getframe(1).f_code.co_filename)
+            if func is Tensor.item and _PYRO in caller.parents:
+                return args[0].detach()
+            if caller == _PYRO / "util.py":
+                return False  # nothing is nan; the loss is looked at later
+            if caller == _PYRO / "infer" / "util.py":
+                return True  # all probabilities are positive
+        return func(*args, **(kwargs or {}))
+
+
+_PYRO = Path(pyro.__file__).parent
+
+
+def validation_loss(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Tensor:
     """Minus the ELBO of one batch, in nats summed over it, whatever the objective of training is."""
-    return float(Trace_ELBO().loss(model, guide, *batch))
+    return torch.as_tensor(Trace_ELBO().loss(model, guide, *batch), device=batch[0].device)
 
 
 def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> Verified:

@@ -1,0 +1,315 @@
+"""Captured programs: a function that runs Pyro once, kept as what it did to tensors, and run many times.
+
+Pyro's handlers cost milliseconds of Python in every call. What they do to tensors is the same each time, as long as the
+inputs have the same shapes; so it is recorded once, with its gradients, as one flat graph of tensor operations, and
+that graph is rewritten, compiled and run in their place. Parameters are held by reference, and noise is drawn afresh.
+
+What a capture takes for granted is looked after: a graph is compared with the function, on other inputs and noise,
+before it is used, and dropped when anything within the function's sight has changed. A function that cannot be captured
+is run as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from pvae.errors import PVAEError
+from pvae.guards import Guard
+from pvae.rewriting import DECOMPOSITIONS, swap_matrix_products
+
+__all__ = ["Captured", "Graph", "pays"]
+
+logger = logging.getLogger("pvae")
+
+_MOST_GRAPHS = 32
+_MOST_CHANGES = 8
+
+
+def pays(runs: int, operations: float, device: torch.device) -> bool:
+    """Whether capturing and compiling a function saves more time than it takes.
+
+    A rule without a clock, so that the same call does the same thing each time. Pyro's handlers cost about 2.5 ms a
+    run, and a CPU does twice as much work in a second when compiled. Compiling takes some 10 s, more on a GPU.
+
+    Args:
+        runs: How often it will be run.
+        operations: Multiplications and additions in all of them.
+        device: Where.
+    """
+    on_cpu = device.type == "cpu"
+    return runs * 2.5e-3 + (operations / 4e11 if on_cpu else 0.0) > (10.0 if on_cpu else 25.0)
+
+
+@dataclass
+class Captured:
+    """A function of tensors, run as the graphs it was captured as: one for each set of shapes, dtypes and devices.
+
+    Attributes:
+        function: Takes tensors and returns tensors, or nested tuples, lists and dicts of them. It draws noise by torch.
+        name: What to call it in messages.
+        sees: Programs with all else that the function depends on: parameters, other tensors and plain values.
+        capture_after: So many runs of the function itself, for each set of shapes, come before it is captured.
+        compile_after: So many runs of a graph come before it is compiled; ``None`` for never. The graph for the first
+            set of shapes, which is likely to be the common one, is compiled at once.
+        tolerances: How far results of function, graph and compiled graph may be apart, relative to their norm: for
+            single numbers, and for other tensors. Gradients jump where rounding takes a unit across its kink.
+        captures: How many graphs were made.
+        seconds: Spent on capturing and compiling.
+        given_up: Whether it could not be captured, and is run as it is.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    sees: tuple[Any, ...]
+    capture_after: int = 0
+    compile_after: int | None = 100
+    tolerances: tuple[float, float] = (1e-5, 1e-4)
+    captures: int = 0
+    seconds: float = 0.0
+    given_up: bool = False
+    _known: dict[Any, _Known] = field(default_factory=dict)
+    _first: Any = None
+    _changes: int = 0
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(*self.sees)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the function returns, detached."""
+        if self.given_up:
+            return self.function(*inputs)
+        key = tuple([(t.shape, t.dtype, t.device, t.stride()) for t in inputs])
+        known = self._known.get(key)
+        changed = self.guard.changed()
+        if changed or (known is not None and known.graph is not None and not known.graph.fits()):
+            self._begin_anew(changed)
+            known = None
+        if known is None:
+            if len(self._known) >= _MOST_GRAPHS:
+                del self._known[next(iter(self._known))]
+            known = self._known[key] = _Known()
+        if known.graph is None:
+            known.runs += 1
+            if self.given_up or known.runs <= self.capture_after or not self._capture(known, inputs):
+                return self.function(*inputs)
+            known.runs = 0
+        graph: Any = known.graph
+        if self._first is None:
+            self._first = key
+        after = 0 if self._first == key and self.compile_after is not None else self.compile_after
+        if not known.compiled and after is not None and known.runs >= after:
+            graph = known.graph = self._compile(graph, inputs)
+            known.compiled = True
+        known.runs += 1
+        return graph(*inputs)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether any graph was compiled."""
+        return any(known.graph is not None and known.graph.compiled for known in self._known.values())
+
+    def _begin_anew(self, changed: str) -> None:
+        self._known.clear()
+        self.guard.renew()
+        self._changes += 1
+        if changed and self._changes == _MOST_CHANGES:
+            self._give_up(
+                f"{changed} changed between calls, {_MOST_CHANGES} times so far. A tensor in its place, changed in "
+                "place or passed as an argument, would need no new capture"
+            )
+
+    def _capture(self, known: _Known, inputs: Sequence[Tensor]) -> bool:
+        """Captures a graph and compares it with the function; says whether that went well."""
+        start = time.perf_counter()
+        try:
+            with _undone(inputs, self.guard.tensors):
+                self.function(*inputs)  # makes whatever is made by a first run
+                self.guard.renew()
+                graph = Graph.of(self.function, inputs)
+                if changed := self.guard.changed():
+                    raise _Unfaithful(f"it changes {changed} as it runs")
+                self._compare(graph, self.function, inputs)
+        except PVAEError:
+            raise
+        except Exception as error:
+            self._give_up(_cause(error))
+            return False
+        known.graph = graph
+        self.captures += 1
+        self.seconds += time.perf_counter() - start
+        logger.info("captured %s: %d operations", self.name, len(graph.module.graph.nodes))
+        return True
+
+    def _compile(self, graph: Graph, inputs: Sequence[Tensor]) -> Graph:
+        """Compiles a graph and compares the two; returns the graph as it was where that fails."""
+        start = time.perf_counter()
+        try:
+            with _undone(inputs, self.guard.tensors):
+                compiled = graph.compile(inputs)
+                self._compare(compiled, graph, inputs)
+        except Exception as error:
+            warnings.warn(f"{self.name} runs captured but uncompiled: {_cause(error)}.", stacklevel=3)
+            compiled = graph
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        logger.info("compiled %s in %.1f s", self.name, seconds)
+        return compiled
+
+    def _compare(self, graph: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+        """Runs both on the rows of the inputs in another order, with equal noise that no capture has seen."""
+        others = tuple(t.roll(1, 0) if t.dim() else t for t in inputs)
+        results = []
+        for run in (reference, graph):
+            with _undone(inputs, self.guard.tensors):
+                torch.manual_seed(20_240_229)
+                results.append(pytree.tree_leaves(run(*others)))
+        norms = [torch.linalg.vector_norm(t.detach().double().nan_to_num()).item() for t in results[0]]
+        for ours, theirs, norm in zip(*results[::-1], norms, strict=True):
+            same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities too
+            difference = (ours.detach().double() - theirs.detach().double()).masked_fill(same, 0.0)
+            tolerance = self.tolerances[ours.numel() > 1]
+            # A result may be nothing but the rounding of others.
+            if not torch.linalg.vector_norm(difference).item() <= tolerance * (norm + 1e-6 * max(norms)):
+                raise _Unfaithful(
+                    "its results are not those of its graph: it may draw random numbers by Python or NumPy, or depend "
+                    "on something that cannot be seen"
+                )
+
+    def _give_up(self, cause: str) -> None:
+        self._known.clear()
+        self.given_up = True
+        warnings.warn(f"{self.name} runs as plain Pyro, uncaptured: {cause}.", stacklevel=4)
+
+
+@dataclass
+class Graph:
+    """One flat program of tensor operations.
+
+    Attributes:
+        module: Its operations. The first inputs are the tensors that it holds.
+        held: Parameters, buffers and constants that the function met.
+        structure: In which results are returned.
+        run: The module, or what it was compiled to.
+    """
+
+    module: fx.GraphModule
+    held: list[Tensor]
+    structure: pytree.TreeSpec
+    run: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        self._kinds = [(t.shape, t.dtype, t.device) for t in self.held]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Graph:
+        """Captures a function as it runs on some inputs, with the noise and parameters of now."""
+        structure: Any = None
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            nonlocal structure
+            results, structure = pytree.tree_flatten(function(*tensors))
+            return results
+
+        trace = make_fx(flat, DECOMPOSITIONS, tracing_mode="real", _allow_non_fake_inputs=True)
+        captured = trace(*inputs)
+        graph, held = _with_held_as_inputs(captured)
+        swap_matrix_products(graph)
+        module = fx.GraphModule({}, graph)
+        return cls(module, held, structure, module)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the function would return, detached."""
+        with torch.no_grad():
+            return pytree.tree_unflatten(list(self.run(*self.held, *inputs)), self.structure)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it was compiled."""
+        return self.run is not self.module
+
+    def fits(self) -> bool:
+        """Whether the tensors that it holds have the shapes, dtypes and devices that they had."""
+        return self._kinds == [(t.shape, t.dtype, t.device) for t in self.held]
+
+    def compile(self, inputs: Sequence[Tensor]) -> Graph:
+        """The same graph compiled for inputs like these."""
+        # Loading the compiler takes more than a second, and most runs do without.
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
+
+        # Noise comes from the same generators, in the same order, as without compiling.
+        with torch.no_grad(), config.patch(fallback_random=True):
+            run: Any = compile_fx(copy.deepcopy(self.module), [*self.held, *inputs])
+            run(*self.held, *inputs)
+        return Graph(self.module, self.held, self.structure, run)
+
+
+@dataclass
+class _Known:
+    """What is known of one set of shapes."""
+
+    graph: Graph | None = None
+    runs: int = 0
+    compiled: bool = False  # or tried in vain
+
+
+class _Unfaithful(Exception):
+    """A capture that is not the function."""
+
+
+def _with_held_as_inputs(captured: fx.GraphModule) -> tuple[fx.Graph, list[Tensor]]:
+    """Makes inputs of the tensors that a graph refers to; returns them in the order of the inputs."""
+    graph, held, inputs = captured.graph, [], {}
+    first = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(captured, node.target)
+        if id(tensor) not in inputs:
+            with graph.inserting_before(first):
+                inputs[id(tensor)] = graph.placeholder(f"held_{len(held)}")
+            inputs[id(tensor)].meta = dict(node.meta)
+            held.append(tensor)
+        node.replace_all_uses_with(inputs[id(tensor)])
+        graph.erase_node(node)
+    return graph, held
+
+
+@contextmanager
+def _undone(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Puts random numbers, and tensors that were changed in place, back as they were."""
+    before = [(t, t._version, t.detach().clone()) for t in tensors]
+    devices = {t.device for t in (*inputs, *tensors) if t.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, version, values in before:
+                    if tensor._version != version:
+                        tensor.copy_(values)
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong and, where it is known, at which line of the user's."""
+    cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
+    if "_local_scalar_dense" in str(error):
+        cause = "it reads a number out of a tensor, as `.item()`, `float()` and `if tensor:` do"
+    ours = [str(Path(module.__file__ or "").parent) for module in (torch, pyro)] + [str(Path(__file__).parent)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f"{cause} ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else cause

@@ -1,0 +1,159 @@
+"""Cheaper arithmetic for tensor programs on the CPU, to the same results within rounding.
+
+Two things that PyTorch's own kernels do slowly there: ``log(1 + exp(-|x|))``, which is not vectorized, and
+single-precision matrix products, for which oneDNN may be much faster than the default library.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pvae.errors import ArgumentError
+
+__all__ = ["DECOMPOSITIONS", "swap_matrix_products", "use_onednn"]
+
+logger = logging.getLogger("pvae")
+
+aten: Any = torch.ops.aten
+
+
+def _log1p_exp_neg(x: Tensor) -> Tensor:
+    """``log(1 + exp(-x))`` for ``x >= 0``, relative error near 2e-7 in float32.
+
+    ``log1p`` itself is a slow library call on the CPU. ``1 + u`` is rounded, and the last term puts back what was lost.
+    """
+    u = torch.exp(-x)
+    w = 1 + u
+    return torch.log(w) - ((w - 1) - u) / w
+
+
+def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    scaled = x * beta
+    smooth = (scaled.clamp(min=0) + _log1p_exp_neg(scaled.abs())) / beta
+    return torch.where(scaled > threshold, x, smooth)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    # By the exponential that the losses above take too, so that a compiler takes it once.
+    u = torch.exp(-x.abs())
+    return torch.where(x >= 0, 1.0, u) / (1 + u)
+
+
+def _log_sigmoid_forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    # The second output is what PyTorch's kernel keeps for its backward pass.
+    kept = x.new_zeros((0,)) if x.is_cuda else torch.exp(-x.abs())
+    return x.clamp(max=0) - _log1p_exp_neg(x.abs()), kept
+
+
+def _binary_cross_entropy_with_logits(
+    x: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = 1
+) -> Tensor:
+    if pos_weight is None:
+        loss = x.clamp(min=0) - x * target + _log1p_exp_neg(x.abs())
+    else:
+        loss = (1 - target) * x + (1 + (pos_weight - 1) * target) * (_log1p_exp_neg(x.abs()) + (-x).clamp(min=0))
+    if weight is not None:
+        loss = loss * weight
+    return {0: lambda: loss, 1: loss.mean, 2: loss.sum}[reduction]()
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten.sigmoid.default: _sigmoid,
+    aten.softplus.default: _softplus,
+    aten.log_sigmoid_forward.default: _log_sigmoid_forward,
+    aten.binary_cross_entropy_with_logits.default: _binary_cross_entropy_with_logits,
+}
+"""What `torch.fx.experimental.proxy_tensor.make_fx` puts in the place of some operations."""
+
+
+_library = torch.library.Library("pvae", "FRAGMENT")
+_library.define("addmm(Tensor? bias, Tensor a, Tensor b) -> Tensor")
+
+
+def _onednn_addmm(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+
+
+_library.impl("addmm", _onednn_addmm, "CPU")
+_library.impl("addmm", lambda bias, a, b: a.new_empty(a.shape[0], b.shape[1]), "Meta")
+
+_choice: list[bool | None] = [None]
+
+
+def use_onednn(choice: bool | None) -> None:
+    """Says whether captured programs multiply float32 matrices on the CPU by oneDNN.
+
+    Args:
+        choice: Yes, no, or ``None`` for what a short measurement on this machine finds faster; it is taken once in a
+            process. Programs that were captured before stay as they are.
+
+    Raises:
+        ArgumentError: Yes, and this build of PyTorch has no oneDNN.
+    """
+    if choice and not _has_onednn():
+        raise ArgumentError("choice=True: this build of PyTorch has no oneDNN. Use None or False.")
+    _choice[0] = choice
+
+
+def swap_matrix_products(graph: fx.Graph) -> int:
+    """Has oneDNN do a graph's float32 matrix products on the CPU, where it is the faster; returns how many."""
+    products = [node for node in graph.nodes if node.op == "call_function" and _is_product(node)]
+    if not products or not (_choice[0] if _choice[0] is not None else _onednn_is_faster()):
+        return 0
+    for node in products:
+        bias, a, b = node.args if node.target is aten.addmm.default else (None, *node.args)
+        with graph.inserting_before(node):
+            if not a.meta["val"].is_contiguous():
+                # oneDNN would copy it anyway; here the compiler can write it so in the first place.
+                a = graph.call_function(aten.clone.default, (a,), {"memory_format": torch.contiguous_format})
+            product = graph.call_function(torch.ops.pvae.addmm.default, (bias, a, b))
+        product.meta = dict(node.meta)
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+    return len(products)
+
+
+# Below so many multiplications a product costs less than the call.
+_WORTH_A_CALL = 2**19
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies two float32 matrices on the CPU, and at most adds a row to the result."""
+    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+        return False
+    *bias, a, b = (arg.meta["val"] for arg in node.args)  # type: ignore[union-attr]
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (*bias, a, b)):
+        return False
+    size = a.shape[0] * a.shape[1] * b.shape[1]
+    return size >= _WORTH_A_CALL and all(t.shape == b.shape[1:] for t in bias)
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Compares the two on a product of a common size, which takes about 20 ms."""
+    if not _has_onednn():
+        return False
+    a, b = torch.ones(256, 512), torch.ones(512, 512)
+    ways = {"default": lambda: torch.mm(a, b), "oneDNN": lambda: _onednn_addmm(None, a, b)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(15):
+        for name, multiply in ways.items():
+            start = time.perf_counter()
+            multiply()
+            seconds[name].append(time.perf_counter() - start)
+    # The first few calls of each prepare their kernels.
+    medians = {name: statistics.median(times[3:]) for name, times in seconds.items()}
+    logger.info("float32 matrix products: %s", {name: f"{value * 1e6:.0f} us" for name, value in medians.items()})
+    return medians["oneDNN"] < 0.95 * medians["default"]
