@@ -144,8 +144,8 @@ class WeightSums:
         log_sum_squares = torch.logaddexp(self.log_sum_squares, other.log_sum_squares)
         candidates, floor = self.candidates + other.candidates, torch.maximum(self.floor, other.floor)
         if sum(map(len, candidates)) > 2 * capacity:
-            candidates = (torch.cat(candidates).topk(capacity, dim=0).values,)
-            floor = candidates[0][-1].double()
+            candidates = (_largest(torch.cat(candidates), capacity),)
+            floor = candidates[0].amin(0).double()
         counts = self.num_samples + other.num_samples
         return WeightSums(
             counts,
@@ -349,12 +349,20 @@ def _log_variance(num_samples: Tensor, log_sum: Tensor, log_sum_squares: Tensor)
     return relative.log() + 2 * log_sum
 
 
+def _largest(w: Tensor, count: int) -> Tensor:
+    """The largest entries of each column, in no order."""
+    if w.is_cuda:
+        return w.topk(count, dim=0, sorted=False).values
+    # NumPy's selection is several times as fast as torch's on a CPU.
+    rows = w.T.contiguous()
+    rows.numpy().partition(len(w) - count, axis=1)
+    return rows[:, len(w) - count :].T.contiguous()
+
+
 def _above(w: Tensor, floor: Tensor, most: int) -> Tensor:
     """The at most ``most`` largest entries above ``floor`` of each column, ``(M, N)``, filled up with ``-inf``."""
-    if most >= len(w):
-        return w
     if floor.isneginf().any():
-        return w.topk(most, dim=0).values
+        return w if most >= len(w) else w.topk(most, dim=0).values
     rows, columns = (w > floor.to(w)).nonzero(as_tuple=True)
     counts = torch.bincount(columns, minlength=w.shape[1])
     columns, order = columns.sort(stable=True)
