@@ -1,63 +1,193 @@
-"""Microseconds for each pair of a draw and a datum: `pvae.log_evidence` beside Pyro's vectorized importance weights.
+"""Microseconds for each pair of a draw and a datum: `pvae.log_evidence` beside Pyro, plain PyTorch and pythae.
 
 784-400-50, Bernoulli; weights as initialized, since the work does not depend on them. Pyro's function gives one weight
-for each draw of the whole batch, not one for each datum; the work is the same.
+for each draw of the whole batch, not one for each datum; the work is the same. Ends with an error if the estimates of
+log p(x) do not agree.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import peers
 import pyro
 import torch
 from pyro.infer.importance import vectorized_importance_weights
-from side_by_side import arguments, header, measure, table
+from side_by_side import Multiply, Values, Way, add_peers, arguments, header, lowest, measure, products, ratio, table
+from torch import Tensor
 
 import pvae
+from pvae.evidence import importance
+from pvae.graphs import Captured
 from pvae.isolation import resolve_device
+
+PVAE, EAGER = "pvae.log_evidence, compiled", "pvae.log_evidence, not compiled"
+REST = f"{PVAE}, less compiling"
+PYRO, BY_HAND, PYTHAE = "Pyro, vectorized_importance_weights", "PyTorch by hand", "pythae's get_nll"
+PRODUCTS = "products alone"
 
 
 def main() -> None:
-    args = arguments(__doc__ or "", repeats=5).parse_args()
+    parser = arguments(__doc__ or "", repeats=5)
+    parser.add_argument("--images", type=int, default=1000, help="images to evaluate; slow ways get fewer")
+    parser.add_argument("--samples", type=int, default=1000, help="draws for each image")
+    parser.add_argument("--prior-large", action="store_true", help="10,000 images x 100,000 samples from the prior")
+    parser.add_argument("--growth", action="store_true", help="measure how time grows with images and samples")
+    args = parser.parse_args()
     device = resolve_device("cuda" if args.cuda else "cpu")
     torch.manual_seed(0)
     vae = pvae.VAE.mlp((28, 28), 50, [400]).to(device)
-    x = torch.bernoulli(torch.full((1000, 28, 28), 0.13, device=device))
-
-    def ours(num_data: int, num_samples: int, proposal: str = "guide"):
-        return lambda: pvae.log_evidence(
-            vae.model, vae.guide, x[:num_data], num_samples=num_samples, proposal=proposal, device=device
-        )
-
-    def theirs(num_data: int, num_samples: int):
-        def run() -> None:
-            with torch.no_grad(), pyro.validation_enabled(False):
-                for batch in x[:num_data].split(10):  # all at once would need tens of gigabytes
-                    vectorized_importance_weights(
-                        vae.model, vae.guide, batch, num_samples=num_samples, max_plate_nesting=1
-                    )
-
-        return run
-
+    x = torch.bernoulli(torch.full((max(10_000, args.images), 28, 28), 0.13, device=device))
     print(header("python benchmarks/evidence.py", device))
-    print("200 images x 1,000 samples:\n")
-    ways = {
-        "Pyro, vectorized_importance_weights": theirs(200, 1000),
-        "pvae.log_evidence, guide": ours(200, 1000),
-        "pvae.log_evidence, prior": ours(200, 1000, "prior"),
+    by_guide(vae, x[: args.images], args.samples, args.repeats)
+    if args.prior_large:
+        by_prior(vae, x, 100_000, args.repeats)
+    if args.growth:
+        growth(vae, x)
+
+
+def by_guide(vae: pvae.VAE, x: Tensor, num_samples: int, repeats: int) -> None:
+    """Every way to sample from the guide, and the decoder's products for all pairs alone."""
+    few, fewer = x[: max(10, len(x) // 5)], x[: max(10, len(x) // 50)]
+    done = dict.fromkeys((PYRO, f"{PYRO}, validation off", BY_HAND, f"{BY_HAND}, torch.compile"), len(few))
+    done[PYTHAE] = len(fewer)
+    ways: dict[str, Way] = {
+        PVAE: partial(with_compile_seconds, vae, x, num_samples=num_samples),
+        EAGER: partial(log_evidence, vae, x, num_samples=num_samples, compile=False),
+        PYRO: partial(vectorized, vae, few, num_samples, validation=True),
+        f"{PYRO}, validation off": partial(vectorized, vae, few, num_samples, validation=False),
+        BY_HAND: peers.plain_log_px(vae, few, num_samples),
+        f"{BY_HAND}, torch.compile": peers.plain_log_px(vae, few, num_samples, compiled=True),
     }
-    for work in ways.values():
-        work()
-    print(table("microseconds a pair", measure(ways, args.repeats, device), 1e6 / 200_000))
-    print("\nGrowth, seconds of one call:\n\n| proposal | images | samples | seconds |\n| --- | ---: | ---: | ---: |")
-    for proposal, num_data, num_samples in (
-        ("guide", 100, 100),
-        ("guide", 100, 1000),
-        ("guide", 100, 10_000),
-        ("guide", 1000, 1000),
-        ("prior", 1000, 1000),
-        ("prior", 1000, 100_000),
-    ):
-        (seconds,) = measure({"one": ours(num_data, num_samples, proposal)}, 1, device)["one"]
-        print(f"| {proposal} | {num_data:,} | {num_samples:,} | {seconds:.2f} |")
+    add_peers(ways, {PYTHAE: partial(peers.pythae_log_px, vae, fewer, num_samples)})
+    for name, multiply in products(x.device).items():
+        ways[f"{PRODUCTS}, {name}"] = partial(decoding, vae, x, num_samples, multiply)
+    measure(ways, 1, x.device)  # first calls pay for start-up
+    seconds, results = measure(ways, repeats, x.device)
+    compiling = [s for _, s in results[PVAE]]
+    seconds = {PVAE: seconds[PVAE], REST: [a - b for a, b in zip(seconds[PVAE], compiling, strict=True)], **seconds}
+    micro = {
+        name: [1e6 * s / (done.get(name, len(x)) * num_samples) for s in values] for name, values in seconds.items()
+    }
+    columns = {f"to {name.split(',')[0]}": ratio(micro, lambda _, name=name: name) for name in (PYRO, PYTHAE)}
+    print(f"\n{len(x):,} images x {num_samples:,} samples from the guide:\n")
+    print(table("microseconds a pair", micro, {**columns, "to the products": to_products(micro)}))
+    print(
+        f"\nPyro and PyTorch by hand did {len(few):,} of the images, pythae {len(fewer):,}. Capturing and compiling took "
+        f"{statistics.median(compiling):.1f} s\nof each compiled call, less than where the compiler finds no copy on disk."
+    )
+    check({name: values[-1] for name, values in results.items()})
+
+
+def by_prior(vae: pvae.VAE, x: Tensor, num_samples: int, repeats: int) -> None:
+    """Many samples from the prior, which all images share, and the same products alone."""
+    ways: dict[str, Way] = {
+        "pvae.log_evidence, prior": partial(log_evidence, vae, x, num_samples=num_samples, proposal="prior")
+    }
+    for name, multiply in products(x.device).items():
+        ways[f"{PRODUCTS}, {name}"] = partial(sharing, vae, x, num_samples, multiply)
+    seconds, _ = measure(ways, repeats, x.device)
+    print(f"\n{len(x):,} images x {num_samples:,} samples from the prior:\n")
+    print(table("seconds", seconds, {"to the products": to_products(seconds)}))
+
+
+def growth(vae: pvae.VAE, x: Tensor) -> None:
+    """Prints seconds of one call, and microseconds a pair, for several numbers of images and samples."""
+    draws = [100, 1000, 10_000, 100_000]
+    print("\nGrowth, seconds of one call as users make it (microseconds a pair), by samples:\n")
+    print(f"| proposal | images | {' | '.join(f'{k:,}' for k in draws)} |\n| --- {'| ---: ' * (1 + len(draws))}|")
+    for proposal in ("guide", "prior"):
+        for n in (100, 1000, 10_000):
+            cells = []
+            for k in draws:
+                if proposal == "guide" and n * k > 10**8:
+                    cells.append("-")
+                    continue
+                one = {"": partial(log_evidence, vae, x[:n], num_samples=k, proposal=proposal)}
+                ((seconds,),) = measure(one, 1, x.device)[0].values()
+                cells.append(f"{seconds:.2f} ({1e6 * seconds / (n * k):.3g})")
+            print(f"| {proposal} | {n:,} | {' | '.join(cells)} |", flush=True)
+
+
+def log_evidence(vae: pvae.VAE, x: Tensor, **options: Any) -> pvae.EvidenceEstimate:
+    return pvae.log_evidence(vae.model, vae.guide, x, device=x.device, **options)
+
+
+def with_compile_seconds(vae: pvae.VAE, x: Tensor, num_samples: int) -> tuple[pvae.EvidenceEstimate, float]:
+    """Calls `pvae.log_evidence`, compiled; returns also the seconds that it spent on capturing and compiling."""
+    made: list[Captured] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Captured:
+        made.append(Captured(*args, **kwargs))
+        return made[-1]
+
+    with mock.patch.object(importance, "Captured", noted):
+        estimate = log_evidence(vae, x, num_samples=num_samples, compile=True)
+    return estimate, sum(captured.seconds for captured in made)
+
+
+def vectorized(vae: pvae.VAE, x: Tensor, num_samples: int, *, validation: bool) -> None:
+    """Pyro's weights, for ten images at once; all at once would need tens of gigabytes."""
+    with torch.no_grad(), pyro.validation_enabled(validation):
+        for batch in x.split(10):
+            vectorized_importance_weights(vae.model, vae.guide, batch, num_samples=num_samples, max_plate_nesting=1)
+
+
+def decoding(vae: pvae.VAE, x: Tensor, num_samples: int, multiply: Multiply) -> None:
+    """The decoder's two products for every pair, some thousands at once: the floor under the guide's estimates."""
+    *_, first, last = peers.layers(vae)
+    size = 2**17 if x.is_cuda else 2**12
+    z, hidden = (torch.randn(size, layer.in_features, device=x.device) for layer in (first, last))
+    with torch.no_grad():
+        for done in range(0, len(x) * num_samples, size):
+            rows = min(size, len(x) * num_samples - done)
+            multiply(z[:rows], first.weight)
+            multiply(hidden[:rows], last.weight)
+
+
+def sharing(vae: pvae.VAE, x: Tensor, num_samples: int, multiply: Multiply) -> None:
+    """The decoder's two products for every draw, and that of all logits with all images: the floor under the prior's."""
+    *_, first, last = peers.layers(vae)
+    images = x.flatten(1)
+    size = 2**13 if x.is_cuda else 2**9
+    z, hidden, logits = (torch.randn(size, n, device=x.device) for n in (*first.weight.shape[::-1], last.out_features))
+    with torch.no_grad():
+        for done in range(0, num_samples, size):
+            rows = min(size, num_samples - done)
+            multiply(z[:rows], first.weight)
+            multiply(hidden[:rows], last.weight)
+            for batch in images.split(4096):
+                multiply(logits[:rows], batch)
+
+
+def to_products(values: Values) -> Callable[[str], str]:
+    """The column of ratios to the fastest products."""
+    fastest = lowest(values, [name for name in values if name.startswith(PRODUCTS)])
+    return ratio(values, lambda _: fastest)
+
+
+def check(results: dict[str, Any]) -> None:
+    """Compares means over the images that two ways share; ends with an error where they differ by more than noise."""
+    (compiled, _), eager = results[PVAE], results[EAGER]
+    far = (compiled.log_px - eager.log_px).abs().max().item()
+    print(f"Compiled and not, log p(x) of an image is at most {far:.1e} nats apart.")
+    if not far < 1e-3:
+        sys.exit(f"{PVAE} and {EAGER} differ by {far:.2g} nats for an image.")
+    for name in (BY_HAND, f"{BY_HAND}, torch.compile", PYTHAE):
+        if name not in results:
+            continue
+        theirs, n = results[name]
+        mean = compiled.log_px[:n].mean().item()
+        error = math.sqrt(2 * compiled.std_error[:n].square().sum().item()) / n
+        print(f"{name}: {theirs:.3f} nats per datum, {PVAE}: {mean:.3f}, error of the difference {error:.3f}.")
+        if not abs(theirs - mean) < 5 * error:
+            sys.exit(f"{name} and {PVAE} differ by more than noise.")
 
 
 if __name__ == "__main__":

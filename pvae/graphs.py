@@ -248,12 +248,12 @@ class Graph:
 
     def compile(self, inputs: Sequence[Tensor]) -> Graph:
         """The same graph compiled for inputs like these."""
-        # Loading the compiler takes more than a second, and most runs do without.
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx
+        with _quiet():  # loading the compiler takes more than a second, and most runs do without
+            from torch._inductor import config
+            from torch._inductor.compile_fx import compile_fx
 
         # Noise comes from the same generators, in the same order, as without compiling.
-        with torch.no_grad(), config.patch(fallback_random=True):
+        with torch.no_grad(), _quiet(), config.patch(fallback_random=True):
             run: Any = compile_fx(copy.deepcopy(self.module), [*self.held, *inputs])
             run(*self.held, *inputs)
         return Graph(self.module, self.held, self.structure, run)
@@ -293,16 +293,30 @@ def _with_held_as_inputs(captured: fx.GraphModule) -> tuple[fx.Graph, list[Tenso
 @contextmanager
 def _undone(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
     """Puts random numbers, and tensors that were changed in place, back as they were."""
-    before = [(t, t._version, t.detach().clone()) for t in tensors]
+    before = [(t, t.detach().clone()) for t in tensors]
     devices = {t.device for t in (*inputs, *tensors) if t.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:
             with torch.no_grad():
-                for tensor, version, values in before:
-                    if tensor._version != version:
+                for tensor, values in before:
+                    if not torch.equal(tensor, values):  # not all kernels count up a tensor's version
                         tensor.copy_(values)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the compiler says of itself, and of machines without a GPU."""
+    loud = logging.getLogger("torch.utils.cpp_extension")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        loud.setLevel(level)
 
 
 def _cause(error: Exception) -> str:

@@ -49,6 +49,7 @@ class Guard:
         found = [v for watched in self._watched for v in watched.entries.values() if isinstance(v, Tensor)]
         self.tensors = list({id(t): t for t in found}.values())
         """Parameters, buffers and other tensors within reach."""
+        self._trained = [t.requires_grad for t in self.tensors]
 
     def changed(self) -> str:
         """The first thing found that is not as it was, such as ``"Decoder.beta"``; empty if there is none."""
@@ -59,7 +60,7 @@ class Guard:
                     return f"{owner}.{key}"
             if size is not None and len(namespace) != size:
                 return f"{owner}.{next((key for key in namespace if key not in entries), '')}"
-        return ""
+        return "" if self._trained == [t.requires_grad for t in self.tensors] else "requires_grad of a parameter"
 
 
 def _parts(programs: tuple[Any, ...]) -> list[Any]:

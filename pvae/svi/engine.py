@@ -113,7 +113,7 @@ class Step:
         try:
             with ExitStack() as stack:
                 stack.enter_context(in_precision(self.precision, self.batches.device))
-                if self.captured is not None:  # innermost, where it sees who calls
+                if self.captured is not None and not self.captured.given_up:  # innermost, where it sees who calls
                     stack.enter_context(objectives.ItemsStayTensors())
                 loss, params = objectives.loss_and_grads(self.objective, self.model, self.guide, batch)
             self._add_new(params)
@@ -191,8 +191,9 @@ class CudaEpochs(Epochs):
         for tensor in (self.sum, self.done, self.good):
             tensor.zero_()
         order = order.to(self.step.batches.device)
-        full = len(order) // (size * len(self.rows)) * (size * len(self.rows))
-        for rows in order[:full].split(size * len(self.rows)):
+        many = size * len(self.rows)
+        full = len(order) // many * many
+        for rows in order[:full].view(-1, many):
             if self.replay is None or not self._fits():
                 # Everything is compiled, and every kernel loaded, before a graph is recorded.
                 for batch in rows.split(size):
@@ -206,7 +207,8 @@ class CudaEpochs(Epochs):
             self.rows.copy_(rows.view_as(self.rows))
             self.replay()
             yield len(rows)
-        for rows in order[full:].split(size):
+        for begin in range(full, len(order), size):
+            rows = order[begin : begin + size]
             self._one(rows)
             yield len(rows)
         self.total = self.sum.item()

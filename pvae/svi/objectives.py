@@ -106,18 +106,22 @@ class ItemsStayTensors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answers Pyro's own questions without looking at the numbers."""
-        if func is Tensor.item or func is Tensor.__bool__:
-            caller = Path(sys._getframe(1).f_code.co_filename)
+        if func in (Tensor.item, Tensor.__bool__, Tensor.register_hook):
+            frame = sys._getframe(1)
+            while frame.f_back and frame.f_code.co_filename.startswith(_TORCH):
+                frame = frame.f_back
+            caller = Path(frame.f_code.co_filename)
             if func is Tensor.item and _PYRO in caller.parents:
                 return args[0].detach()
             if caller == _PYRO / "util.py":
-                return False  # nothing is nan; the loss is looked at later
+                return False  # nothing is nan, and gradients need not be asked; both are looked at later
             if caller == _PYRO / "infer" / "util.py":
                 return True  # all probabilities are positive
         return func(*args, **(kwargs or {}))
 
 
 _PYRO = Path(pyro.__file__).parent
+_TORCH = str(Path(torch.__file__).parent)
 
 
 def validation_loss(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Tensor:

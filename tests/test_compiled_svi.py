@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pyro
+import pytest
+import torch
+from conftest import ModulePair
+from pyro import distributions as dist
+from pyro.infer import SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
+from pyro.optim import SGD, Adam, ClippedAdam, ExponentialLR
+from torch import nn
+from torch.distributions import constraints
+
+import pvae
+from pvae.errors import NumericalError
+from pvae.svi import CompiledSVI
+
+
+@pytest.fixture(autouse=True)
+def _captured_alone(monkeypatch, request):
+    """Captured programs are the same uncompiled, and take no seconds to make."""
+    if request.node.name != "test_compiled":
+        original = pvae.graphs.Captured.__init__
+
+        def init(self, *args, **kwargs):
+            original(self, *args, **{"compile_after": None, **kwargs})
+
+        monkeypatch.setattr(pvae.graphs.Captured, "__init__", init)
+
+
+class ParamPair:
+    def model(self, x, beta=1.0, *, wide=False):
+        noise = pyro.param("noise", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=beta):
+            z = pyro.sample("z", dist.Normal(0.0, 2.0 if wide else 1.0))
+            pyro.sample("x", dist.Normal(z, noise), obs=x)
+
+    def guide(self, x, beta=1.0, *, wide=False):
+        slope = pyro.param("slope", torch.tensor(0.0))
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=beta):
+            pyro.sample("z", dist.Normal(slope * x, scale))
+
+
+def run(cls, pair, batches, optim=None, loss=None, seed=1):
+    """Losses of steps on some arguments each, and the parameters after them."""
+    pyro.clear_param_store()
+    svi = cls(pair.model, pair.guide, optim() if optim else Adam({"lr": 0.01}), loss() if loss else Trace_ELBO())
+    torch.manual_seed(seed)
+    losses = [svi.step(*args[0], **args[1]) for args in batches]
+    return losses, {name: value.detach().clone() for name, value in pyro.get_param_store().items()}, svi
+
+
+def calls(*batches):
+    return [((x,), {}) for x in batches]
+
+
+def assert_like_pyro(make, batches, optim=None, loss=None):
+    pair = make()
+    theirs_pair = copy.deepcopy(pair)
+    ours, our_params, svi = run(CompiledSVI, pair, batches, optim, loss)
+    theirs, their_params, _ = run(SVI, theirs_pair, batches, optim, loss)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    # Names of a VAE's modules hold its number.
+    for ours_value, theirs_value in zip(our_params.values(), their_params.values(), strict=True):
+        torch.testing.assert_close(ours_value, theirs_value, rtol=1e-3, atol=1e-5)
+    return svi
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO,
+        TraceMeanField_ELBO,
+        lambda: RenyiELBO(alpha=0.5, num_particles=2),
+        lambda: lambda model, guide, x: Trace_ELBO().differentiable_loss(model, guide, x),
+    ],
+    ids=["Trace", "MeanField", "Renyi", "function"],
+)
+@pytest.mark.parametrize("make", [ModulePair, lambda: pvae.VAE.mlp(6, 2, [8])], ids=["module", "VAE"])
+def test_steps_are_pyros(make, loss, bits):
+    svi = assert_like_pyro(make, calls(*bits.split(64)[:4], *bits.split(64)[:4]), loss=loss)
+    assert svi.captures == 1
+
+
+def test_a_ragged_batch_has_a_program_of_its_own(bits):
+    svi = assert_like_pyro(ModulePair, calls(*bits.split(64), *bits.split(64), *bits.split(64)))
+    assert svi.captures == 2
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        lambda: ClippedAdam({"lr": 0.02, "clip_norm": 0.1, "lrd": 0.9}),
+        lambda: Adam({"lr": 0.02}, {"clip_norm": 0.5}),
+        lambda: ExponentialLR({"optimizer": torch.optim.SGD, "optim_args": {"lr": 1e-4}, "gamma": 0.5}),
+        lambda: Adam(lambda name: {"lr": 0.1 if "bias" in name else 0.001}),
+    ],
+    ids=["ClippedAdam", "clip_args", "schedule", "by name"],
+)
+def test_optimizers_of_pyro(optim, bits):
+    assert_like_pyro(ModulePair, calls(*bits.split(64)[:4], *bits.split(64)[:4]), optim)
+
+
+def test_bare_params_floats_and_keywords(bits):
+    """A float that changes every step is an input; a keyword that takes two values has two programs."""
+    x = bits[:64, 0]
+    batches = [((x, 0.1 * step), {"wide": step % 2 == 0}) for step in range(1, 11)]
+    svi = assert_like_pyro(ParamPair, batches)
+    assert svi.captures == 2
+
+
+def test_evaluate_loss_takes_no_step(bits):
+    pair = ModulePair()
+    _, _, svi = run(CompiledSVI, pair, calls(*[bits] * 3))
+    before = copy.deepcopy(pair.state_dict())
+    torch.manual_seed(5)
+    ours = [svi.evaluate_loss(bits) for _ in range(3)]
+    theirs = SVI(pair.model, pair.guide, Adam({}), Trace_ELBO())
+    torch.manual_seed(5)
+    assert ours == pytest.approx([theirs.evaluate_loss(bits) for _ in range(3)], rel=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in pair.state_dict().items())
+    assert all(isinstance(loss, float) for loss in ours)
+
+
+def test_gradients_of_parameters_are_not_left_behind(bits):
+    pair = ModulePair()
+    run(CompiledSVI, pair, calls(*[bits] * 4))
+    assert all(p.grad is None for p in pair.parameters())
+
+
+def faults(bits):
+    """What may happen between steps, each to be taken in without a stale result."""
+    return {
+        "a layer is replaced": lambda pair: setattr(pair, "decoder", nn.Linear(2, 6)),
+        "a layer is added": lambda pair: pair.decoder.append(nn.Tanh()),
+        "another dtype": lambda pair: pair.double(),
+        "eval mode": lambda pair: pair.eval(),
+        "the store is cleared": lambda _: pyro.clear_param_store(),
+        "frozen": lambda pair: pair.encoder[0].requires_grad_(False),
+        "data of another shape": lambda _: None,
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store because requires_grad=False")
+@pytest.mark.parametrize("fault", faults(None))
+def test_faults_between_steps(fault, bits):
+    results = []
+    start = ModulePair()
+    for cls in (CompiledSVI, SVI):
+        pyro.clear_param_store()
+        pair = copy.deepcopy(start)
+        svi = cls(pair.model, pair.guide, SGD({"lr": 1e-4}), Trace_ELBO())  # Adam's moments have a dtype
+        torch.manual_seed(1)
+        losses = [svi.step(bits) for _ in range(3)]
+        torch.manual_seed(2)
+        faults(bits)[fault](pair)
+        x = bits.double() if "dtype" in fault else bits[:50] if "shape" in fault else bits
+        losses += [svi.step(x) for _ in range(3)]
+        results.append(losses)
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_nan_in_the_loss_stops_before_the_update(bits):
+    pair = ModulePair()
+    _, _, svi = run(CompiledSVI, pair, calls(*[bits] * 3))
+    before = copy.deepcopy(pair.state_dict())
+    bad = bits.clone()
+    bad[3, 2] = math.nan
+    with pytest.raises(NumericalError, match=r"the loss is nan.*nothing was updated"):
+        svi.step(bad)
+    assert all(torch.equal(before[name], value) for name, value in pair.state_dict().items())
+    assert math.isfinite(svi.step(bits))
+
+
+def test_the_first_step_has_pyros_validation(bits):
+    pair = ModulePair()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({}), Trace_ELBO())
+    with pytest.raises(ValueError, match="support"):
+        svi.step(bits * 255)
+
+
+def test_what_cannot_be_captured_is_pyros(bits):
+    class Branches(ModulePair):
+        def model(self, x):
+            self.seen = x.sum().item()
+            super().model(x)
+
+    pair = Branches()
+    theirs = copy.deepcopy(pair)
+    with pytest.warns(
+        UserWarning, match="CompiledSVI.step runs as plain Pyro, uncaptured: it reads a number"
+    ) as caught:
+        ours, _, svi = run(CompiledSVI, pair, calls(*[bits] * 5))
+    assert len([w for w in caught if "CompiledSVI" in str(w.message)]) == 1
+    assert ours == pytest.approx(run(SVI, theirs, calls(*[bits] * 5))[0], rel=1e-6)
+    assert svi.captures == 0
+
+
+def test_losses_in_tuples(bits):
+    pair = ModulePair()
+
+    def loss():
+        return ReweightedWakeSleep(num_particles=3, vectorize_particles=False, insomnia=1.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, _, _ = run(CompiledSVI, pair, calls(*[bits] * 4), loss=loss)
+    assert all(isinstance(one, tuple) and all(map(math.isfinite, one)) for one in ours)
+
+
+def test_compiled(bits):
+    svi = assert_like_pyro(ModulePair, calls(*[bits] * 4))
+    (gradients,) = svi._steps.values()
+    assert gradients.captured.compiled

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from torch import nn
+
+from pvae.errors import DataError
+from pvae.graphs import Captured, pays
+
+
+class Net(nn.Module):
+    """A little of all that a function may do: parameters, a buffer that it updates, noise, and a setting."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.beta = 2.0
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
+        return {"sum": self.beta * self.norm(self.layer(x)).sum(-1), "rest": [x.mean() + noise]}
+
+
+def captured(net, **options):
+    options = {"compile_after": None, **options}
+    return Captured(net.forward, "the net", (net,), **options)
+
+
+def both(run, other, *inputs, seed=0):
+    """Results of two ways to run one function, with the same noise."""
+    results = []
+    for one in (run, other):
+        torch.manual_seed(seed)
+        results.append(one(*inputs))
+    return results
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for a, b in zip((ours["sum"], *ours["rest"]), (theirs["sum"], *theirs["rest"]), strict=True):
+        torch.testing.assert_close(a, b.detach())
+
+
+def test_a_graph_is_the_function_with_fresh_noise_and_parameters_of_now():
+    net = Net().eval()
+    run = captured(net)
+    x = torch.randn(5, 4)
+    assert_same(*both(run, net, x))
+    assert_same(*both(run, net, torch.randn(5, 4), seed=1))
+    with torch.no_grad():
+        net.layer.weight.mul_(3)
+        net.norm.running_mean.add_(1)
+    assert_same(*both(run, net, x, seed=2))
+    assert not torch.equal(run(x)["rest"][0], run(x)["rest"][0])
+    assert run.captures == 1
+    assert not run.compiled
+
+
+def test_buffers_that_it_updates_are_updated_once_for_each_call():
+    ours, theirs = Net(), Net()
+    theirs.load_state_dict(ours.state_dict())
+    run, x = captured(ours), torch.randn(5, 4)
+    for _ in range(3):
+        run(x)
+        theirs(x)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+
+
+def test_capturing_leaves_random_numbers_as_they_were():
+    net, x = Net().eval(), torch.randn(5, 4)
+    torch.manual_seed(0)
+    captured(net)(x)
+    ours = torch.get_rng_state()
+    torch.manual_seed(0)
+    net(x)
+    assert torch.equal(torch.get_rng_state(), ours)
+
+
+def test_one_capture_for_each_set_of_shapes():
+    net = Net().eval()
+    run = captured(net)
+    for _ in range(3):
+        for size in (5, 5, 2):
+            x = torch.randn(size, 4)
+            assert_same(*both(run, net, x))
+    assert run.captures == 2
+    assert_same(*both(run, net, torch.randn(4, 5).T))  # other strides
+    assert run.captures == 3
+
+
+def test_another_dtype_of_module_and_data():
+    net = Net().eval()
+    run = captured(net)
+    run(torch.randn(5, 4))
+    net.double()
+    assert_same(*both(run, net, torch.randn(5, 4, dtype=torch.float64)))
+
+
+def test_changes_make_a_new_capture():
+    net, x = Net().eval(), torch.randn(5, 4)
+    run = captured(net)
+    run(x)
+    for change in (
+        lambda: setattr(net, "beta", 0.5),
+        lambda: setattr(net.layer, "weight", nn.Parameter(torch.ones(3, 4))),
+        lambda: setattr(net, "layer", nn.Sequential(nn.Linear(4, 3), nn.Tanh())),
+        lambda: net.train(),
+    ):
+        change()
+        assert_same(*both(run, net, x))
+    assert run.captures == 5
+
+
+def test_what_changes_too_often_is_not_captured_any_more():
+    net, x = Net().eval(), torch.randn(5, 4)
+    run = captured(net)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(12):
+            net.beta = float(step)
+            assert_same(*both(run, net, x, seed=step))
+    (warning,) = caught
+    assert "Net.beta changed" in str(warning.message)
+    assert run.captures < 10
+    assert run.given_up
+
+
+COUNTER = iter(range(100))
+
+
+def reads_a_number(x):
+    return x.sum() * float(x.mean())
+
+
+def branches(x):
+    return x.sum() if x.mean() > 0 else x.mean()
+
+
+def draws_by_numpy(x):
+    return x.sum() + torch.tensor(np.random.default_rng(next(COUNTER)).normal())
+
+
+def draws_by_python(x):
+    return x.sum() + random.random()
+
+
+@pytest.mark.parametrize(
+    ("function", "cause"),
+    [
+        (reads_a_number, "reads a number out of a tensor.*line .*float"),
+        (branches, "reads a number out of a tensor.*if x.mean"),
+        (draws_by_numpy, "its results are not those"),
+        (draws_by_python, "its results are not those"),
+    ],
+)
+def test_what_cannot_be_captured_runs_as_it_is_with_one_warning(function, cause):
+    run = Captured(function, "the function", (function,), compile_after=None)
+    x = torch.randn(5, 4)
+    with pytest.warns(UserWarning, match=f"the function runs as plain Pyro, uncaptured: .*{cause}"):
+        run(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = {run(x).item() for _ in range(3)}
+        if function in (reads_a_number, branches):
+            assert results == {function(x).item()}
+        else:
+            assert len(results) == 3
+
+
+class Counts(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.calls * x.sum()
+
+
+def test_a_program_that_counts_its_runs():
+    net = Counts()
+    run = Captured(net.forward, "the count", (net,), compile_after=None)
+    with pytest.warns(UserWarning, match=r"it changes Counts.calls as it runs"):
+        run(torch.ones(2))
+
+
+def test_errors_of_pvae_are_raised():
+    def refuses(x):
+        raise DataError("not these")
+
+    with pytest.raises(DataError, match="not these"):
+        Captured(refuses, "it", ())(torch.ones(2))
+
+
+def test_captured_and_compiled_after_so_many_runs():
+    net, x = Net().eval(), torch.randn(5, 4)
+    run = captured(net, capture_after=2, compile_after=3)
+    for expected in (0, 0, 1):
+        run(x)
+        assert run.captures == expected
+    assert run.compiled  # the first set of shapes is compiled at once
+    assert_same(*both(run, net, x))
+    few = torch.randn(3, 4)
+    for _ in range(2 + 3):
+        run(few)
+    assert run.captures == 2
+    (first, other) = run._known.values()
+    assert first.compiled
+    assert not other.compiled
+    assert_same(*both(run, net, few, seed=3))
+    assert other.compiled
+    assert run.seconds > 0
+
+
+def test_graphs_of_many_shapes_are_not_all_kept():
+    net = Net().eval()
+    run = captured(net)
+    for size in range(2, 40):
+        run(torch.randn(size, 4))
+    assert len(run._known) <= 32
+
+
+def test_no_compiler_means_uncompiled_with_one_warning(monkeypatch):
+    import torch._inductor.compile_fx as module
+
+    def missing(*_, **__):
+        raise RuntimeError("No working C++ compiler found in the list: ('/nonexistent',).\nmore")
+
+    monkeypatch.setattr(module, "compile_fx", missing)
+    net, x = Net().eval(), torch.randn(5, 4)
+    run = captured(net, compile_after=0)
+    with pytest.warns(UserWarning, match=r"the net runs captured but uncompiled: No working C\+\+ compiler"):
+        run(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(*both(run, net, x))
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler(tmp_path):
+    """The whole of `fit` where CXX names nothing: a warning, and the same ELBO as with plain Pyro."""
+    code = (
+        "import torch, pvae, warnings; torch.manual_seed(0); x = torch.bernoulli(torch.full((64, 6), 0.3))\n"
+        "def elbo(c):\n"
+        "    torch.manual_seed(0); v = pvae.VAE.mlp(6, 2, [8])\n"
+        "    return pvae.fit(v.model, v.guide, x, epochs=2, compile=c, progress=False).history['elbo'][-1]\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always'); a = elbo(True)\n"
+        "print([str(w.message) for w in caught if 'uncompiled' in str(w.message)])\n"
+        "assert abs(a - elbo(False)) < 1e-3\n"
+    )
+    environment = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "pvae.fit's step runs captured but uncompiled" in done.stdout
+
+
+def test_the_rule_that_decides_where_it_pays():
+    cpu = torch.device("cpu")
+    assert not pays(400, 1e9, cpu)  # a few hundred steps of a small network
+    assert pays(4700, 5e12, cpu)  # twenty epochs of MNIST
+    assert pays(500, 1e13, cpu)  # few steps of a large one
+
+
+def test_the_compiler_is_not_loaded_before_it_is_used():
+    code = "import sys, pvae; print('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
