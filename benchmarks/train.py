@@ -57,8 +57,8 @@ def main() -> None:
     }
     print(table("seconds an epoch", seconds, columns))
     print(
-        f"\nELBO: training, after {args.repeats + 2} epochs, nats per datum. The first epoch holds compiling, which takes "
-        "less time\nwhere the compiler finds a copy on disk. Products: the fastest of the same precision."
+        f"\nELBO: training, after {args.repeats + 2} epochs, nats per datum. The first epoch holds compiling, which "
+        "takes longer where the compiler\nfinds no copy on disk. Products: the fastest of the same precision."
     )
     result = pvae.fit(
         vae.model, vae.guide, x, epochs=3, batch_size=args.batch_size, compile=True, device=device, progress=False

@@ -58,6 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--cuda", action="store_true", help="train and evaluate on the GPU; an error if there is none")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of matrix products in training")
     add(
         "--dataset",
         choices=["auto", "mnist", "digits"],
@@ -253,11 +254,13 @@ def run(args: argparse.Namespace) -> None:
     print(f"{data.name}, {data.binarization} binarization, {len(train_x)} training images, on {device}")
 
     options = {"transform": data.transform, "epochs": epochs, "batch_size": args.batch_size, "lr": args.lr}
+    options |= {"precision": args.precision}
     start = time.perf_counter()
     result = pvae.fit(vae.model, vae.guide, train_x, validation=test_x, seed=args.seed, device=device, **options)
     train_seconds = time.perf_counter() - start
     elbo = result.history["validation_elbo"][-1]
-    print(f"{epochs} epochs in {train_seconds:.0f} s, ELBO of all {len(test_x)} test images: {elbo:.2f}")
+    compiling = f", {result.compile_seconds:.0f} s of it compiling" if result.compile_seconds else ""
+    print(f"{epochs} epochs in {train_seconds:.0f} s{compiling}, ELBO of all {len(test_x)} test images: {elbo:.2f}")
 
     chosen = torch.randperm(len(test_x), generator=torch.Generator().manual_seed(args.seed))[: args.num_eval]
     x = test_x[chosen.to(device)]
@@ -292,7 +295,9 @@ def run(args: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {p: version(p) for p in ("pvae", "torch", "pyro-ppl", "numpy")},
+        "precision": args.precision,
         "train_seconds": train_seconds,
+        "compile_seconds": result.compile_seconds,
         "elbo": elbo,
         "elbo_of_evaluated": guide.elbo.mean().item(),
         "log_px": {

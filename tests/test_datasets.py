@@ -274,3 +274,14 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DatasetError, match="file"):
         datasets.mnist(tmp_path / "file" / "below")
+
+
+def test_fresh_bits_have_the_probabilities_asked_for():
+    """Four million bits for each grey level, so the largest sd is 0.00025; 5 sigma. Zero and one are certain."""
+    x = torch.tensor([0.0, 1 / 255, 0.3, 254 / 255, 1.0]).expand(4_000_000, 5)
+    bits = datasets.fresh_bits(x)
+    assert bits.dtype == x.dtype
+    assert set(bits.unique().tolist()) == {0.0, 1.0}
+    sd = (x[0] * (1 - x[0]) / len(x)).sqrt()
+    assert ((bits.mean(0) - x[0]).abs() <= 5 * sd).all()
+    assert not torch.equal(datasets.fresh_bits(x[:9]), datasets.fresh_bits(x[:9]))
