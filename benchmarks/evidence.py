@@ -78,10 +78,9 @@ def by_guide(vae: pvae.VAE, x: Tensor, num_samples: int, repeats: int) -> None:
     columns = {"to Pyro": ratio(micro, lambda _: PYRO), "to pythae": ratio(micro, lambda _: PYTHAE)}
     print(f"\n{len(x):,} images x {num_samples:,} samples from the guide:\n")
     print(table("microseconds a pair", micro, {**columns, "to the products": to_products(micro)}))
-    print(
-        f"\nPyro and PyTorch by hand did {len(few):,} of the images, pythae {len(fewer):,}. Compiling: capturing and "
-        f"compiling, {statistics.median(compiling):.1f} s of a call,\nmore where the compiler finds no copy on disk."
-    )
+    theirs = f", pythae {len(fewer):,}" if PYTHAE in ways else ""
+    print(f"\nPyro and PyTorch by hand did {len(few):,} of the images{theirs}. Capturing and compiling took")
+    print(f"{statistics.median(compiling):.1f} s of a call; it takes longer where the compiler finds no copy on disk.")
     check({name: values[-1] for name, values in results.items()})
 
 

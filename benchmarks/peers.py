@@ -1,7 +1,8 @@
 """The VAE of `pvae.VAE.mlp`, 784-400-50 and Bernoulli, by other means: plain PyTorch, NumPyro and pythae.
 
 Each takes its weights from a pvae VAE, so that all start from the same, and does the same calculation. NumPyro comes
-with ``pip install .[bench]``. pythae 0.1.2 asks for a backport that breaks newer Pythons, so leave that out::
+with ``pip install .[bench]``. pythae 0.1.2 asks for a backport of ``dataclasses`` that has no place in Python 3.11, so
+leave that out::
 
     pip install --no-deps pythae && pip install cloudpickle imageio pydantic
 """
@@ -69,9 +70,9 @@ def plain(vae: pvae.VAE, x: Tensor, batch_size: int, *, compiled: bool = False) 
         total = torch.zeros((), device=x.device)
         for rows in torch.randperm(len(x), device=x.device).split(batch_size):
             value = loss(x[rows])
-            optimizer.zero_grad()
             value.backward()
             optimizer.step()
+            optimizer.zero_grad()
             total += value.detach()
         return -total.item() / len(x)
 
@@ -154,7 +155,8 @@ def numpyro_svi(vae: pvae.VAE, x: Tensor, batch_size: int, *, matmul: str = "hig
         return state, total
 
     with jax.default_device(device):
-        state, key = svi.init(jax.random.key(1), images[:batch_size]), jax.random.key(2)
+        state = jax.device_put(svi.init(jax.random.key(1), images[:batch_size]), device)
+        key = jax.random.key(2)
 
     def epoch() -> float:
         nonlocal state, key

@@ -88,7 +88,7 @@ def binarize(x: Tensor, how: str, *, seed: int = 0) -> Tensor:
 
 
 def fresh_bits(x: Tensor) -> Tensor:
-    """Bits that are 1 with probability ``x``, drawn anew in each call: dynamic binarization, a transform for `pvae.fit`.
+    """Bits that are 1 with probability ``x``, drawn anew in each call: dynamic binarization, as a transform.
 
     The same as ``torch.bernoulli``, whose kernel takes four times as long on a CPU.
 

@@ -11,33 +11,35 @@ is run as it is.
 
 from __future__ import annotations
 
-import copy
 import logging
+import random
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pvae.capture import READS_A_NUMBER, Graph, Unfaithful
 from pvae.errors import PVAEError
 from pvae.guards import Guard
-from pvae.rewriting import DECOMPOSITIONS, swap_matrix_products
 
-__all__ = ["Captured", "Graph", "pays"]
+__all__ = ["Captured", "pays"]
 
 logger = logging.getLogger("pvae")
 
 _MOST_GRAPHS = 32
 _MOST_CHANGES = 8
+
+_no_compiler: list[bool] = []
 
 
 def pays(runs: int, operations: float, device: torch.device) -> bool:
@@ -64,8 +66,8 @@ class Captured:
         name: What to call it in messages.
         sees: Programs with all else that the function depends on: parameters, other tensors and plain values.
         capture_after: So many runs of the function itself, for each set of shapes, come before it is captured.
-        compile_after: So many runs of a graph come before it is compiled; ``None`` for never. The graph for the first
-            set of shapes, which is likely to be the common one, is compiled at once.
+        compile_after: So many runs of a graph come before it is compiled; ``None`` for never.
+        compile_first: Whether the graph for the first set of shapes, likely the common one, is compiled at once.
         tolerances: How far results of function, graph and compiled graph may be apart, relative to their norm: for
             single numbers, and for other tensors. Gradients jump where rounding takes a unit across its kink.
         captures: How many graphs were made.
@@ -78,6 +80,7 @@ class Captured:
     sees: tuple[Any, ...]
     capture_after: int = 0
     compile_after: int | None = 100
+    compile_first: bool = True
     tolerances: tuple[float, float] = (1e-5, 1e-4)
     captures: int = 0
     seconds: float = 0.0
@@ -93,7 +96,7 @@ class Captured:
         """What the function returns, detached."""
         if self.given_up:
             return self.function(*inputs)
-        key = tuple([(t.shape, t.dtype, t.device, t.stride()) for t in inputs])
+        key = (*[(t.shape, t.dtype, t.device, t.stride()) for t in inputs], *_modes(inputs))
         known = self._known.get(key)
         changed = self.guard.changed()
         if changed or (known is not None and known.graph is not None and not known.graph.fits()):
@@ -111,7 +114,7 @@ class Captured:
         graph: Any = known.graph
         if self._first is None:
             self._first = key
-        after = 0 if self._first == key and self.compile_after is not None else self.compile_after
+        after = 0 if self._first == key and self.compile_first and self.compile_after else self.compile_after
         if not known.compiled and after is not None and known.runs >= after:
             graph = known.graph = self._compile(graph, inputs)
             known.compiled = True
@@ -140,9 +143,14 @@ class Captured:
             with _undone(inputs, self.guard.tensors):
                 self.function(*inputs)  # makes whatever is made by a first run
                 self.guard.renew()
-                graph = Graph.of(self.function, inputs)
+                others, stored = _other_noise(), dict(pyro.get_param_store()._params)
+                graph = Graph.of(self.function, inputs, self.guard.tensors)
                 if changed := self.guard.changed():
-                    raise _Unfaithful(f"it changes {changed} as it runs")
+                    raise Unfaithful(f"it changes {changed} as it runs")
+                if others != _other_noise():
+                    raise Unfaithful("it draws random numbers by Python or NumPy")
+                if replaced := [n for n, p in pyro.get_param_store()._params.items() if p is not stored.get(n)]:
+                    raise Unfaithful(f"it replaces {replaced} in the param store as it runs")
                 self._compare(graph, self.function, inputs)
         except PVAEError:
             raise
@@ -157,6 +165,8 @@ class Captured:
 
     def _compile(self, graph: Graph, inputs: Sequence[Tensor]) -> Graph:
         """Compiles a graph and compares the two; returns the graph as it was where that fails."""
+        if _no_compiler:
+            return graph
         start = time.perf_counter()
         try:
             with _undone(inputs, self.guard.tensors):
@@ -165,19 +175,20 @@ class Captured:
         except Exception as error:
             warnings.warn(f"{self.name} runs captured but uncompiled: {_cause(error)}.", stacklevel=3)
             compiled = graph
+            if "Invalid" in type(error).__name__ or "No working C++ compiler" in str(error):
+                _no_compiler.append(True)  # one warning in a process is enough
         seconds = time.perf_counter() - start
         self.seconds += seconds
         logger.info("compiled %s in %.1f s", self.name, seconds)
         return compiled
 
     def _compare(self, graph: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
-        """Runs both on the rows of the inputs in another order, with equal noise that no capture has seen."""
-        others = tuple(t.roll(1, 0) if t.dim() else t for t in inputs)
+        """Runs both on rows drawn from the inputs, with equal noise that no capture has seen."""
         results = []
         for run in (reference, graph):
-            with _undone(inputs, self.guard.tensors):
-                torch.manual_seed(20_240_229)
-                results.append(pytree.tree_leaves(run(*others)))
+            with _undone(inputs, self.guard.tensors) as devices:
+                _seed(20_240_229, devices)
+                results.append(pytree.tree_leaves(run(*_drawn_anew(inputs))))
         norms = [torch.linalg.vector_norm(t.detach().double().nan_to_num()).item() for t in results[0]]
         for ours, theirs, norm in zip(*results[::-1], norms, strict=True):
             same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities too
@@ -185,7 +196,7 @@ class Captured:
             tolerance = self.tolerances[ours.numel() > 1]
             # A result may be nothing but the rounding of others.
             if not torch.linalg.vector_norm(difference).item() <= tolerance * (norm + 1e-6 * max(norms)):
-                raise _Unfaithful(
+                raise Unfaithful(
                     "its results are not those of its graph: it may draw random numbers by Python or NumPy, or depend "
                     "on something that cannot be seen"
                 )
@@ -197,69 +208,6 @@ class Captured:
 
 
 @dataclass
-class Graph:
-    """One flat program of tensor operations.
-
-    Attributes:
-        module: Its operations. The first inputs are the tensors that it holds.
-        held: Parameters, buffers and constants that the function met.
-        structure: In which results are returned.
-        run: The module, or what it was compiled to.
-    """
-
-    module: fx.GraphModule
-    held: list[Tensor]
-    structure: pytree.TreeSpec
-    run: Callable[..., Any]
-
-    def __post_init__(self) -> None:
-        self._kinds = [(t.shape, t.dtype, t.device) for t in self.held]
-
-    @classmethod
-    def of(cls, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Graph:
-        """Captures a function as it runs on some inputs, with the noise and parameters of now."""
-        structure: Any = None
-
-        def flat(*tensors: Tensor) -> list[Tensor]:
-            nonlocal structure
-            results, structure = pytree.tree_flatten(function(*tensors))
-            return results
-
-        trace = make_fx(flat, DECOMPOSITIONS, tracing_mode="real", _allow_non_fake_inputs=True)
-        captured = trace(*inputs)
-        graph, held = _with_held_as_inputs(captured)
-        swap_matrix_products(graph)
-        module = fx.GraphModule({}, graph)
-        return cls(module, held, structure, module)
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        """What the function would return, detached."""
-        with torch.no_grad():
-            return pytree.tree_unflatten(list(self.run(*self.held, *inputs)), self.structure)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether it was compiled."""
-        return self.run is not self.module
-
-    def fits(self) -> bool:
-        """Whether the tensors that it holds have the shapes, dtypes and devices that they had."""
-        return self._kinds == [(t.shape, t.dtype, t.device) for t in self.held]
-
-    def compile(self, inputs: Sequence[Tensor]) -> Graph:
-        """The same graph compiled for inputs like these."""
-        with _quiet():  # loading the compiler takes more than a second, and most runs do without
-            from torch._inductor import config
-            from torch._inductor.compile_fx import compile_fx
-
-        # Noise comes from the same generators, in the same order, as without compiling.
-        with torch.no_grad(), _quiet(), config.patch(fallback_random=True):
-            run: Any = compile_fx(copy.deepcopy(self.module), [*self.held, *inputs])
-            run(*self.held, *inputs)
-        return Graph(self.module, self.held, self.structure, run)
-
-
-@dataclass
 class _Known:
     """What is known of one set of shapes."""
 
@@ -268,62 +216,68 @@ class _Known:
     compiled: bool = False  # or tried in vain
 
 
-class _Unfaithful(Exception):
-    """A capture that is not the function."""
+def _modes(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What of the caller's settings changes what operations do."""
+    kind = inputs[0].device.type if inputs else "cpu"
+    lowered = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return lowered, torch.get_default_dtype()
 
 
-def _with_held_as_inputs(captured: fx.GraphModule) -> tuple[fx.Graph, list[Tensor]]:
-    """Makes inputs of the tensors that a graph refers to; returns them in the order of the inputs."""
-    graph, held, inputs = captured.graph, [], {}
-    first = next(iter(graph.nodes))
-    for node in list(graph.nodes):
-        if node.op != "get_attr":
-            continue
-        tensor = getattr(captured, node.target)
-        if id(tensor) not in inputs:
-            with graph.inserting_before(first):
-                inputs[id(tensor)] = graph.placeholder(f"held_{len(held)}")
-            inputs[id(tensor)].meta = dict(node.meta)
-            held.append(tensor)
-        node.replace_all_uses_with(inputs[id(tensor)])
-        graph.erase_node(node)
-    return graph, held
+def _drawn_anew(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Rows of the inputs, some more than once and some never; the same for all tensors of the same length."""
+    generator = torch.Generator().manual_seed(20_240_229)
+    rows: dict[int, Tensor] = {}
+    drawn = []
+    for tensor in inputs:
+        if tensor.dim() and len(tensor):
+            if len(tensor) not in rows:
+                rows[len(tensor)] = torch.randint(len(tensor), (len(tensor),), generator=generator)
+            with suppress(RuntimeError):  # of a tensor whose entries share memory
+                values = tensor[rows[len(tensor)].to(tensor.device)]
+                # In the same layout, which a graph relies on.
+                layout = {"dtype": tensor.dtype, "device": tensor.device}
+                tensor = torch.empty_strided(tensor.shape, tensor.stride(), **layout).copy_(values)
+        drawn.append(tensor)
+    return tuple(drawn)
+
+
+def _other_noise() -> tuple[Any, ...]:
+    """The states of the random numbers of Python and NumPy, which no capture sees."""
+    _, keys, *places = np.random.get_state()  # noqa: NPY002 (of those who use it)
+    return random.getstate(), keys.tobytes(), *places  # type: ignore[union-attr]
+
+
+def _seed(seed: int, devices: Sequence[torch.device]) -> None:
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 @contextmanager
-def _undone(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Puts random numbers, and tensors that were changed in place, back as they were."""
+def _undone(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[list[torch.device]]:
+    """Puts random numbers, tensors changed in place and Pyro's param store back as they were; yields the GPUs."""
     before = [(t, t.detach().clone()) for t in tensors]
-    devices = {t.device for t in (*inputs, *tensors) if t.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
+    devices = list({t.device for t in (*inputs, *tensors) if t.is_cuda})
+    store = pyro.get_param_store()
+    stored = dict(store._params)
+    with torch.random.fork_rng(devices=devices):
         try:
-            yield
+            yield devices
         finally:
+            # Entries that a program sets anew, as running averages; those that it made stay.
+            store._params.update({name: p for name, p in stored.items() if store._params.get(name) is not p})
             with torch.no_grad():
                 for tensor, values in before:
                     if not torch.equal(tensor, values):  # not all kernels count up a tensor's version
                         tensor.copy_(values)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the compiler says of itself, and of machines without a GPU."""
-    loud = logging.getLogger("torch.utils.cpp_extension")
-    level = loud.level
-    loud.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        loud.setLevel(level)
-
-
 def _cause(error: Exception) -> str:
     """What went wrong and, where it is known, at which line of the user's."""
     cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
     if "_local_scalar_dense" in str(error):
-        cause = "it reads a number out of a tensor, as `.item()`, `float()` and `if tensor:` do"
+        cause = READS_A_NUMBER
     ours = [str(Path(module.__file__ or "").parent) for module in (torch, pyro)] + [str(Path(__file__).parent)]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
     return f"{cause} ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else cause

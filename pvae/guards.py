@@ -8,9 +8,12 @@ inside of tensors may change freely: captured programs hold tensors by reference
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 
 from pvae.isolation import reached
@@ -19,6 +22,9 @@ __all__ = ["Guard"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _MISSING = object()
+_LARGE = 100  # entries of a container, above which it is taken for data
+_MODULES_OWN = frozenset(vars(nn.Module()))
+_KNOWN = frozenset({"torch", "pyro", "numpy", "pvae", *sys.stdlib_module_names})
 
 
 class _Watched(NamedTuple):
@@ -46,10 +52,11 @@ class Guard:
         self._watched: list[_Watched] = []
         for thing in _parts(self.programs):
             self._watched += _watch(thing)
-        found = [v for watched in self._watched for v in watched.entries.values() if isinstance(v, Tensor)]
-        self.tensors = list({id(t): t for t in found}.values())
+        found = [v for watched in self._watched for v in watched.entries.values()]
+        self.tensors = list({id(t): t for t in found if isinstance(t, Tensor)}.values())
         """Parameters, buffers and other tensors within reach."""
-        self._trained = [t.requires_grad for t in self.tensors]
+        self._tensors = [_state(t) for t in self.tensors]
+        self._arrays = [(a, a.copy()) for a in found if isinstance(a, np.ndarray) and a.nbytes <= 2**13]
 
     def changed(self) -> str:
         """The first thing found that is not as it was, such as ``"Decoder.beta"``; empty if there is none."""
@@ -60,63 +67,120 @@ class Guard:
                     return f"{owner}.{key}"
             if size is not None and len(namespace) != size:
                 return f"{owner}.{next((key for key in namespace if key not in entries), '')}"
-        return "" if self._trained == [t.requires_grad for t in self.tensors] else "requires_grad of a parameter"
+        if self._tensors != [_state(t) for t in self.tensors]:
+            return "requires_grad or a hook of a parameter"
+        return "" if all(np.array_equal(a, before) for a, before in self._arrays) else "a NumPy array"
+
+
+def _state(tensor: Tensor) -> tuple[bool, int]:
+    return tensor.requires_grad, len(tensor._backward_hooks or ())
+
+
+def _ours(thing: Any) -> bool:
+    """Whether a class, function or module may hold what somebody sets anew: not those of PyTorch, Pyro or Python."""
+    name = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", None)
+    return (name or "builtins").split(".")[0] not in _KNOWN
+
+
+def _public(name: str) -> bool:
+    return name == "__call__" or not name.startswith("__")
 
 
 def _parts(programs: tuple[Any, ...]) -> list[Any]:
-    """All that is reached, with modules taken apart."""
+    """All that is reached, taken apart: modules, the contents of containers, classes' functions, defaults."""
     seen: dict[int, Any] = {}
     queue = list(programs)
     while queue:
-        for thing in reached(*queue):
-            seen.setdefault(id(thing), thing)
-        queue = []
-        for module in [m for root in list(seen.values()) if isinstance(root, nn.Module) for m in root.modules()]:
-            new = [module] if id(module) not in seen else []
-            inside = [v for k, v in vars(module).items() if not k.startswith("_") and not isinstance(v, nn.Module)]
-            if type(module).__module__.split(".")[0] not in ("torch", "pyro"):
-                inside.append(type(module).forward)
-            queue += [v for v in [*new, *inside] if id(v) not in seen and not isinstance(v, (*_PLAIN, Tensor))]
-            seen.setdefault(id(module), module)
+        new = [thing for thing in reached(*queue) if id(thing) not in seen]
+        seen |= {id(thing): thing for thing in new}
+        queue = [inner for thing in new for inner in _inside(thing) if id(inner) not in seen]
     return list(seen.values())
+
+
+def _inside(thing: Any) -> list[Any]:
+    inside: list[Any] = []
+    if isinstance(thing, nn.Module):
+        inside += thing.modules()
+        inside += [value for name, value in vars(thing).items() if name not in _MODULES_OWN]
+    elif inspect.isfunction(thing):
+        if _ours(thing):
+            inside += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+            inside += [value for watched in _variables(thing) for value in watched.entries.values()]
+    elif isinstance(thing, list | tuple | dict) and len(thing) <= _LARGE:
+        inside += thing.values() if isinstance(thing, dict) else thing
+    elif not isinstance(thing, type | ModuleType):
+        inside += [getattr(thing, name, None) for name in _slots(thing)]
+        inside += getattr(thing, "__dict__", {}).values()
+    if not isinstance(thing, type | ModuleType) and not inspect.isroutine(thing):
+        inside += [v for cls in type(thing).__mro__ if _ours(cls) for n, v in vars(cls).items() if _public(n)]
+    inside = [getattr(v, "__func__", v) if isinstance(v, staticmethod | classmethod) else v for v in inside]
+    inside = [getattr(v, "fget", v) if isinstance(v, property) else v for v in inside]
+    return [v for v in inside if not isinstance(v, (*_PLAIN, Tensor, np.ndarray, type))]
 
 
 def _watch(thing: Any) -> list[_Watched]:
     owner = getattr(thing, "__qualname__", None) or type(thing).__name__
-    if isinstance(thing, nn.Module):
-        held = [thing._parameters, thing._buffers, thing._modules]
-        return [_Watched(owner, space, dict(space), len(space)) for space in held] + _attributes(owner, thing)
-    if not inspect.isfunction(thing):
-        return _attributes(owner, thing)
-    code, values = thing.__code__, thing.__globals__
-    if thing.__module__.split(".")[0] in ("torch", "pyro"):
+    if isinstance(thing, type | ModuleType) or inspect.ismethod(thing):
         return []
-    cells = _Cells(zip(code.co_freevars, thing.__closure__ or (), strict=True))
-    read = {name: values[name] for name in code.co_names if name in values}
-    closed = {name: cells.get(name, _MISSING) for name in code.co_freevars}
-    watched = [_Watched(owner, cells, closed, None), _Watched(owner, values, read, None)]
-    return [w for w in watched if w.entries] + _containers(owner, [*closed.values(), *read.values()])
-
-
-def _attributes(owner: str, thing: Any) -> list[_Watched]:
-    """An object's own values and tensors; what else it holds is reached, and watched, by itself."""
-    namespace = getattr(thing, "__dict__", None)
-    if not isinstance(namespace, dict) or inspect.ismodule(thing):
-        return []
-    public = {k: v for k, v in namespace.items() if not isinstance(v, dict | set) and v is not None}
-    return [_Watched(owner, namespace, public, None), *_containers(owner, namespace.values())] if public else []
-
-
-def _containers(owner: str, values: Iterable[Any]) -> list[_Watched]:
-    """Dicts and lists of plain values or tensors, such as a table of settings."""
+    if inspect.isfunction(thing):
+        return _variables(thing) if _ours(thing) else []
     watched = []
-    for value in values:
-        if isinstance(value, list | tuple | dict) and 0 < len(value) <= 100:
-            space: Any = value if isinstance(value, dict) else _Items(value)
-            entries = {k: v for k, v in space.items() if isinstance(v, (*_PLAIN, Tensor))}
-            if entries:
-                watched.append(_Watched(owner, space, entries, len(value)))
+    if isinstance(thing, list | tuple | dict):
+        space = thing if isinstance(thing, dict) else _Items(thing)
+        return [_Watched(owner, space, dict(space.items()), len(thing))] if len(thing) <= _LARGE else []
+    if isinstance(thing, nn.Module):
+        spaces = [thing._parameters, thing._buffers, thing._modules, thing._forward_hooks, thing._forward_pre_hooks]
+        watched += [_Watched(owner, space, dict(space), len(space)) for space in spaces]
+    namespace = getattr(thing, "__dict__", None)
+    if isinstance(namespace, dict):
+        watched.append(_Watched(owner, namespace, dict(namespace), len(namespace)))
+    if names := _slots(thing):
+        slots = _Slots(thing)
+        watched.append(_Watched(owner, slots, {name: slots.get(name, _MISSING) for name in names}, None))
+    for cls in filter(_ours, type(thing).__mro__):
+        entries = {name: v for name, v in vars(cls).items() if isinstance(v, (*_PLAIN, Tensor)) or callable(v)}
+        watched.append(_Watched(owner, vars(cls), {n: v for n, v in entries.items() if _public(n)}, None))
     return watched
+
+
+def _variables(function: Any) -> list[_Watched]:
+    """What a function reads: closed-over and global variables, and attributes of modules, also in functions inside."""
+    owner, space = function.__qualname__, function.__globals__
+    cells = _Cells(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    watched = [
+        _Watched(owner, cells, {name: cells.get(name, _MISSING) for name in cells}, None),
+        _Watched(owner, space, {name: space[name] for name in names if name in space}, None),
+    ]
+    for name, value in list(watched[1].entries.items()):
+        if isinstance(value, ModuleType) and _ours(value):
+            entries = {inner: vars(value)[inner] for inner in names if inner in vars(value)}
+            watched.append(_Watched(name, vars(value), entries, None))
+    defaults = function.__kwdefaults__ or {}
+    watched.append(_Watched(owner, defaults, dict(defaults), None))
+    return [w for w in watched if w.entries]
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _slots(thing: Any) -> list[str]:
+    slots = [vars(cls).get("__slots__", ()) for cls in type(thing).__mro__ if _ours(cls)]
+    return [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
+
+
+class _Slots:
+    """An object's slots by name."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return getattr(self.thing, name, default)
 
 
 class _Cells(dict[str, Any]):

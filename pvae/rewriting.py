@@ -42,6 +42,8 @@ def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
 
 def _sigmoid(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return NotImplemented
     # By the exponential that the losses above take too, so that a compiler takes it once.
     u = torch.exp(-x.abs())
     return torch.where(x >= 0, 1.0, u) / (1 + u)
@@ -79,6 +81,8 @@ _library.define("addmm(Tensor? bias, Tensor a, Tensor b) -> Tensor")
 
 
 def _onednn_addmm(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    # oneDNN reads a bias as if it were contiguous.
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
 
 

@@ -214,5 +214,64 @@ def test_losses_in_tuples(bits):
 
 def test_compiled(bits):
     svi = assert_like_pyro(ModulePair, calls(*[bits] * 4))
-    (gradients,) = svi._steps.values()
+    (gradients,) = svi._gradients.values()
     assert gradients.captured.compiled
+
+
+# --- what a review found ------------------------------------------------------------------------------------------
+
+
+def test_inside_of_handlers_steps_are_pyros(bits):
+    results = []
+    start = ModulePair()
+    for cls in (CompiledSVI, SVI):
+        pyro.clear_param_store()
+        pair = copy.deepcopy(start)
+        svi = cls(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO())
+        torch.manual_seed(1)
+        losses = [svi.step(bits) for _ in range(3)]
+        for scale in (0.5, 0.1):
+            with pyro.poutine.scale(scale=scale):
+                losses += [svi.step(bits), svi.evaluate_loss(bits)]
+        results.append(losses)
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_evaluate_loss_sees_a_param_store_that_was_set_anew(bits):
+    x, pair = bits[:, 0], ParamPair()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({}), Trace_ELBO())
+    theirs = SVI(pair.model, pair.guide, Adam({}), Trace_ELBO())
+    for value in (1.0, 3.0):
+        pyro.get_param_store()["slope"] = torch.tensor(value)
+        for _ in range(3):
+            losses = []
+            for one in (svi, theirs):
+                torch.manual_seed(1)
+                losses.append(one.evaluate_loss(x))
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_int_that_counts_is_not_captured_for_ever(bits):
+    pair = ParamPair()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.warns(UserWarning, match="8 kinds of arguments that differ in more than tensors") as caught:
+        losses = [svi.step(bits[:, 0], beta) for beta in range(1, 21)]
+    assert len(caught) == 1
+    assert all(map(math.isfinite, losses))
+    assert svi.captures == 0
+    assert len(svi._gradients) <= 9
+
+
+def test_data_selected_by_a_mask_stay_with_pyro(bits):
+    class Selects(ModulePair):
+        def model(self, x):
+            super().model(x[x[:, 0] > 0])
+
+        def guide(self, x):
+            super().guide(x[x[:, 0] > 0])
+
+    pair = Selects()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.warns(UserWarning, match="the shape of a result depends on the data"):
+        losses = [svi.step(batch) for batch in bits.split(100)]
+    assert all(map(math.isfinite, losses))

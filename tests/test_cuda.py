@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pyro
 import pytest
 import torch
 
@@ -66,3 +67,54 @@ def test_seeds_and_the_callers_random_numbers_on_the_gpu(bits):
 def test_auto_is_the_gpu(bits):
     vae = pvae.VAE.mlp(6, 2, [8])
     assert pvae.fit(vae.model, vae.guide, bits, epochs=1, progress=False).device.type == "cuda"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [300, 32 * 40 + 7])
+def test_epochs_as_cuda_graphs_train_as_plain_steps_do(size, precision, bits):
+    """Fewer data than one replay takes, and two replays with a ragged rest. Noise differs; errors as above."""
+    x = bits[torch.arange(size) % len(bits)]
+    fast = pvae.VAE.mlp(6, 2, [8])
+    plain = copy.deepcopy(fast)
+    options = {"epochs": 40, "batch_size": 32, "lr": 0.01, "progress": False, "device": "cuda", "validation": bits}
+    compiled = pvae.fit(fast.model, fast.guide, x, compile=True, precision=precision, **options)
+    eager = pvae.fit(plain.model, plain.guide, x, compile=False, **options)
+    assert compiled.compile_seconds > 0
+    for curve in ("elbo", "validation_elbo"):
+        assert compiled.history[curve][-1] == pytest.approx(eager.history[curve][-1], abs=6 * 0.09 * 2**0.5)
+
+
+def test_a_bad_datum_stops_the_epoch_on_the_gpu(bits):
+    """The loss of a batch is nan from the second epoch on: an error at its end, and finite parameters."""
+    vae = pvae.VAE.mlp(6, 2, [8])
+    seen = torch.zeros((), device="cuda")
+
+    def poison(x):
+        seen.add_(1)
+        return torch.where(seen > 45, torch.nan, x)
+
+    with pytest.raises(pvae.NumericalError, match="epoch 2, step"):
+        pvae.fit(
+            vae.model, vae.guide, bits.repeat(4, 1), transform=poison, epochs=3, batch_size=32, compile=True,
+            device="cuda", progress=False,
+        )  # fmt: skip
+    assert all(p.isfinite().all() for p in vae.parameters())
+
+
+@pytest.mark.parametrize("proposal", ["guide", "prior", "refined"])
+def test_captured_chunks_on_the_gpu(proposal, bits):
+    vae = pvae.VAE.mlp(6, 2, [8])
+    options = {"num_samples": 400, "chunk_size": 10_000, "proposal": proposal, "device": "cuda"}
+    fast, plain = (pvae.log_evidence(vae.model, vae.guide, bits, compile=c, **options) for c in (True, False))
+    torch.testing.assert_close(fast.log_px, plain.log_px, rtol=1e-4, atol=1e-3)
+
+
+def test_compiled_svi_on_the_gpu(bits):
+    losses = []
+    for cls in (pvae.svi.CompiledSVI, pyro.infer.SVI):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        vae = pvae.VAE.mlp(6, 2, [8]).cuda()
+        svi = cls(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        losses.append([svi.step(bits.cuda()) for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

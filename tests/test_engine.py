@@ -253,3 +253,18 @@ def test_on_the_gpu_nothing_moves_from_a_bad_step_on(bits):
         plain((x[rows],))
     for p, q in zip(pair.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
+def test_on_the_gpu_what_could_not_be_captured_is_not_recorded(bits):
+    pair, recorded = vae(), []
+
+    def by_numpy(x):
+        return x * float(np.random.default_rng().random() < 2)
+
+    x = bits[torch.arange(64 * 40) % len(bits)]
+    step = step_of(pair, x, capture=True, transform=by_numpy)
+    step.captured.given_up = True
+    passes = engine.CudaEpochs(step, record=lambda work: recorded.append(work) or work)
+    for epoch in range(2):
+        assert sum(passes.epoch(step.batches.order(epoch))) == len(x)
+    assert not recorded

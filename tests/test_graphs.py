@@ -161,7 +161,7 @@ def draws_by_python(x):
         (reads_a_number, "reads a number out of a tensor.*line .*float"),
         (branches, "reads a number out of a tensor.*if x.mean"),
         (draws_by_numpy, "its results are not those"),
-        (draws_by_python, "its results are not those"),
+        (draws_by_python, "it draws random numbers by Python or NumPy"),
     ],
 )
 def test_what_cannot_be_captured_runs_as_it_is_with_one_warning(function, cause):
@@ -273,3 +273,120 @@ def test_the_rule_that_decides_where_it_pays():
 def test_the_compiler_is_not_loaded_before_it_is_used():
     code = "import sys, pvae; print('torch._inductor.compile_fx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+# --- what a review found ------------------------------------------------------------------------------------------
+
+STATE = {"beta": torch.tensor(1.0)}
+
+
+def reads_a_buffer(x):
+    return float(STATE["beta"]) * x.sum()
+
+
+def branches_on_a_parameter(x):
+    return x.sum() if STATE["beta"] else x.mean()
+
+
+def reads_as_an_array(x):
+    return x.sum() * float(x.numpy().std())
+
+
+def reads_a_list(x):
+    return x.sum() * max(x.flatten().tolist())
+
+
+def selects_by_a_mask(x):
+    return x[x > 0].sum()
+
+
+def branches_rarely(x):
+    return x.sum() if random.random() < 0.999 else x.mean()
+
+
+def draws_rarely_seen(x):
+    np.random.rand()  # noqa: NPY002
+    return x.sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "cause"),
+    [
+        (reads_a_buffer, "reads a number out of a tensor"),
+        (branches_on_a_parameter, "reads a number out of a tensor"),
+        (reads_as_an_array, "reads a number out of a tensor"),
+        (reads_a_list, "reads a number out of a tensor"),
+        (selects_by_a_mask, "the shape of a result depends on the data"),
+        (branches_rarely, "random numbers by Python or NumPy"),
+        (draws_rarely_seen, "random numbers by Python or NumPy"),
+    ],
+)
+def test_numbers_that_a_capture_would_freeze_stop_it(function, cause):
+    run = Captured(function, "the function", (function,), compile_after=None)
+    with pytest.warns(UserWarning, match=f"the function runs as plain Pyro, uncaptured: .*{cause}"):
+        run(torch.randn(5, 4))
+
+
+def test_inputs_that_are_one_tensor_are_not_taken_for_one():
+    data = torch.randn(5, 4)
+
+    def function(x, y):
+        return (x - y).sum() + data.mean()
+
+    run = Captured(function, "the function", (function,), compile_after=None)
+    run(data, data)
+    x, y = torch.randn(5, 4), torch.randn(5, 4)
+    torch.testing.assert_close(run(x, y), function(x, y))
+    assert run.captures == 1
+
+
+def test_autocast_of_the_caller_is_part_of_what_was_captured():
+    net, x = Net().eval(), torch.randn(5, 4)
+    run = captured(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = both(run, net, x)
+    assert_same(*low)
+    assert_same(*both(run, net, x))
+    assert run.captures == 2
+
+
+def test_another_layout_of_parameters():
+    net, x = Net().eval(), torch.randn(5, 4)
+    run = captured(net)
+    run(x)
+    net.layer.weight.data = net.layer.weight.data.t().contiguous().t()
+    assert_same(*both(run, net, x))
+    assert run.captures == 2
+
+
+def test_entries_of_the_param_store_that_a_program_replaces():
+    def function(x):
+        store = pyro.get_param_store()
+        average = 0.9 * (store["average"] if "average" in store else torch.zeros(())) + 0.1 * x.mean()
+        store["average"] = average.detach()
+        return x.sum()
+
+    x = torch.ones(5)
+    function(x)
+    before = pyro.param("average").clone()
+    with pytest.warns(UserWarning, match=r"it replaces \['average'\] in the param store as it runs"):
+        Captured(function, "the function", (function,), compile_after=None)(x)
+    # The function has run once for the caller, and not once more.
+    torch.testing.assert_close(pyro.param("average").detach(), 0.9 * before.detach() + 0.1)
+
+
+def test_one_warning_for_a_missing_compiler(monkeypatch):
+    import torch._inductor.compile_fx as module
+
+    from pvae import graphs
+
+    def missing(*_, **__):
+        raise RuntimeError("No working C++ compiler found in the list: ('/nonexistent',).")
+
+    monkeypatch.setattr(module, "compile_fx", missing)
+    monkeypatch.setattr(graphs, "_no_compiler", [])
+    with pytest.warns(UserWarning, match="uncompiled"):
+        captured(Net().eval(), compile_after=0)(torch.randn(5, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured(Net().eval(), compile_after=0)(torch.randn(5, 4))

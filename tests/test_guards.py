@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -157,3 +159,76 @@ def test_looking_is_cheap():
     vae = pvae.VAE.mlp()
     guard = Guard(vae.model, vae.guide)
     assert sum(len(watched.entries) for watched in guard._watched) < 500
+
+
+# --- what a review found ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True)
+class Settings:
+    beta: float = 1.0
+
+
+class Base:
+    beta = 1.0
+
+    def helper(self, x):
+        return BETA * x
+
+
+class Holder(Base):
+    def __init__(self):
+        self.nothing = None
+        self.empty = []
+        self.nested = {"a": {"b": [1.0, 2.0]}}
+        self.objects = [SimpleNamespace(beta=1.0)]
+        self.settings = Settings()
+        self.array = np.ones(3)
+        self.tool = functools.partial(max, key=SimpleNamespace(beta=1.0))
+        self.net = nn.Linear(2, 2)
+        self.net._private = SimpleNamespace(beta=1.0)
+
+    def model(self, x, scale=SimpleNamespace(beta=1.0)):  # noqa: B008
+        return [BETA for _ in x]
+
+
+HOLDER_CHANGES = {
+    "none to a value": lambda h: setattr(h, "nothing", 1.0),
+    "shadowing a class's attribute": lambda h: setattr(h, "beta", 2.0),
+    "a class's attribute": lambda h: setattr(Base, "beta", 2.0),
+    "an empty list": lambda h: h.empty.append(1.0),
+    "a dict replaced": lambda h: setattr(h, "nested", {"a": {"b": [1.0, 2.0]}}),
+    "deep in a dict": lambda h: h.nested["a"]["b"].__setitem__(0, 2.0),
+    "an object in a list": lambda h: setattr(h.objects[0], "beta", 2.0),
+    "slots": lambda h: setattr(h.settings, "beta", 2.0),
+    "an array": lambda h: h.array.__setitem__(0, 2.0),
+    "a partial's keyword": lambda h: setattr(h.tool.keywords["key"], "beta", 2.0),
+    "a module's private object": lambda h: setattr(h.net._private, "beta", 2.0),
+    "a default": lambda h: setattr(h.model.__func__.__defaults__[0], "beta", 2.0),
+    "a hook": lambda h: h.net.register_forward_hook(lambda *_: None),
+    "a hook of a parameter": lambda h: h.net.weight.register_hook(lambda g: g),
+    "another forward": lambda h: setattr(h.net, "forward", lambda x: x),
+    "a global of a helper": lambda h: globals().__setitem__("BETA", 2.0),
+}
+
+
+@pytest.mark.parametrize("change", HOLDER_CHANGES)
+def test_changes_in_ordinary_places_are_seen(change, monkeypatch):
+    monkeypatch.setitem(globals(), "BETA", 1.0)
+    monkeypatch.setattr(Base, "beta", 1.0)
+    holder = Holder()
+    guard = Guard(holder.model)
+    assert guard.changed() == ""
+    HOLDER_CHANGES[change](holder)
+    assert guard.changed()
+    Holder.model.__defaults__[0].beta = 1.0
+
+
+def test_a_value_in_an_imported_module(monkeypatch):
+    settings = ModuleType("settings")
+    settings.BETA = 1.0
+    space = {"settings": settings, "__name__": "somebodys"}
+    exec("def program(x):\n    return [settings.BETA * y for y in x]", space)
+    guard = Guard(space["program"])
+    settings.BETA = 2.0
+    assert guard.changed() == "settings.BETA"

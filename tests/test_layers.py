@@ -27,7 +27,7 @@ PARTS = {"priors", "likelihoods", "posteriors"}
 MODELS = {"vae", "autoencoder"}
 REPORTS = {"diagnostics", "io_arviz", "plots", "estimator"}
 CHECKS = {"checks", "isolation"}
-CAPTURE = {"guards": {"isolation"}, "graphs": {"errors", "guards", "rewriting"}}
+CAPTURE = {"guards": {"isolation"}, "capture": {"rewriting"}, "graphs": {"errors", "guards", "capture"}}
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -235,8 +235,9 @@ class _Draws:
                 return tuple(Chunk.of(drawing.log_weights(num_samples)))
 
             sees = (self.session.pair.model, self.session.pair.guide, self.proposal)
+            first = not self.captured  # of the numbers of draws at once, the common one
             self.captured[num_samples] = Captured(
-                drawn, "pvae.log_evidence", sees, capture_after=1, tolerances=(1e-3, 1e-3)
+                drawn, "pvae.log_evidence", sees, capture_after=1, compile_first=first, tolerances=(1e-3, 1e-3)
             )
             # A pair learns more of itself on its first draws, and takes random numbers for that.
             return Chunk.of(sampler.log_weights(num_samples))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro.infer import SVI
+from pyro.ops.provenance import detach_provenance
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pvae.errors import NumericalError
 from pvae.graphs import Captured
-from pvae.svi.objectives import ItemsStayTensors, params_met
+from pvae.svi.objectives import ItemsStayTensors, inside_handlers, params_met
 
 __all__ = ["CompiledSVI"]
 
 _PLAIN = (bool, int, str, bytes, type(None))
+_MOST_STRUCTURES = 8
 
 
 class CompiledSVI(SVI):
@@ -61,42 +65,38 @@ class CompiledSVI(SVI):
     ) -> None:
         super().__init__(model, guide, optim, loss, loss_and_grads, **kwargs)
         self._sees = (model, guide, loss, loss_and_grads)
-        self._seen: set[Any] = set()
-        self._steps: dict[Any, _Gradients] = {}
-        self._losses: dict[Any, Captured] = {}
+        self._gradients: dict[Any, _Gradients] = {}
+        self._losses: dict[Any, _Losses] = {}
+        self._warned = False
 
     @property
     def captures(self) -> int:
         """How many tensor programs were captured; if this goes on growing, something changes from step to step."""
-        programs = [gradients.captured for gradients in self._steps.values()] + list(self._losses.values())
-        return sum(program.captures for program in programs)
+        return sum(run.captured.captures for run in (*self._gradients.values(), *self._losses.values()))
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes one step and returns the loss, as `pyro.infer.SVI.step` does.
 
         Raises:
-            NumericalError: The loss of a captured step, or a gradient, is nan or infinite; raised before the update.
+            NumericalError: The loss of a captured step is nan, or a gradient nan or infinite; raised before the update.
         """
         given = _Arguments.of(args, kwargs)
-        gradients = self._steps.get(given.structure)
-        known = gradients is not None and ("step", given.structure, given.shapes) in self._seen
-        if gradients is None or not known or gradients.captured.given_up or gradients.is_stale():
+        run = self._known(self._gradients, given, _Gradients)
+        if run is None or not run.is_ready(given):
             with params_met() as params:
                 loss = super().step(*args, **kwargs)
-            if given.can_be_captured and not (known and gradients is not None and gradients.captured.given_up):
-                if gradients is None or gradients.is_stale():
-                    self._steps[given.structure] = _Gradients(self, given)
-                self._steps[given.structure].add(params)
-                self._seen.add(("step", given.structure, given.shapes))
+            if run is not None:
+                run.saw(given, params)
             return loss
-        loss, finite, grads = gradients.captured(*given.tensors)
+        assert isinstance(run, _Gradients)
+        loss, finite, grads = run.captured(*given.tensors)
         values = pytree.tree_map(Tensor.item, loss)
         if not finite:
             raise NumericalError(
                 f"the loss is {values}, and it or a gradient is not finite; nothing was updated. Try a smaller "
                 "learning rate, and look at the data: Pyro's validation sees only the first step with a set of shapes."
             )
-        moved = {gradients.params[number]: grad for number, grad in grads.items()}
+        moved = {run.params[number]: grad for number, grad in grads.items()}
         for param, grad in moved.items():
             param.grad = grad
         self.optim(list(moved))
@@ -107,74 +107,131 @@ class CompiledSVI(SVI):
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the loss without a step, as `pyro.infer.SVI.evaluate_loss` does."""
         given = _Arguments.of(args, kwargs)
-        key = ("loss", given.structure, given.shapes)
-        program = self._losses.get(given.structure)
-        if key not in self._seen or (program is not None and program.given_up):
-            if given.can_be_captured:
-                self._seen.add(key)
-            return super().evaluate_loss(*args, **kwargs)
-        if program is None:
+        run = self._known(self._losses, given, _Losses)
+        if run is None or not run.is_ready(given):
+            with params_met() as params:
+                loss = super().evaluate_loss(*args, **kwargs)
+            if run is not None:
+                run.saw(given, params)
+            return loss
+        return pytree.tree_map(Tensor.item, run.captured(*given.tensors))
 
-            def loss(*tensors: Tensor) -> Any:
-                args, kwargs = given.with_tensors(tensors)
-                with torch.no_grad(), pyro.validation_enabled(False), ItemsStayTensors():
-                    return pytree.tree_map(torch.as_tensor, self.loss(self.model, self.guide, *args, **kwargs))
+    def _known(self, runs: dict[Any, Any], given: _Arguments, kind: Any) -> Any:
+        """What is known of such arguments; none where they cannot be captured, or there are too many kinds of them."""
+        if given.structure is None or inside_handlers():
+            return None
+        if given.structure not in runs:
+            if len(runs) >= _MOST_STRUCTURES:
+                self._warn_of_structures()
+                return None
+            runs[given.structure] = kind(self, given.structure, first=not runs)
+        return runs[given.structure]
 
-            program = self._losses[given.structure] = Captured(loss, "CompiledSVI.evaluate_loss", self._sees)
-        return pytree.tree_map(Tensor.item, program(*given.tensors))
+    def _warn_of_structures(self) -> None:
+        if not self._warned:
+            warnings.warn(
+                f"CompiledSVI has seen {_MOST_STRUCTURES} kinds of arguments that differ in more than tensors and "
+                "floats, such as an int that counts; further ones run as plain Pyro. Pass tensors or floats.",
+                stacklevel=4,
+            )
+        self._warned = True
 
 
-class _Gradients:
-    """Loss and gradients for one structure of arguments."""
+class _Run(ABC):
+    """A function of the tensors among some arguments, and what the param store held when it ran."""
 
-    def __init__(self, svi: CompiledSVI, given: _Arguments) -> None:
-        self.svi, self.given = svi, given
+    name = ""
+    tolerances = (1e-5, 1e-4)
+
+    def __init__(self, svi: CompiledSVI, structure: Any, *, first: bool) -> None:
+        self.svi, self.structure, self.first = svi, structure, first
+        self._forget()
+
+    def _forget(self) -> None:
         self.params: list[Tensor] = []
         self.stored: dict[str, Tensor] = {}
-        self.captured = Captured(self._loss_and_grads, "CompiledSVI.step", svi._sees, tolerances=(1e-5, 0.05))
+        self.shapes: set[Any] = set()
+        self.captured = Captured(
+            self.evaluate, self.name, self.svi._sees, compile_first=self.first, tolerances=self.tolerances
+        )
 
-    def add(self, params: list[Tensor]) -> None:
-        """Takes note of parameters that the programs met, and of their place in the param store."""
+    def is_ready(self, given: _Arguments) -> bool:
+        """Whether Pyro has run once with such shapes, on the parameters that there are now."""
+        now = dict(pyro.get_param_store().named_parameters())
+        if any(now.get(name) is not param for name, param in self.stored.items()):
+            self._forget()
+        return given.shapes in self.shapes and not self.captured.given_up
+
+    def saw(self, given: _Arguments, params: list[Tensor]) -> None:
+        """Takes note of a run of Pyro's: its shapes, its parameters, and their places in the param store."""
+        if len(self.shapes) < 1000:
+            self.shapes.add(given.shapes)
         known = {id(p) for p in self.params}
         self.params += [p for p in params if id(p) not in known]
         known |= {id(p) for p in params}
         self.stored = {name: p for name, p in pyro.get_param_store().named_parameters() if id(p) in known}
 
-    def is_stale(self) -> bool:
-        """Whether the param store no longer holds these parameters."""
-        now = dict(pyro.get_param_store().named_parameters())
-        return any(now.get(name) is not param for name, param in self.stored.items())
+    @abstractmethod
+    def evaluate(self, *tensors: Tensor) -> Any:
+        """What is captured."""
 
-    def _loss_and_grads(self, *tensors: Tensor) -> tuple[Any, Tensor, dict[int, Tensor]]:
-        args, kwargs = self.given.with_tensors(tensors)
+
+class _Gradients(_Run):
+    """Loss, whether all is finite, and gradients by their parameters' number."""
+
+    name = "CompiledSVI.step"
+    tolerances = (1e-5, 0.05)
+
+    def evaluate(self, *tensors: Tensor) -> tuple[Any, Tensor, dict[int, Tensor]]:
+        args, kwargs = _put_together(self.structure, tensors)
         for param in self.params:
             param.grad = None
         try:
             with params_met() as params, pyro.validation_enabled(False), ItemsStayTensors():
                 loss = self.svi.loss_and_grads(self.svi.model, self.svi.guide, *args, **kwargs)
-            self.add(params)
+            known = {id(p) for p in self.params}
+            self.params += [p for p in params if id(p) not in known]
             grads = {number: p.grad for number, p in enumerate(self.params) if p.grad is not None}
         finally:
             for param in self.params:
                 param.grad = None
-        loss = pytree.tree_map(lambda part: torch.as_tensor(part).detach(), loss)
-        sums = [part.double().sum() for part in (*pytree.tree_leaves(loss), *grads.values())]
-        return loss, torch.stack(sums).isfinite().all(), grads
+        loss = _detached(loss)
+        sums = [grad.double().sum() for grad in grads.values()]
+        # An infinite loss with finite gradients is left to Pyro's objectives: one of them is infinite always.
+        finite = torch.stack([*sums, loss.new_zeros(())] if isinstance(loss, Tensor) else sums).isfinite().all()
+        for part in pytree.tree_leaves(loss):
+            finite = finite & ~part.isnan().any()
+        return loss, finite, grads
+
+
+class _Losses(_Run):
+    """The loss alone."""
+
+    name = "CompiledSVI.evaluate_loss"
+
+    def evaluate(self, *tensors: Tensor) -> Any:
+        args, kwargs = _put_together(self.structure, tensors)
+        with torch.no_grad(), pyro.validation_enabled(False), ItemsStayTensors():
+            return _detached(self.svi.loss(self.svi.model, self.svi.guide, *args, **kwargs))
+
+
+def _detached(loss: Any) -> Any:
+    return pytree.tree_map(lambda part: torch.as_tensor(detach_provenance(part)).detach(), loss)
 
 
 class _Arguments(NamedTuple):
     """The arguments of a step, taken apart into tensors and the rest."""
 
     tensors: tuple[Tensor, ...]
-    structure: Any  # the places of the tensors, and all values that are not tensors
+    structure: Any  # the places of the tensors, and all values that are not tensors; none if those can be anything
     shapes: Any
-    can_be_captured: bool
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        # A number in float64 leaves a program of float32 in float32.
         tensors = tuple(
-            torch.tensor(leaf) if isinstance(leaf, float) else leaf
+            torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
             for leaf in leaves
             if isinstance(leaf, Tensor | float)
         )
@@ -182,13 +239,14 @@ class _Arguments(NamedTuple):
         plain = all(leaf is _TENSOR or isinstance(leaf, _PLAIN) for leaf in rest)
         # True and 1 are equal, but not the same to a program.
         structure = (spec, rest, tuple(map(type, rest))) if plain else None
-        return cls(tensors, structure, tuple((t.shape, t.dtype, t.device) for t in tensors), plain)
+        return cls(tensors, structure, tuple((t.shape, t.dtype, t.device) for t in tensors))
 
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Any:
-        """The arguments, with other tensors in the place of these."""
-        spec, rest, _ = self.structure
-        left = iter(tensors)
-        return pytree.tree_unflatten([next(left) if leaf is _TENSOR else leaf for leaf in rest], spec)
+
+def _put_together(structure: Any, tensors: tuple[Tensor, ...]) -> Any:
+    """Arguments of a structure, with some tensors."""
+    spec, rest, _ = structure
+    left = iter(tensors)
+    return pytree.tree_unflatten([next(left) if leaf is _TENSOR else leaf for leaf in rest], spec)
 
 
 _TENSOR = object()

@@ -193,12 +193,17 @@ class CudaEpochs(Epochs):
         order = order.to(self.step.batches.device)
         many = size * len(self.rows)
         full = len(order) // many * many
+        captured = self.step.captured
+        plain = captured is None or captured.given_up  # Python has to run in every step
         for rows in order[:full].view(-1, many):
-            if self.replay is None or not self._fits():
+            if plain or self.replay is None or not self._fits():
                 # Everything is compiled, and every kernel loaded, before a graph is recorded.
                 for batch in rows.split(size):
                     self._one(batch)
                     yield size
+                plain = captured is None or captured.given_up
+                if plain:
+                    continue
                 self.rows.copy_(rows.view_as(self.rows))
                 with torch.cuda.device(order.device) if order.is_cuda else nullcontext():
                     self.replay = self.record(self._many)

@@ -17,6 +17,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -95,6 +96,11 @@ def params_met() -> Iterator[list[Tensor]]:
     with poutine.trace(param_only=True) as met:
         yield params
     params += _params(met.trace.nodes)
+
+
+def inside_handlers() -> bool:
+    """Whether the caller runs inside of Pyro's effect handlers, which a captured program would not feel."""
+    return am_i_wrapped()
 
 
 class ItemsStayTensors(TorchFunctionMode):

@@ -1,0 +1,165 @@
+"""One function of tensors captured as one graph of tensor operations, and compiled."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from pvae.rewriting import DECOMPOSITIONS, swap_matrix_products
+
+__all__ = ["READS_A_NUMBER", "Graph", "Unfaithful"]
+
+
+@dataclass
+class Graph:
+    """One flat program of tensor operations.
+
+    Attributes:
+        module: Its operations. The first inputs are the tensors that it holds.
+        held: Parameters, buffers and constants that the function met.
+        structure: In which results are returned.
+        run: The module, or what it was compiled to.
+    """
+
+    module: fx.GraphModule
+    held: list[Tensor]
+    structure: pytree.TreeSpec
+    run: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        self._kinds = self._kinds_now()
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], inputs: Sequence[Tensor], seen: Sequence[Tensor] = ()) -> Graph:
+        """Captures a function as it runs on some inputs, with the noise and parameters of now.
+
+        Reading numbers out of the inputs, or of tensors that are ``seen`` from outside, stops it.
+        """
+        structure: Any = None
+
+        def flat(*tensors: Tensor) -> list[Tensor]:
+            nonlocal structure
+            results, structure = pytree.tree_flatten(function(*tensors))
+            return results
+
+        trace = make_fx(flat, DECOMPOSITIONS, tracing_mode="real", _allow_non_fake_inputs=True)
+        with _NoReads(seen):
+            # Each input is a tensor object of its own, so that none is taken for another, or for one that is held.
+            captured = trace(*(t.detach() for t in inputs))
+        _check_shapes(captured.graph)
+        graph, held = _with_held_as_inputs(captured)
+        swap_matrix_products(graph)
+        module = fx.GraphModule({}, graph)
+        return cls(module, held, structure, module)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the function would return, detached."""
+        with torch.no_grad():
+            return pytree.tree_unflatten(list(self.run(*self.held, *inputs)), self.structure)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it was compiled."""
+        return self.run is not self.module
+
+    def fits(self) -> bool:
+        """Whether the tensors that it holds have the shapes, layouts, dtypes and devices that they had."""
+        return self._kinds == self._kinds_now()
+
+    def _kinds_now(self) -> list[Any]:
+        return [(t.shape, t.dtype, t.device, t.stride()) for t in self.held]
+
+    def compile(self, inputs: Sequence[Tensor]) -> Graph:
+        """The same graph compiled for inputs like these."""
+        with _quiet():  # loading the compiler takes more than a second, and most runs do without
+            from torch._inductor import config
+            from torch._inductor.compile_fx import compile_fx
+
+        # Noise comes from the same generators, in the same order, as without compiling.
+        with torch.no_grad(), _quiet(), config.patch(fallback_random=True):
+            run: Any = compile_fx(copy.deepcopy(self.module), [*self.held, *inputs])
+            run(*self.held, *inputs)
+        return Graph(self.module, self.held, self.structure, run)
+
+
+class Unfaithful(Exception):
+    """A capture that is not the function."""
+
+
+def _with_held_as_inputs(captured: fx.GraphModule) -> tuple[fx.Graph, list[Tensor]]:
+    """Makes inputs of the tensors that a graph refers to; returns them in the order of the inputs."""
+    graph, held, inputs = captured.graph, [], {}
+    first = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(captured, node.target)
+        if id(tensor) not in inputs:
+            with graph.inserting_before(first):
+                inputs[id(tensor)] = graph.placeholder(f"held_{len(held)}")
+            inputs[id(tensor)].meta = dict(node.meta)
+            held.append(tensor)
+        node.replace_all_uses_with(inputs[id(tensor)])
+        graph.erase_node(node)
+    return graph, held
+
+
+class _NoReads(TorchFunctionMode):
+    """Stops a capture where numbers are read out of tensors that will have others later.
+
+    Capturing itself stops at reads of what was computed from inputs, and would take parameters, buffers and arrays for
+    constants.
+    """
+
+    def __init__(self, seen: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.seen = {id(t) for t in seen}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WHOLE_READS or (func in _READS and id(args[0]) in self.seen):
+            raise Unfaithful(READS_A_NUMBER)
+        return func(*args, **(kwargs or {}))
+
+
+READS_A_NUMBER = "it reads a number out of a tensor, as `.item()`, `float()` and `if tensor:` do"
+_READS = {Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__}
+_WHOLE_READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__}
+
+
+def _check_shapes(graph: fx.Graph) -> None:
+    """Raises where the shape of a result depends on the data."""
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target is torch.ops.aten.index.Tensor:  # by numbers, or by a mask
+            kinds = {index.meta["val"].dtype for index in node.args[1] if isinstance(index, fx.Node)}  # type: ignore[union-attr]
+            by_data = bool(kinds & {torch.bool, torch.uint8})
+        else:
+            by_data = torch.Tag.dynamic_output_shape in node.target.tags
+        if by_data:
+            raise Unfaithful(f"the shape of a result depends on the data, in {node.target}; use torch.where or a mask")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the compiler says of itself, and of machines without a GPU."""
+    loud = logging.getLogger("torch.utils.cpp_extension")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        loud.setLevel(level)
