@@ -68,6 +68,7 @@ class Captured:
         capture_after: So many runs of the function itself, for each set of shapes, come before it is captured.
         compile_after: So many runs of a graph come before it is compiled; ``None`` for never.
         compile_first: Whether the graph for the first set of shapes, likely the common one, is compiled at once.
+        looks: Whether it looks for changes before each run; else `look` is to be called where there may be any.
         tolerances: How far results of function, graph and compiled graph may be apart, relative to their norm: for
             single numbers, and for other tensors. Gradients jump where rounding takes a unit across its kink.
         captures: How many graphs were made.
@@ -81,6 +82,7 @@ class Captured:
     capture_after: int = 0
     compile_after: int | None = 100
     compile_first: bool = True
+    looks: bool = True
     tolerances: tuple[float, float] = (1e-5, 1e-4)
     captures: int = 0
     seconds: float = 0.0
@@ -96,12 +98,10 @@ class Captured:
         """What the function returns, detached."""
         if self.given_up:
             return self.function(*inputs)
+        if self.looks:
+            self.look()
         key = (*[(t.shape, t.dtype, t.device, t.stride()) for t in inputs], *_modes(inputs))
         known = self._known.get(key)
-        changed = self.guard.changed()
-        if changed or (known is not None and known.graph is not None and not known.graph.fits()):
-            self._begin_anew(changed)
-            known = None
         if known is None:
             if len(self._known) >= _MOST_GRAPHS:
                 del self._known[next(iter(self._known))]
@@ -125,6 +125,12 @@ class Captured:
     def compiled(self) -> bool:
         """Whether any graph was compiled."""
         return any(known.graph is not None and known.graph.compiled for known in self._known.values())
+
+    def look(self) -> None:
+        """Forgets all graphs if anything that the function can see has changed."""
+        changed = self.guard.changed()
+        if changed or not all(known.graph is None or known.graph.fits() for known in self._known.values()):
+            self._begin_anew(changed)
 
     def _begin_anew(self, changed: str) -> None:
         self._known.clear()

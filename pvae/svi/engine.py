@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
 
 from pvae.errors import NumericalError, ProgramError
@@ -59,18 +60,16 @@ class Step:
         self.batches, self.precision = batches, precision
         self.params = list(verified.params)
         # One fused optimizer for all parameters: pyro.optim makes one for each, which is slower.
+        self.fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.params)
         self.optimizer = torch.optim.Adam(
-            self.params,
-            lr=lr,
-            fused=all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.params),
-            capturable=capture and batches.device.type == "cuda",
+            self.params, lr=lr, fused=self.fused, capturable=capture and batches.device.type == "cuda"
         )
         self.forget_gradients()
         self.captured = None
         if capture:
             sees = (model, guide, objective, batches.transform)
             tolerances = (1e-5, 0.05) if precision == "float32" else (0.01, 0.2)
-            self.captured = Captured(self._loss_and_grads, "pvae.fit's step", sees, tolerances=tolerances)
+            self.captured = Captured(self._loss_and_grads, "pvae.fit's step", sees, looks=False, tolerances=tolerances)
 
     def __call__(self, rows: Rows) -> float:
         """Takes one step and returns the loss, in nats summed over the batch.
@@ -85,6 +84,11 @@ class Step:
         self.update(grads)
         return value * self.verified.share(rows)
 
+    def begin(self) -> None:
+        """Looks at what the programs can see, once for the steps that follow: nothing of the caller's runs between."""
+        if self.captured is not None:
+            self.captured.look()
+
     def evaluate(self, rows: Rows) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Loss, whether it and all gradients are finite, and gradients by their parameters' number."""
         return (self.captured or self._loss_and_grads)(*rows)
@@ -96,12 +100,39 @@ class Step:
             grads: By the parameters' number.
             skip: If given, nothing moves where it is 1 rather than 0, and the host need not know which.
         """
+        state = [self.optimizer.state.get(self.params[number]) for number in grads]
+        if all(state) and self.fused:
+            self._move(grads, state, skip)
+            return
         for number, grad in grads.items():
             self.params[number].grad = grad
         if skip is not None:
             self.optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.forget_gradients()
+
+    def _move(self, grads: dict[int, Tensor], state: list[Any], skip: Tensor | None) -> None:
+        """The optimizer's own kernel on its own state, without the looks around that it takes in every step."""
+        group = self.optimizer.param_groups[0]
+        with torch.no_grad():
+            adam(
+                [self.params[number] for number in grads],
+                list(grads.values()),
+                [one["exp_avg"] for one in state],
+                [one["exp_avg_sq"] for one in state],
+                [],
+                [one["step"] for one in state],
+                fused=True,
+                capturable=group["capturable"],
+                found_inf=skip,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                amsgrad=False,
+                maximize=False,
+            )
 
     def forget_gradients(self) -> None:
         """Leaves no parameter with a gradient."""
@@ -156,6 +187,7 @@ class Epochs:
             NumericalError: As `Step` does; names the step.
         """
         self.total = 0.0
+        self.step.begin()
         for number, rows in enumerate(order.split(self.step.batches.batch_size), 1):
             try:
                 self.total += self.step(self.step.batches.take(rows))
@@ -187,6 +219,7 @@ class CudaEpochs(Epochs):
 
     def epoch(self, order: Tensor) -> Iterator[int]:
         """Takes a step for each batch of an order of the data, and yields how many data each replay saw."""
+        self.step.begin()
         size = self.step.batches.batch_size
         for tensor in (self.sum, self.done, self.good):
             tensor.zero_()
