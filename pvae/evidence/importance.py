@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from itertools import groupby
 from operator import itemgetter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -236,9 +236,9 @@ class _Draws:
 
             sees = (self.session.pair.model, self.session.pair.guide, self.proposal)
             first = not self.captured  # of the numbers of draws at once, the common one
-            self.captured[num_samples] = Captured(
-                drawn, "pvae.log_evidence", sees, capture_after=1, compile_first=first, tolerances=(1e-3, 1e-3)
-            )
+            # A chunk is a large piece of work: a shape that comes ten times is worth compiling.
+            options: Any = {"capture_after": 1, "compile_after": 10, "compile_first": first}
+            self.captured[num_samples] = Captured(drawn, "pvae.log_evidence", sees, tolerances=(1e-3, 1e-3), **options)
             # A pair learns more of itself on its first draws, and takes random numbers for that.
             return Chunk.of(sampler.log_weights(num_samples))
         device = self.session.device
