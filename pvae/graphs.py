@@ -46,7 +46,7 @@ def pays(runs: int, operations: float, device: torch.device) -> bool:
     """Whether capturing and compiling a function saves more time than it takes.
 
     A rule without a clock, so that the same call does the same thing each time. Pyro's handlers cost about 2.5 ms a
-    run, and a CPU does twice as much work in a second when compiled. Compiling takes some 10 s, more on a GPU.
+    run, and a CPU does twice as much work in a second when compiled. Compiling takes some 6 s, more on a GPU.
 
     Args:
         runs: How often it will be run.
@@ -54,7 +54,7 @@ def pays(runs: int, operations: float, device: torch.device) -> bool:
         device: Where.
     """
     on_cpu = device.type == "cpu"
-    return runs * 2.5e-3 + (operations / 4e11 if on_cpu else 0.0) > (10.0 if on_cpu else 25.0)
+    return runs * 2.5e-3 + (operations / 4e11 if on_cpu else 0.0) > (7.0 if on_cpu else 25.0)
 
 
 @dataclass
