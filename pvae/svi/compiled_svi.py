@@ -83,11 +83,7 @@ class CompiledSVI(SVI):
         given = _Arguments.of(args, kwargs)
         run = self._known(self._gradients, given, _Gradients)
         if run is None or not run.is_ready(given):
-            with params_met() as params:
-                loss = super().step(*args, **kwargs)
-            if run is not None:
-                run.saw(given, params)
-            return loss
+            return _by_pyro(super().step, run, given, args, kwargs)
         assert isinstance(run, _Gradients)
         loss, finite, grads = run.captured(*given.tensors)
         values = pytree.tree_map(Tensor.item, loss)
@@ -109,11 +105,7 @@ class CompiledSVI(SVI):
         given = _Arguments.of(args, kwargs)
         run = self._known(self._losses, given, _Losses)
         if run is None or not run.is_ready(given):
-            with params_met() as params:
-                loss = super().evaluate_loss(*args, **kwargs)
-            if run is not None:
-                run.saw(given, params)
-            return loss
+            return _by_pyro(super().evaluate_loss, run, given, args, kwargs)
         return pytree.tree_map(Tensor.item, run.captured(*given.tensors))
 
     def _known(self, runs: dict[Any, Any], given: _Arguments, kind: Any) -> Any:
@@ -135,6 +127,15 @@ class CompiledSVI(SVI):
                 stacklevel=4,
             )
         self._warned = True
+
+
+def _by_pyro(method: Callable[..., Any], run: _Run | None, given: _Arguments, args: Any, kwargs: Any) -> Any:
+    """What Pyro's own method returns; the run takes note of it."""
+    with params_met() as params:
+        loss = method(*args, **kwargs)
+    if run is not None:
+        run.saw(given, params)
+    return loss
 
 
 class _Run(ABC):
