@@ -117,3 +117,13 @@ def test_the_choice_can_be_made(monkeypatch):
     monkeypatch.setattr(rewriting, "_has_onednn", lambda: False)
     with pytest.raises(ArgumentError, match="no oneDNN"):
         rewriting.use_onednn(True)
+
+
+def test_biases_of_other_layouts(onednn):
+    """A column of a table, and one number for all."""
+    x, w, table = torch.randn(64, 100), torch.randn(150, 100), torch.randn(150, 3)
+    for bias in (table[:, 1], table[:1, 0].expand(150)):
+        graph = make_fx(functional.linear)(x, w, bias)
+        assert rewriting.swap_matrix_products(graph.graph) == 1
+        graph.recompile()
+        torch.testing.assert_close(graph(x, w, bias), functional.linear(x, w, bias), rtol=1e-5, atol=1e-4)
