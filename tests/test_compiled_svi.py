@@ -275,3 +275,16 @@ def test_data_selected_by_a_mask_stay_with_pyro(bits):
     with pytest.warns(UserWarning, match="the shape of a result depends on the data"):
         losses = [svi.step(batch) for batch in bits.split(100)]
     assert all(map(math.isfinite, losses))
+
+
+def test_a_loss_that_is_nan_with_finite_gradients(bits):
+    pair = ModulePair()
+
+    def loss(model, guide, x, offset):
+        return Trace_ELBO().differentiable_loss(model, guide, x) + offset
+
+    svi = CompiledSVI(pair.model, pair.guide, Adam({"lr": 0.01}), loss)
+    for _ in range(3):
+        svi.step(bits, torch.zeros(()))
+    with pytest.raises(NumericalError, match="the loss is nan"):
+        svi.step(bits, torch.tensor(math.nan))

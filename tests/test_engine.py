@@ -270,6 +270,18 @@ def test_on_the_gpu_what_could_not_be_captured_is_not_recorded(bits):
     assert not recorded
 
 
+def test_on_the_gpu_a_record_is_not_played_once_capture_was_given_up(bits):
+    played = []
+    x = bits[torch.arange(64 * 40) % len(bits)]
+    step = step_of(vae(), x, capture=True)
+    passes = engine.CudaEpochs(step, record=lambda work: lambda: played.append(1) or work())
+    list(passes.epoch(step.batches.order(0)))
+    assert len(played) == 1  # the first sixteen steps come before the record is made, the last eight are single
+    step.captured.given_up = True
+    assert sum(passes.epoch(step.batches.order(1))) == len(x)
+    assert len(played) == 1
+
+
 def test_what_comes_out_of_a_product_is_float32():
     """Rounded to 8 bits by the product itself, and by nothing after it."""
     x, w = torch.randn(64, 100), torch.randn(50, 100)
