@@ -96,7 +96,7 @@ def by_prior(vae: pvae.VAE, x: Tensor, num_samples: int, repeats: int) -> None:
     print(table("seconds", seconds, {"to the products": to_products(seconds)}))
 
 
-def growth(vae: pvae.VAE, x: Tensor, most: int = 10**8) -> None:
+def growth(vae: pvae.VAE, x: Tensor, most: int = 10**7) -> None:
     """Prints seconds of one call, and microseconds a pair, for several numbers of images and samples.
 
     The guide is left out where there are more than ``most`` pairs.
