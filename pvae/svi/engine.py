@@ -84,6 +84,11 @@ class Step:
         self.update(grads)
         return value * self.verified.share(rows)
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps are captured programs; else Python has to run in each of them."""
+        return self.captured is not None and not self.captured.given_up
+
     def begin(self) -> None:
         """Looks at what the programs can see, once for the steps that follow: nothing of the caller's runs between."""
         if self.captured is not None:
@@ -144,7 +149,7 @@ class Step:
         try:
             with ExitStack() as stack:
                 stack.enter_context(in_precision(self.precision, self.batches.device))
-                if self.captured is not None and not self.captured.given_up:  # innermost, where it sees who calls
+                if self.is_captured:  # innermost, where it sees who calls
                     stack.enter_context(objectives.ItemsStayTensors())
                 loss, params = objectives.loss_and_grads(self.objective, self.model, self.guide, batch)
             self._add_new(params)
@@ -211,7 +216,6 @@ class CudaEpochs(Epochs):
         self.record = record or _recorded
         device = step.batches.device
         self.sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.done = torch.zeros((), device=device)
         self.good = torch.zeros((), device=device)  # steps before the first bad one
         self.bad = torch.zeros((), device=device)
         self.rows = torch.zeros(_STEPS_TO_A_REPLAY, step.batches.batch_size, dtype=torch.int64, device=device)
@@ -221,21 +225,18 @@ class CudaEpochs(Epochs):
         """Takes a step for each batch of an order of the data, and yields how many data each replay saw."""
         self.step.begin()
         size = self.step.batches.batch_size
-        for tensor in (self.sum, self.done, self.good):
+        for tensor in (self.sum, self.good):
             tensor.zero_()
         order = order.to(self.step.batches.device)
         many = size * len(self.rows)
         full = len(order) // many * many
-        captured = self.step.captured
-        plain = captured is None or captured.given_up  # Python has to run in every step
         for rows in order[:full].view(-1, many):
-            if plain or self.replay is None or not self._fits():
+            if not self.step.is_captured or self.replay is None or not self._fits():
                 # Everything is compiled, and every kernel loaded, before a graph is recorded.
                 for batch in rows.split(size):
                     self._one(batch)
                     yield size
-                plain = captured is None or captured.given_up
-                if plain:
+                if not self.step.is_captured:
                     continue
                 self.rows.copy_(rows.view_as(self.rows))
                 with torch.cuda.device(order.device) if order.is_cuda else nullcontext():

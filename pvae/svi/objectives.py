@@ -29,6 +29,7 @@ __all__ = [
     "ItemsStayTensors",
     "Objective",
     "Verified",
+    "inside_handlers",
     "is_elbo",
     "loss_and_grads",
     "params_met",
