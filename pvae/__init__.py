@@ -5,12 +5,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pvae import datasets, diagnostics, evidence, likelihoods, networks, plots, posteriors, priors, svi, testing
 from pvae.errors import (
     ArgumentError,
+    CheckpointError,
     DataError,
     DatasetError,
     DeviceError,
     NumericalError,
     ProgramError,
     PVAEError,
+    RankError,
 )
 from pvae.evidence import EvidenceEstimate, log_evidence, log_weights
 from pvae.svi import FitResult, fit
@@ -24,6 +26,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "VAE",
     "ArgumentError",
+    "CheckpointError",
     "DataError",
     "DatasetError",
     "DeviceError",
@@ -32,6 +35,7 @@ __all__ = [
     "NumericalError",
     "PVAEError",
     "ProgramError",
+    "RankError",
     "datasets",
     "diagnostics",
     "evidence",

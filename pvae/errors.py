@@ -9,12 +9,14 @@ from collections.abc import Iterable
 
 __all__ = [
     "ArgumentError",
+    "CheckpointError",
     "DataError",
     "DatasetError",
     "DeviceError",
     "NumericalError",
     "PVAEError",
     "ProgramError",
+    "RankError",
     "one_of",
     "positive_int",
     "yes_no_or_auto",
@@ -43,6 +45,14 @@ class DeviceError(PVAEError, RuntimeError):
 
 class NumericalError(PVAEError, ArithmeticError):
     """A loss, a gradient or a log-weight became nan or infinite."""
+
+
+class CheckpointError(PVAEError, OSError):
+    """Saved files cannot be written, are damaged, or belong to another model or run."""
+
+
+class RankError(PVAEError, RuntimeError):
+    """The processes that train together were called differently, or lost contact."""
 
 
 class DatasetError(PVAEError, OSError):

@@ -18,7 +18,9 @@ GROUND = {
     "isolation",
     "networks",
     "datasets",
+    "ranks",
     "rewriting",
+    "storage",
     "testing",
     "evidence.weights",
     "evidence.pareto",
@@ -26,7 +28,7 @@ GROUND = {
 PARTS = {"priors", "likelihoods", "posteriors"}
 MODELS = {"vae", "autoencoder"}
 REPORTS = {"diagnostics", "io_arviz", "plots", "estimator"}
-CHECKS = {"checks", "isolation"}
+CHECKS = {"checks", "isolation", "storage", "ranks", "streams"}
 CAPTURE = {"guards": {"isolation"}, "capture": {"rewriting"}, "graphs": {"errors", "guards", "capture"}}
 
 MODULES = {

@@ -1,0 +1,202 @@
+"""Folders of files that are complete or count as absent: written so that no crash can spoil what was there.
+
+Each file is written to a temporary name, flushed to the disk, and renamed. The manifest, which names the files with
+their SHA-256, comes last, so that a set of files is in force as a whole or not at all. A set that replaces another
+takes other file names until the new manifest is in place. Reading verifies everything before it returns anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pvae.errors import CheckpointError
+
+__all__ = ["MANIFEST", "SCHEMA", "DamagedError", "exclusive", "holds_set", "put", "read", "versions", "write"]
+
+SCHEMA = 1
+"""The newest arrangement of files and of what is in them that this version reads, and the one that it writes."""
+
+MANIFEST = "manifest.json"
+
+_PACKAGES = ("pvae", "torch", "pyro-ppl", "numpy", "safetensors")
+
+
+class DamagedError(CheckpointError):
+    """A set of files that is incomplete, or not as it was written."""
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide what a run gives."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a set of files with its manifest into a folder, in place of one that is there.
+
+    Args:
+        folder: Made where it does not exist.
+        files: Contents by name.
+
+    Raises:
+        CheckpointError: It cannot be written. What was in force before still is.
+    """
+    with _clearly(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        before = _files_of(folder)
+        entries = {}
+        for name, content in files.items():
+            digest = hashlib.sha256(content).hexdigest()
+            path = folder / name
+            if path.exists():  # of the set in force, or somebody else's
+                path = folder / f"{path.stem}-{digest[:12]}{path.suffix}"
+            put(path, content)
+            entries[name] = {"file": path.name, "bytes": len(content), "sha256": digest}
+        manifest: dict[str, Any] = {"schema": SCHEMA, "versions": versions(), "files": entries}
+        manifest["sha256"] = _digest_of(manifest)
+        put(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
+        for name in before - {entry["file"] for entry in entries.values()}:
+            (folder / name).unlink(missing_ok=True)
+        for left in folder.glob(f"*{_TEMPORARY}"):  # by a process that was killed
+            left.unlink(missing_ok=True)
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    """The verified contents of the set of files in a folder, by name.
+
+    Raises:
+        DamagedError: A file is missing, cut short or altered.
+        CheckpointError: There is no such folder, it cannot be read, or a newer version of pvae wrote it.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder that was saved: there is none of that name.")
+    with _clearly(folder):
+        manifest = _manifest(folder)
+        contents = {}
+        for name, entry in manifest["files"].items():
+            path = folder / entry["file"]
+            if not path.is_file():
+                raise DamagedError(f"{path} is missing.")
+            content = contents[name] = path.read_bytes()
+            if len(content) != entry["bytes"]:
+                raise DamagedError(f"{path} has {len(content)} bytes, and had {entry['bytes']} when it was written.")
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise DamagedError(f"{path} is not as it was written: its SHA-256 is another.")
+        return contents
+
+
+def holds_set(folder: Path) -> bool:
+    """Whether there is a set of files in force, damaged or not."""
+    return (folder / MANIFEST).is_file()
+
+
+def put(path: Path, content: bytes) -> None:
+    """Writes one file so that it has the old content or the new one, whatever happens."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+@contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """A block that no other process is in for the same folder; a process that dies leaves it free.
+
+    Raises:
+        CheckpointError: Another process is in it, or the folder cannot be written.
+    """
+    with _clearly(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+b")  # noqa: SIM115 (held open through the block)
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder} is in use by another process, which {what}. Wait for it, or use another folder."
+            ) from None
+        except (ImportError, OSError):
+            pass  # neither Windows nor every network file system has such locks
+        yield
+
+
+_TEMPORARY = ".part"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        digest = manifest.pop("sha256")
+        whole = digest == _digest_of(manifest)
+    except FileNotFoundError:
+        raise DamagedError(f"{folder} is incomplete: it has no {MANIFEST}, which is written last.") from None
+    except (ValueError, AttributeError, KeyError):
+        whole, manifest = False, {}
+    if not whole:
+        raise DamagedError(f"{path} is not as it was written.")
+    if manifest["schema"] > SCHEMA:
+        now = versions()
+        differences = [f"{name} {v} (here {now.get(name, 'none')})" for name, v in manifest["versions"].items()]
+        raise CheckpointError(
+            f"{folder} has schema {manifest['schema']}, and this version of pvae reads up to {SCHEMA}. It was written "
+            f"by {', '.join(differences)}. Update pvae to read it."
+        )
+    if any(Path(entry["file"]).name != entry["file"] for entry in manifest["files"].values()):
+        raise DamagedError(f"{path} names files outside of its folder.")
+    return manifest
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _files_of(folder: Path) -> set[str]:
+    """The files of the set in force."""
+    with suppress(CheckpointError):
+        return {entry["file"] for entry in _manifest(folder)["files"].values()}
+    return set()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename last; not every system can do that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _clearly(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be used: {error}. Check the path, its permissions and the space on its disk."
+        ) from error
