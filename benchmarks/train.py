@@ -23,7 +23,8 @@ from torch import Tensor
 import pvae
 from pvae.isolation import isolated, resolve_device
 from pvae.svi import CompiledSVI, engine, objectives
-from pvae.svi.batches import Batches
+from pvae.svi.batches import InMemory
+from pvae.svi.passes import epochs
 
 PYRO, NUMPYRO, FIT, PRODUCTS = "pyro.infer.SVI", "NumPyro, an epoch jitted", "pvae.fit, compiled", "products alone"
 
@@ -115,17 +116,18 @@ def pyro_svi(vae: pvae.VAE, x: Tensor, batch_size: int, *, kind: type[SVI] = SVI
 
 def pvae_fit(vae: pvae.VAE, x: Tensor, batch_size: int, *, compile: bool, precision: str = "float32") -> Epoch:
     """What `pvae.fit` does for an epoch, one at a time, so that it can take turns with others."""
-    vae, batches = copy.deepcopy(vae), Batches((x,), batch_size, x.device)
+    vae, batches = copy.deepcopy(vae), InMemory((x,), batch_size, x.device)
     with isolated([vae], seed=0, device=x.device):
         verified = objectives.verify(vae.model, vae.guide, batches.first(), batches.tensors)
     objective = objectives.resolve(None)
     step = engine.Step(vae.model, vae.guide, objective, verified, batches, lr=LR, precision=precision, capture=compile)
-    passes, numbers = engine.epochs(step), count(1)
+    passes, numbers = epochs(step), count(1)
 
     def epoch() -> float:
         number = next(numbers)
         with isolated([vae], seed=number, device=x.device, training=True):
-            for _ in passes.epoch(step.batches.order(0, number)):
+            passes.begin()
+            for _ in passes.epoch(number):
                 pass
         return -passes.total / len(x)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pvae.errors import DataError, ProgramError
 
@@ -17,16 +18,18 @@ __all__ = [
     "Data",
     "as_tensors",
     "base_distribution",
-    "check_observations",
     "check_pair",
     "check_support",
+    "check_supports",
     "density_sites",
+    "observed",
     "simple_support",
     "tensors_of",
 ]
 
-Data = Tensor | np.ndarray | Sequence[Tensor | np.ndarray]
-"""One array ``(N, *event)``, or a tuple of arrays with the same ``N``, passed on as ``model(*batch)``."""
+Data = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | Dataset[Any] | DataLoader[Any]
+"""One array ``(N, *event)``, or a tuple of arrays with the same ``N``, passed on as ``model(*batch)``; or a torch
+``Dataset`` or ``DataLoader`` that gives such batches, where they do not fit in memory."""
 
 
 def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
@@ -37,14 +40,19 @@ def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
         data: One array or a sequence of arrays. NumPy arrays share memory with the tensors where they can.
 
     Raises:
-        DataError: Not arrays, no data, different lengths, or nan or infinite entries (how many, and the first's index).
+        DataError: Not arrays, no data, different lengths, or nan, infinite or masked entries (how many, and the index
+            of the first).
     """
-    arrays = data if isinstance(data, tuple | list) else (data,)
+    arrays: Any = data.tensors if isinstance(data, TensorDataset) else data
+    arrays = arrays if isinstance(arrays, tuple | list) else (arrays,)
     wrong = [type(a).__name__ for a in arrays if not isinstance(a, Tensor | np.ndarray)]
     if wrong or not arrays:
         came = ", ".join(wrong) or "an empty sequence"
         raise DataError(f"{name} must be a tensor, a NumPy array or a tuple of them; got {came}.")
     tensors = tuple(_from_numpy(name, a) if isinstance(a, np.ndarray) else torch.as_tensor(a) for a in arrays)
+    layouts = [t.layout for t in tensors if t.layout is not torch.strided]
+    if layouts:
+        raise DataError(f"{name} must be dense, got a tensor of layout {layouts[0]}. Pass x.to_dense().")
     shapes = [tuple(t.shape) for t in tensors]
     if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1:
         raise DataError(f"{name} must have one leading dimension of N data, the same for every tensor; got {shapes}.")
@@ -52,16 +60,22 @@ def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
         raise DataError(f"{name} is empty: its shape is {shapes if len(shapes) > 1 else shapes[0]}. Pass some data.")
     for position, tensor in enumerate(tensors):
         _check_finite(name if len(tensors) == 1 else f"{name}[{position}]", tensor)
-    return tensors
+    return tuple(t.detach() if t.requires_grad else t for t in tensors)  # gradients are for parameters
 
 
 def _from_numpy(name: str, array: np.ndarray) -> Tensor:
     """Shares the array's memory where torch can: not with negative strides, foreign byte order or read-only memory."""
+    if np.ma.is_masked(array):
+        masked = int(np.ma.count_masked(array))
+        first = tuple(np.argwhere(np.ma.getmaskarray(array))[0].tolist())
+        raise DataError(
+            f"{name} holds {masked} masked entries, the first at index {first}. Remove or impute them first."
+        )
     array = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
     try:
         return torch.from_numpy(array)
     except TypeError as error:
-        raise DataError(f"{name} must be numeric, got an array of dtype {array.dtype}.") from error
+        raise DataError(f"{name} must be of a number type of torch's, got an array of dtype {array.dtype}.") from error
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
@@ -114,26 +128,34 @@ def simple_support(distribution: Any) -> constraints.Constraint | None:
     return support
 
 
-def check_observations(sites: Mapping[str, Any], batch: tuple[Tensor, ...], data: tuple[Tensor, ...]) -> None:
-    """Checks all the ``data``, not only the traced ``batch``, against the support of the observed sites.
+def observed(sites: Mapping[str, Any], batch: tuple[Tensor, ...]) -> list[tuple[str, Any, list[int]]]:
+    """The observed sites that took tensors of a batch as they were: name, distribution, and which tensors by index.
 
     Args:
         sites: Traced sites of the model, by name.
         batch: What the model was traced on.
-        data: The tensors that the batch is of. One is checked where an observed site took its batch as it was.
     """
-    for name, site in sites.items():
-        if site["type"] != "sample" or not site["is_observed"]:
-            continue
+    given = {n: site for n, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
+    found = [(name, site["fn"], tensors_of(site["value"], batch)) for name, site in given.items()]
+    return [entry for entry in found if entry[2]]
+
+
+def check_supports(found: Iterable[tuple[str, Any, list[int]]], data: tuple[Tensor, ...]) -> None:
+    """Checks data against the supports of the sites that observe them.
+
+    Args:
+        found: As from `observed`.
+        data: All the data, or other batches of them.
+    """
+    for name, distribution, matches in found:
         problems = []
-        matches = tensors_of(site["value"], batch)
         for index in matches:
             try:
-                check_support(name, site["fn"], data[index])
+                check_support(name, distribution, data[index])
             except DataError as error:
                 problems.append(error)
         # Two tensors may happen to agree on a batch; the site observes one of them.
-        if matches and len(problems) == len(matches):
+        if len(problems) == len(matches):
             raise problems[0]
 
 

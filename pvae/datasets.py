@@ -17,6 +17,7 @@ import math
 import os
 import socket
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def mnist(root: str | os.PathLike[str] | None = None, binarization: str = "dynam
     Source: LeCun, Cortes and Burges, 1998; dynamic binarization: Salakhutdinov and Murray, 2008.
     """
     one_of("binarization", binarization, BINARIZATIONS)
-    root = _default_root() if root is None else Path(root).expanduser()
+    root = _root(root)
     folder = _find(root) or _download(root)
     train_x, train_y, test_x, test_y = (_read(folder, file) for file in _MNIST)
     return _named("mnist", binarization, (train_x / 255, train_y.long()), (test_x / 255, test_y.long()), seed)
@@ -128,12 +129,17 @@ def digits(binarization: str = "threshold", *, seed: int = 0) -> Dataset:
         binarization: One of `BINARIZATIONS`.
         seed: Of the bits that are drawn once. The split is always the same.
 
+    Raises:
+        DatasetError: scikit-learn cannot be imported.
+
     Source: Alpaydin and Kaynak, 1998, Optical Recognition of Handwritten Digits.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
     one_of("binarization", binarization, BINARIZATIONS)
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except Exception as error:  # a broken installation fails in many ways
+        raise DatasetError(f"the digits come with scikit-learn, which cannot be imported: {error}.") from error
     x, y = load_digits(return_X_y=True)
     x = (x / 16).reshape(-1, 8, 8).astype(np.float32)  # 17 grey levels, 0 to 16
     split = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
@@ -170,14 +176,18 @@ _MNIST = (
 )
 
 
-def _default_root() -> Path:
-    if chosen := os.environ.get("PVAE_DATA"):
+def _root(chosen: str | os.PathLike[str] | None) -> Path:
+    if chosen is None:
+        chosen = os.environ.get("PVAE_DATA") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pvae")
+    try:
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pvae"
+    except RuntimeError as error:  # as in a container whose user has no name
+        raise DatasetError(f"{chosen} is in nobody's home: set PVAE_DATA to a folder, or pass root=.") from error
 
 
 def _path(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    # Not `Path.is_file`, which raises where a folder may not be looked into.
+    return next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
 
 
 def _find(root: Path) -> Path | None:
@@ -194,7 +204,7 @@ def _read(folder: Path, file: _File) -> Tensor:
     mend = "Delete it, and it is downloaded again; or put the original file there."
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{path} cannot be read: {error}. {mend}") from error
     header = 4 + 4 * len(file.shape)
     magic = bytes([0, 0, 8, len(file.shape)])
@@ -235,8 +245,8 @@ def _download(root: Path) -> Path:
             for file in _MNIST:
                 _read(Path(scratch) / "MNIST" / "raw", file)
                 os.replace(Path(scratch) / "MNIST" / "raw" / file.name, folder / file.name)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())  # torchvision's runs over many lines
+    except Exception as error:  # so do networks, and torchvision's look at what came
+        reason = " ".join(str(error).split()) or type(error).__name__  # torchvision's runs over many lines
         raise DatasetError(f"{missing}, and downloading it failed: {reason}. {manual}") from error
     finally:
         socket.setdefaulttimeout(timeout)

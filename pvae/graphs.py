@@ -88,8 +88,9 @@ class Captured:
     seconds: float = 0.0
     given_up: bool = False
     _known: dict[Any, _Known] = field(default_factory=dict)
-    _first: Any = None
+    _first: str = ""
     _changes: int = 0
+    _recalled: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.guard = Guard(*self.sees)
@@ -105,26 +106,35 @@ class Captured:
         if known is None:
             if len(self._known) >= _MOST_GRAPHS:
                 del self._known[next(iter(self._known))]
-            known = self._known[key] = _Known()
+            name = repr(key)
+            known = self._known[key] = _Known(name, *self._recalled.get(name, ()))
         if known.graph is None:
             known.runs += 1
-            if self.given_up or known.runs <= self.capture_after or not self._capture(known, inputs):
+            early = known.runs <= self.capture_after and not known.graph_runs
+            if self.given_up or early or not self._capture(known, inputs):
                 return self.function(*inputs)
-            known.runs = 0
         graph: Any = known.graph
-        if self._first is None:
-            self._first = key
-        after = 0 if self._first == key and self.compile_first and self.compile_after else self.compile_after
-        if not known.compiled and after is not None and known.runs >= after:
+        self._first = self._first or known.name
+        after = 0 if self._first == known.name and self.compile_first and self.compile_after else self.compile_after
+        if not known.compiled and after is not None and known.graph_runs >= after:
             graph = known.graph = self._compile(graph, inputs)
             known.compiled = True
-        known.runs += 1
+        known.graph_runs += 1
         return graph(*inputs)
 
     @property
     def compiled(self) -> bool:
         """Whether any graph was compiled."""
         return any(known.graph is not None and known.graph.compiled for known in self._known.values())
+
+    def memory(self) -> dict[str, Any]:
+        """What decides when shapes are captured and compiled, as plain values: what `recall` takes."""
+        now = {known.name: [known.runs, known.graph_runs] for known in self._known.values()}
+        return {"first": self._first, "runs": self._recalled | now}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Goes on as a process would that has the memory: compiled and uncompiled graphs differ in rounding."""
+        self._first, self._recalled = memory["first"], dict(memory["runs"])
 
     def look(self) -> None:
         """Forgets all graphs if anything that the function can see has changed."""
@@ -134,6 +144,7 @@ class Captured:
 
     def _begin_anew(self, changed: str) -> None:
         self._known.clear()
+        self._recalled.clear()
         self.guard.renew()
         self._changes += 1
         if changed and self._changes == _MOST_CHANGES:
@@ -158,7 +169,7 @@ class Captured:
                 if replaced := [n for n, p in pyro.get_param_store()._params.items() if p is not stored.get(n)]:
                     raise Unfaithful(f"it replaces {replaced} in the param store as it runs")
                 self._compare(graph, self.function, inputs)
-        except PVAEError:
+        except (PVAEError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             self._give_up(_cause(error))
@@ -217,8 +228,10 @@ class Captured:
 class _Known:
     """What is known of one set of shapes."""
 
+    name: str
+    runs: int = 0  # of the function
+    graph_runs: int = 0
     graph: Graph | None = None
-    runs: int = 0
     compiled: bool = False  # or tried in vain
 
 

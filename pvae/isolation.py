@@ -7,6 +7,7 @@ setting and train/eval modes are set aside; afterwards they are put back. Only t
 from __future__ import annotations
 
 import inspect
+import random
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -14,15 +15,28 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pvae.errors import ArgumentError, DeviceError, PVAEError
+from pvae.errors import ArgumentError, DataError, DeviceError, PVAEError
 
-__all__ = ["Program", "isolated", "modules_of", "outside_modules", "place", "reached", "resolve_device", "resolve_seed"]
+__all__ = [
+    "Program",
+    "dtype_of",
+    "isolated",
+    "modules_of",
+    "noise",
+    "outside_modules",
+    "place",
+    "reached",
+    "resolve_device",
+    "resolve_seed",
+    "set_noise",
+]
 
 Program = Callable[..., Any]
 """A Pyro model or guide: called with one batch, it makes ``pyro.sample`` statements."""
@@ -51,7 +65,7 @@ def reached(*programs: Any) -> list[Any]:
         elif inspect.ismethod(thing):
             queue += [thing.__self__, thing.__func__]
         elif inspect.isfunction(thing):
-            if thing.__module__.split(".")[0] not in ("torch", "pyro"):
+            if (thing.__module__ or "").split(".")[0] not in ("torch", "pyro"):
                 with suppress(ValueError):  # a variable that is not assigned yet
                     variables = inspect.getclosurevars(thing)
                     queue += [*variables.nonlocals.values(), *variables.globals.values()]
@@ -94,6 +108,9 @@ def place(
 
     Integers and booleans keep their dtype, as they may be labels or masks; data stay where they are, and each batch
     is moved when it is used. With ``device="auto"`` a pair without modules to move stays on the data's device.
+
+    Raises:
+        DataError: Data are too large for the modules' dtype.
     """
     modules = list(modules)
     if device == "auto" and not modules:
@@ -101,10 +118,38 @@ def place(
     chosen = resolve_device(device)
     for module in modules:
         module.to(chosen)
-    dtype = next((p.dtype for m in modules for p in m.parameters() if p.is_floating_point()), None)
-    if dtype is not None:
-        tensors = tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    if dtype := dtype_of(modules):
+        tensors = tuple(_cast(t, dtype) if t.is_floating_point() else t for t in tensors)
     return chosen, tensors
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gives finite floating-point data another dtype, and raises where they would overflow."""
+    cast = tensor.to(dtype)
+    narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrower and not cast.sum(dtype=torch.float64).isfinite():  # cheaper than a mask
+        raise DataError(
+            f"the data reach {tensor.abs().max().item():g}, too large for the parameters' {dtype}. Rescale the data, "
+            f"or give the parameters their {tensor.dtype}."
+        )
+    return cast
+
+
+def dtype_of(modules: Iterable[nn.Module]) -> torch.dtype | None:
+    """Of the modules' floating-point parameters; ``None`` if there are none."""
+    return next((p.dtype for m in modules for p in m.parameters() if p.is_floating_point()), None)
+
+
+def noise() -> Any:
+    """The states of the process's random numbers on the CPU: torch's, Python's and NumPy's."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 (of those who use it)
+
+
+def set_noise(states: Any) -> None:
+    """Puts back what `noise` gave."""
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])  # noqa: NPY002
 
 
 def resolve_seed(seed: int | None) -> int:
@@ -129,7 +174,7 @@ def isolated(
 
     Args:
         modules: Put into train or eval mode for the block; so is any other module as soon as it runs.
-        seed: Seeds the CPU's and the device's global generators for the block.
+        seed: Seeds the CPU's and the device's global generators for the block, and those of Python and NumPy.
         device: Where the block computes.
         training: Train mode and gradients on, or eval mode and gradients off. Autocast is off either way.
         params: State of the param store to start from, as from ``get_state()``; left out, an empty one.
@@ -150,6 +195,7 @@ def isolated(
     state: Any = {key: dict((params or {}).get(key, {})) for key in ("params", "constraints")}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.callback(set_noise, noise())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(training))
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -160,6 +206,8 @@ def isolated(
         # Programs may hold modules where nobody would look; what runs is what counts.
         stack.enter_context(register_module_forward_pre_hook(set_mode))
         torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)

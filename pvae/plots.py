@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.errors import DataError
+from pvae.errors import DataError, PVAEError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,12 @@ def images(x: Tensor, ax: Axes | None = None, *, columns: int = 8) -> Axes:
 
 def reconstructions(x: Tensor, reconstructed: Tensor, ax: Axes | None = None) -> Axes:
     """Draws data in the upper row and their reconstructions below, each of shape ``(N, H, W)`` or ``(N, 1, H, W)``."""
-    ax = images(torch.cat([_grey(x), _grey(reconstructed)]), ax, columns=len(x))
+    above, below = _grey(x), _grey(reconstructed)
+    if above.shape != below.shape:
+        raise DataError(
+            f"data and reconstructions must go in pairs, got {tuple(x.shape)}, {tuple(reconstructed.shape)}."
+        )
+    ax = images(torch.cat([above, below]), ax, columns=len(x))
     ax.set_title("Above: test images. Below: E[x | z] at the guide's mean")
     return ax
 
@@ -87,18 +92,21 @@ def weight_histogram(log_weights: Mapping[str, Tensor], ax: Axes | None = None) 
     """Draws how the log-weights of one datum are distributed under each proposal.
 
     Args:
-        log_weights: Name (``"prior"``, ``"guide"``) to log-weights, nats, shape ``(K,)``.
+        log_weights: Name (``"prior"``, ``"guide"``) to log-weights, nats, shape ``(K,)``. Those of ``-inf``, of draws
+            that cannot explain x at all, are in no bar, but are samples of which the bars are shares.
         ax: Where to draw; a new figure if left out.
     """
     ax = _axes(ax)
     values = {name: w.detach().cpu().double().numpy() for name, w in log_weights.items()}
-    low, high = min(v.min() for v in values.values()), max(v.max() for v in values.values())
-    bins = np.linspace(low, high, 80)
-    for name, value in values.items():
-        weights = np.full(len(value), 1 / len(value))
+    finite = {name: v[np.isfinite(v)] for name, v in values.items()}
+    every = np.concatenate([np.empty(0), *finite.values()])
+    bins = np.linspace(every.min(), every.max(), 80) if len(every) else np.arange(2.0)
+    for name, value in finite.items():
+        weights = np.full(len(value), 1 / len(values[name]))
         ax.hist(value, bins=bins.tolist(), weights=weights, alpha=0.7, color=COLORS.get(name), label=name)
     ax.set(xlabel="log w, nats", ylabel="share of samples", title="How well they explain x")
-    ax.set_yscale("log")
+    if len(every):
+        ax.set_yscale("log")
     ax.legend(frameon=False, loc="upper left")
     return ax
 
@@ -118,7 +126,9 @@ def running_estimate(log_weights: Mapping[str, Tensor], ax: Axes | None = None, 
         estimate = w.logcumsumexp(0) - counts.log()
         ax.plot(counts, estimate, color=COLORS.get(name), label=f"{name}: {estimate[-1].item():.1f}")
     if elbo is not None:
-        ax.axhline(elbo, color=_GREY, linestyle=":", label=f"ELBO: {elbo:.1f}")
+        ax.plot(
+            [1, max(map(len, log_weights.values()))], [elbo] * 2, color=_GREY, linestyle=":", label=f"ELBO: {elbo:.1f}"
+        )
     ax.set_xscale("log")
     ax.set(xlabel="samples K", ylabel="estimate of log p(x), nats", title="What they say log p(x) is")
     ax.legend(frameon=False, loc="lower right")
@@ -128,8 +138,10 @@ def running_estimate(log_weights: Mapping[str, Tensor], ax: Axes | None = None, 
 def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
-    import matplotlib.pyplot as plt
-
+    try:
+        import matplotlib.pyplot as plt
+    except Exception as error:  # a broken installation fails in many ways
+        raise PVAEError(f"to draw takes matplotlib, which cannot be imported: {error}.") from error
     return plt.subplots(layout="constrained")[1]
 
 

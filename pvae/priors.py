@@ -23,10 +23,10 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        latent_dim = positive_int("latent_dim", latent_dim)
+        self.latent_dim = positive_int("latent_dim", latent_dim)
         # Buffers, so that the prior follows its model to another device or dtype.
-        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
-        self.register_buffer("scale", torch.ones(latent_dim), persistent=False)
+        self.register_buffer("loc", torch.zeros(self.latent_dim), persistent=False)
+        self.register_buffer("scale", torch.ones(self.latent_dim), persistent=False)
 
     def forward(self) -> dist.TorchDistribution:
         """Returns p(z), with batch shape ``()`` and event shape ``(D,)``."""

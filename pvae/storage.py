@@ -20,7 +20,18 @@ from typing import Any
 
 from pvae.errors import CheckpointError
 
-__all__ = ["MANIFEST", "SCHEMA", "DamagedError", "exclusive", "holds_set", "put", "read", "versions", "write"]
+__all__ = [
+    "MANIFEST",
+    "SCHEMA",
+    "DamagedError",
+    "check_writable",
+    "exclusive",
+    "holds_set",
+    "put",
+    "read",
+    "versions",
+    "write",
+]
 
 SCHEMA = 1
 """The newest arrangement of files and of what is in them that this version reads, and the one that it writes."""
@@ -69,7 +80,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
         put(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
         for name in before - {entry["file"] for entry in entries.values()}:
             (folder / name).unlink(missing_ok=True)
-        for left in folder.glob(f"*{_TEMPORARY}"):  # by a process that was killed
+        for left in _left_behind(folder, entries):
             left.unlink(missing_ok=True)
 
 
@@ -83,18 +94,13 @@ def read(folder: Path) -> dict[str, bytes]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder that was saved: there is none of that name.")
     with _clearly(folder):
-        manifest = _manifest(folder)
-        contents = {}
-        for name, entry in manifest["files"].items():
-            path = folder / entry["file"]
-            if not path.is_file():
-                raise DamagedError(f"{path} is missing.")
-            content = contents[name] = path.read_bytes()
-            if len(content) != entry["bytes"]:
-                raise DamagedError(f"{path} has {len(content)} bytes, and had {entry['bytes']} when it was written.")
-            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-                raise DamagedError(f"{path} is not as it was written: its SHA-256 is another.")
-        return contents
+        while True:
+            before = _bytes_of_manifest(folder)
+            try:
+                return _verified(folder)
+            except DamagedError:
+                if _bytes_of_manifest(folder) == before:
+                    raise  # else another process replaced the set meanwhile
 
 
 def holds_set(folder: Path) -> bool:
@@ -116,6 +122,14 @@ def put(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `CheckpointError` where no file can be written."""
+    with _clearly(folder):
+        probe = folder / f".probe{_TEMPORARY}"
+        put(probe, b"")
+        probe.unlink()
 
 
 @contextmanager
@@ -145,32 +159,64 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
 _TEMPORARY = ".part"
 
 
+def _verified(folder: Path) -> dict[str, bytes]:
+    contents = {}
+    for name, entry in _manifest(folder)["files"].items():
+        path = folder / entry["file"]
+        if not path.is_file():
+            raise DamagedError(f"{path} is missing.")
+        content = contents[name] = path.read_bytes()
+        if len(content) != entry["bytes"]:
+            raise DamagedError(f"{path} has {len(content)} bytes, and had {entry['bytes']} when it was written.")
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise DamagedError(f"{path} is not as it was written: its SHA-256 is another.")
+    return contents
+
+
+def _bytes_of_manifest(folder: Path) -> bytes | None:
+    with suppress(FileNotFoundError):
+        return (folder / MANIFEST).read_bytes()
+    return None
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    content = _bytes_of_manifest(folder)
+    if content is None:
+        raise DamagedError(f"{folder} is incomplete: it has no {MANIFEST}, which is written last.")
+    manifest, schema, made_by = {}, 0, {}
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(content)
         digest = manifest.pop("sha256")
-        whole = digest == _digest_of(manifest)
-    except FileNotFoundError:
-        raise DamagedError(f"{folder} is incomplete: it has no {MANIFEST}, which is written last.") from None
-    except (ValueError, AttributeError, KeyError):
-        whole, manifest = False, {}
+        schema, files, made_by = manifest["schema"], manifest["files"], manifest["versions"]
+        outside = [
+            e for e in files.values() if Path(e["file"]).name != e["file"] or not {"bytes", "sha256"} <= e.keys()
+        ]
+        whole = digest == _digest_of(manifest) and isinstance(schema, int) and not outside and isinstance(made_by, dict)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        whole = False
     if not whole:
         raise DamagedError(f"{path} is not as it was written.")
-    if manifest["schema"] > SCHEMA:
+    if schema > SCHEMA:
         now = versions()
-        differences = [f"{name} {v} (here {now.get(name, 'none')})" for name, v in manifest["versions"].items()]
+        differences = [f"{name} {v} (here {now.get(name, 'none')})" for name, v in made_by.items()]
         raise CheckpointError(
-            f"{folder} has schema {manifest['schema']}, and this version of pvae reads up to {SCHEMA}. It was written "
-            f"by {', '.join(differences)}. Update pvae to read it."
+            f"{folder} has schema {schema}, and this version of pvae reads up to {SCHEMA}. It was written by "
+            f"{', '.join(differences)}. Update pvae to read it."
         )
-    if any(Path(entry["file"]).name != entry["file"] for entry in manifest["files"].values()):
-        raise DamagedError(f"{path} names files outside of its folder.")
     return manifest
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _left_behind(folder: Path, entries: Mapping[str, Any]) -> list[Path]:
+    """What processes that were killed have left of sets like this one."""
+    others = {
+        path for name in entries for path in folder.glob(f"{Path(name).stem}-{'[0-9a-f]' * 12}{Path(name).suffix}")
+    }
+    return [*folder.glob(f"*{_TEMPORARY}"), *(others - {folder / entry["file"] for entry in entries.values()})]
 
 
 def _files_of(folder: Path) -> set[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from pathlib import Path
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import pyro
@@ -11,9 +14,9 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
-from pvae import likelihoods, networks
+from pvae import likelihoods, networks, posteriors, priors, saving, storage
 from pvae.checks import check_support
-from pvae.errors import DataError, ProgramError, one_of, positive_int
+from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, one_of, positive_int
 from pvae.isolation import isolated, resolve_seed
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
@@ -173,6 +176,61 @@ class VAE(nn.Module):
         with isolated([self], seed=0):
             return self.decode(self.encode(x).mean).mean
 
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the VAE into a folder: its weights (safetensors) and what it is made of (JSON), for `load`.
+
+        It is described by its parts' classes and constructor arguments, so a module of your own must keep each argument
+        as an attribute of the same name (``self.width = width``), as torch.nn's layers do. Before anything is written
+        the VAE is rebuilt from what would be, and must have the same parts, tensors and log-densities on two draws.
+        That also finds what was changed after a module was made, so save once before a long training to see whether it
+        can be. Hooks, train or eval mode and gradients are not saved.
+
+        Args:
+            path: The folder; made where it does not exist. One that is there must be empty.
+            overwrite: Replace a VAE that was saved there before. It can be loaded until the new one is complete.
+
+        Raises:
+            ProgramError: A part cannot be rebuilt; which one, and why.
+            CheckpointError: The folder holds something else, or cannot be written. What was there still is.
+        """
+        folder = Path(path).expanduser()
+        saving.check_free(folder, overwrite=overwrite)
+        try:
+            files, rebuilt = saving.pack(self)
+            _check_densities(self, rebuilt)
+        except ProgramError as error:
+            raise ProgramError(f"this {type(self).__name__} cannot be saved: {error}") from error
+        saving.write(folder, files, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, modules: Iterable[type[nn.Module]] = ()) -> Self:
+        """Returns the VAE that `save` wrote into a folder, on the CPU, in train mode; move it with ``.to("cuda")``.
+
+        All files are verified by their SHA-256 before any is used, and nothing is unpickled: the VAE is built by the
+        constructors of torch.nn's and pvae's modules and of the classes in ``modules``, and of no others. It has the
+        bits that were saved: weights, buffers, dtypes, and which parameters are frozen.
+
+        Args:
+            path: The folder.
+            modules: Your own module classes in the VAE. A subclass of `VAE` is one, or has its own ``load``.
+
+        Raises:
+            CheckpointError: There is no such folder, a file is damaged or missing, it is of a newer pvae, it holds
+                something else, or a class in it was not passed.
+        """
+        modules = tuple(modules)
+        if wrong := [m for m in modules if not (isinstance(m, type) and issubclass(m, nn.Module))]:
+            raise ArgumentError(f"modules must be classes of nn.Module, got {wrong[0]!r}.")
+        folder = Path(path).expanduser()
+        files = storage.read(folder)
+        try:
+            vae = saving.unpack(files, (cls, VAE, *_PARTS, *modules))
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
+        if not isinstance(vae, cls):
+            raise CheckpointError(f"{folder} holds a {type(vae).__name__}, not a {cls.__name__}.")
+        return vae
+
     def extra_repr(self) -> str:
         """What ``repr`` shows beside the parts."""
         return f"event_shape={self.event_shape}, latent_dim={self.latent_dim}"
@@ -185,10 +243,10 @@ class VAE(nn.Module):
     def _as_events(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.event_shape or x.dim() == 0:
             expected = ", ".join(["N", *map(str, self.event_shape)])
-            raise DataError(
-                f"x must have shape ({expected}), got {tuple(x.shape)}. "
-                "Reshape the data, or build the VAE with another event_shape."
-            )
+            advice = "Reshape the data, or build the VAE with another event_shape."
+            if len(self.event_shape) == 3 and tuple(x.shape[1:]) == (*self.event_shape[1:], self.event_shape[0]):
+                advice = "Its channels stand last: x.permute(0, 3, 1, 2) puts them first."
+            raise DataError(f"x must have shape ({expected}), got {tuple(x.shape)}. {advice}")
         return x.to(next(self.parameters(), x))
 
 
@@ -228,3 +286,41 @@ def _ran(name: str, part: nn.Module, argument: Tensor) -> torch.distributions.Di
 
 def _shapes(distribution: torch.distributions.Distribution) -> str:
     return f"batch shape {tuple(distribution.batch_shape)} and event shape {tuple(distribution.event_shape)}"
+
+
+# What a saved VAE may be made of beside torch.nn's modules and the user's.
+_PARTS = tuple(
+    found
+    for module in (networks, priors, likelihoods, posteriors)
+    for name in module.__all__
+    if isinstance(found := getattr(module, name), type) and issubclass(found, nn.Module)
+)
+
+
+def _check_densities(vae: VAE, rebuilt: Any) -> None:
+    """Raises `ProgramError` where a rebuilt VAE, which is moved to the device of the other, computes something else."""
+    device = _device(vae)
+    rebuilt.to(device)
+    with isolated([vae], seed=0, device=device):
+        z = _drawn(vae.prior(), (2,))
+        x = _drawn(vae.decoder(z))
+    found = []
+    for one in (vae, rebuilt):
+        with isolated([one], seed=0, device=device):
+            found.append((one.prior().log_prob(z), one.decoder(z).log_prob(x), one.encoder(x).log_prob(z)))
+    for name, ours, theirs in zip(("prior", "decoder", "encoder"), *found, strict=True):
+        # Weights that lie in memory otherwise are summed in another order.
+        tolerance = torch.finfo(ours.dtype).eps ** 0.5
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, tolerance, tolerance, equal_nan=True):
+            raise ProgramError(
+                f"the {name} gives other densities when it is rebuilt from its constructors' arguments and weights. "
+                "What was set after a module was made must be an argument of its constructor, or a persistent buffer."
+            )
+
+
+def _drawn(distribution: torch.distributions.Distribution, shape: tuple[int, ...] = ()) -> Tensor:
+    """A draw; of parameters that are nan, from which nothing can be drawn, their mean."""
+    try:
+        return distribution.sample(torch.Size(shape))
+    except (RuntimeError, ValueError):
+        return distribution.mean.expand(*shape, *distribution.batch_shape, *distribution.event_shape)

@@ -25,7 +25,8 @@ import pvae
 from pvae.errors import NumericalError
 from pvae.isolation import isolated
 from pvae.svi import engine, objectives
-from pvae.svi.batches import Batches
+from pvae.svi import passes as passes_
+from pvae.svi.batches import InMemory
 
 
 def vae(likelihood="bernoulli"):
@@ -105,7 +106,7 @@ CASES = {
 
 def step_of(pair, x, *, capture, objective=None, **options):
     objective = objectives.resolve(objective)
-    batches = Batches((x,), 64, torch.device("cpu"), options.pop("transform", None))
+    batches = InMemory((x,), 64, torch.device("cpu"), options.pop("transform", None))
     verified = objectives.verify(pair.model, pair.guide, batches.first(), None)
     step = engine.Step(pair.model, pair.guide, objective, verified, batches, capture=capture, **{"lr": 1e-2, **options})
     if step.captured:
@@ -211,11 +212,12 @@ def test_bfloat16_products_alone(bits):
 def epochs_of(kind, pair, x, epochs, **options):
     step = step_of(pair, x, capture=True, **options)
     # Adam's fused kernel takes `found_inf` on both kinds of device.
-    passes = engine.CudaEpochs(step, record=lambda work: work) if kind == "cuda" else engine.Epochs(step)
+    passes = passes_.CudaEpochs(step, record=lambda work: work) if kind == "cuda" else passes_.Epochs(step)
     totals = []
     for epoch in range(epochs):
         torch.manual_seed(epoch)
-        assert sum(passes.epoch(step.batches.order(epoch))) == len(x)
+        passes.begin()
+        assert sum(passes.epoch(epoch)) == len(x)
         totals.append(passes.total)
     return totals
 
@@ -236,16 +238,16 @@ def test_on_the_gpu_nothing_moves_from_a_bad_step_on(bits):
     """The bad datum is in one batch of the epoch: parameters end as after the steps before that batch."""
     x = bits[torch.arange(64 * 40) % len(bits)].clone()
     x[777] = math.nan
-    order = Batches((x,), 64, torch.device("cpu")).order(0)
+    order = InMemory((x,), 64, torch.device("cpu")).order(0)
     bad_step = int((order == 777).nonzero()) // 64 + 1
     pair = vae()
     before = copy.deepcopy(pair)
     step = step_of(pair, bits, capture=True)
-    step.batches = Batches((x,), 64, torch.device("cpu"))
-    passes = engine.CudaEpochs(step, record=lambda work: work)
+    step.batches = InMemory((x,), 64, torch.device("cpu"))
+    passes = passes_.CudaEpochs(step, record=lambda work: work)
     torch.manual_seed(0)
     with pytest.raises(NumericalError, match=f"^step {bad_step}, before its update"):
-        list(passes.epoch(order))
+        list(passes.epoch(0))
 
     plain = step_of(before, bits, capture=False)
     torch.manual_seed(0)
@@ -264,9 +266,10 @@ def test_on_the_gpu_what_could_not_be_captured_is_not_recorded(bits):
     x = bits[torch.arange(64 * 40) % len(bits)]
     step = step_of(pair, x, capture=True, transform=by_numpy)
     step.captured.given_up = True
-    passes = engine.CudaEpochs(step, record=lambda work: recorded.append(work) or work)
+    passes = passes_.CudaEpochs(step, record=lambda work: recorded.append(work) or work)
     for epoch in range(2):
-        assert sum(passes.epoch(step.batches.order(epoch))) == len(x)
+        passes.begin()
+        assert sum(passes.epoch(epoch)) == len(x)
     assert not recorded
 
 
@@ -274,11 +277,12 @@ def test_on_the_gpu_a_record_is_not_played_once_capture_was_given_up(bits):
     played = []
     x = bits[torch.arange(64 * 40) % len(bits)]
     step = step_of(vae(), x, capture=True)
-    passes = engine.CudaEpochs(step, record=lambda work: lambda: played.append(1) or work())
-    list(passes.epoch(step.batches.order(0)))
+    passes = passes_.CudaEpochs(step, record=lambda work: lambda: played.append(1) or work())
+    list(passes.epoch(0))
     assert len(played) == 1  # the first sixteen steps come before the record is made, the last eight are single
     step.captured.given_up = True
-    assert sum(passes.epoch(step.batches.order(1))) == len(x)
+    passes.begin()
+    assert sum(passes.epoch(1)) == len(x)
     assert len(played) == 1
 
 

@@ -22,7 +22,7 @@ from torch.distributions import constraints
 
 import pvae
 from pvae.evidence import proposals
-from pvae.evidence.importance import _chunk_shape
+from pvae.evidence.importance import _chunk_shape, _default_chunk_size
 from pvae.evidence.session import Session
 from pvae.evidence.traces import Pair
 from pvae.testing import linear_gaussian
@@ -192,16 +192,9 @@ class Shared(proposals.Prior):
 @pytest.mark.parametrize("num_samples", [1, 1000, 10**6])
 def test_chunks_are_bounded_whatever_the_order_of_the_data(proposal, num_samples):
     labels, images = torch.zeros(100_000), torch.zeros(1, 3, 64, 64).expand(100_000, 3, 64, 64)
-    shapes = [
-        _chunk_shape(
-            100_000,
-            num_samples,
-            Session(types.SimpleNamespace(space=types.SimpleNamespace(dim=50)), data, torch.device("cpu")),
-            proposal,
-            None,
-        )
-        for data in ((labels, images), (images, labels))
-    ]
+    pair = types.SimpleNamespace(space=types.SimpleNamespace(dim=50))
+    sessions = [Session(pair, data, torch.device("cpu")) for data in ((labels, images), (images, labels))]
+    shapes = [_chunk_shape(100_000, num_samples, s, proposal, _default_chunk_size(s, proposal)) for s in sessions]
     assert shapes[0] == shapes[1]
     rows, draws = shapes[0]
     entries = rows * min(draws, num_samples) * (1 if isinstance(proposal, Shared) else images[0].numel())

@@ -18,6 +18,7 @@ GROUND = {
     "isolation",
     "networks",
     "datasets",
+    "description",
     "ranks",
     "rewriting",
     "storage",
@@ -54,12 +55,16 @@ def imported(path: Path) -> set[str]:
 def allowed(name: str) -> set[str]:
     if name in GROUND:
         return {"errors"} | ({"evidence.pareto"} if name == "evidence.weights" else set())
+    if name == "streams":
+        return {"errors", "checks", "isolation", "ranks"}
+    if name == "saving":
+        return {"errors", "description", "storage"}
     if name in CAPTURE:
         return CAPTURE[name]
     if name in PARTS:
         return {"errors", "networks", "checks"}
     if name in MODELS:
-        return {"errors", "networks", *CHECKS, *PARTS}
+        return {"errors", "networks", "saving", *CHECKS, *PARTS}
     if name == "svi" or name.startswith("svi."):
         return {"errors", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "svi"}
     if name == "evidence" or name.startswith("evidence."):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from functools import reduce
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pvae import ranks as processes
 from pvae.checks import Data
 from pvae.errors import ArgumentError, positive_int, yes_no_or_auto
 from pvae.evidence import proposals
@@ -24,8 +26,11 @@ from pvae.evidence.traces import Batch
 from pvae.evidence.weights import Chunk, WeightSums
 from pvae.graphs import Captured, pays
 from pvae.isolation import Program, modules_of, resolve_seed
+from pvae.ranks import Ranks
 
 __all__ = ["log_evidence", "log_weights"]
+
+logger = logging.getLogger("pvae")
 
 _MAX_SAMPLES = 100_000
 
@@ -45,6 +50,7 @@ def log_evidence(
     device: str | torch.device = "auto",
     chunk_size: int | None = None,
     compile: bool | str = "auto",
+    distributed: bool | str = "auto",
     progress: bool = False,
 ) -> EvidenceEstimate:
     """Estimates log p(x) for each datum by importance sampling.
@@ -57,7 +63,8 @@ def log_evidence(
     Args:
         model: The generative program.
         guide: The recognition program, with the model's latent sites.
-        data: ``(N, *event)``, or a tuple of arrays with the same ``N``. Converted as by `pvae.fit`.
+        data: ``(N, *event)``, or a tuple of arrays with the same ``N``. Converted as by `pvae.fit`. Or a torch
+            ``Dataset`` or ``DataLoader``, which is read once, in order.
         num_samples: ``K``, draws for each datum; exactly that many are made.
         proposal: ``"guide"`` draws from q(z|x); ``"prior"`` from p(z). ``"refined"`` and ``"laplace"`` fit a Gaussian
             to each datum, ``"student-t"`` gives the guide heavier tails, ``"defensive"`` mixes in the prior, ``"ais"``
@@ -70,11 +77,14 @@ def log_evidence(
         seed: Same seed, same machine, same versions, same chunk size: same bits. ``None`` for a fresh one.
         device: ``"auto"`` (the GPU where there is one), ``"cpu"``, ``"cuda"`` or a ``torch.device``.
         chunk_size: How many pairs of a draw and a datum to evaluate at once; bounds memory. Chosen by the size of a
-            datum if left out.
+            datum if left out. Where memory does not suffice, it is halved, which is logged, and all is begun again: the
+            result is that of the smaller number.
         compile: Whether to capture and compile what is done for a chunk, as in `pvae.fit`: some seconds at first, then
             three times as fast. ``"auto"`` does so for large runs. The same draws, and the same numbers within
             rounding. Proposals that keep more than a Gaussian for each datum (``"ais"``, ``"defensive"``, Sobol points)
             are not captured.
+        distributed: Whether the processes of torch.distributed's default group, as torchrun starts them, share the
+            data; each datum is evaluated once, and all get the whole result. ``"auto"`` does so where there is a group.
         progress: Show a bar on stderr, if that is a terminal.
 
     Returns:
@@ -94,16 +104,16 @@ def log_evidence(
     compile = yes_no_or_auto("compile", compile)
     chosen = proposals.resolve(proposal)
     limit = _limit(num_samples, target_std_error, max_samples, chosen.replicates or 1)
-    with (
-        opened(model, guide, data, seed=seed, device=device, others=(chosen,)) as session,
-        _bar(progress) as bar,
-    ):
-        draws = _Draws(session, chosen, chunk_size, _to_capture(compile, session, chosen, num_samples), bar)
+
+    def summed(draws: _Draws) -> tuple[WeightSums, dict[str, Tensor]]:
         if target_std_error is None:
-            sums, diagnostics = draws.summed(num_samples, num_samples)
-        else:
-            sums, diagnostics = draws.summed_each(draws.plan(num_samples, limit, target_std_error), limit)
-        shared = chosen.shares_draws(session.pair)
+            return draws.summed(num_samples, num_samples)
+        return draws.summed_each(draws.plan(num_samples, limit, target_std_error), limit)
+
+    task = _Task(model, guide, data, chosen, num_samples, seed, device, compile, distributed, progress)
+    parts, seed, shared = task.done(summed, chunk_size)
+    sums = WeightSums.cat(part[0] for part in parts)
+    diagnostics = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
     return EvidenceEstimate(
         sums,
         chosen.name,
@@ -126,6 +136,7 @@ def log_weights(
     device: str | torch.device = "auto",
     chunk_size: int | None = None,
     compile: bool | str = "auto",
+    distributed: bool | str = "auto",
     progress: bool = False,
 ) -> Tensor:
     """The log-weights behind `log_evidence`, ``log p(x, z_k) - log q(z_k)``, kept instead of summed.
@@ -139,21 +150,81 @@ def log_weights(
     compile = yes_no_or_auto("compile", compile)
     chosen = proposals.resolve(proposal)
     _limit(num_samples, None, None, chosen.replicates or 1)
-    with (
-        opened(model, guide, data, seed=seed, device=device, others=(chosen,)) as session,
-        _bar(progress) as bar,
-    ):
-        capture = _to_capture(compile, session, chosen, num_samples)
-        return _Draws(session, chosen, chunk_size, capture, bar).kept(num_samples)
+    task = _Task(model, guide, data, chosen, num_samples, seed, device, compile, distributed, progress)
+    parts, _, _ = task.done(lambda draws: draws.kept(num_samples), chunk_size)
+    return torch.cat(parts, dim=1)
+
+
+class _Task(NamedTuple):
+    """What is to be evaluated."""
+
+    model: Program
+    guide: Program
+    data: Data
+    proposal: Proposal
+    num_samples: int
+    seed: int
+    device: str | torch.device
+    compile: bool | str
+    distributed: bool | str
+    progress: bool
+
+    def done(self, work: Callable[[_Draws], T], chunk_size: int | None) -> tuple[list[T], int, bool]:
+        """The work's results for each block of the data, in order; the seed; and whether data shared draws."""
+        ranks = processes.resolve(self.distributed)
+        seed = ranks.from_first(self.seed)
+        ranks.agree(num_samples=self.num_samples, proposal=self.proposal.name)
+        size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
+        with ranks.together():
+            done, shared = _with_the_memory_there_is(lambda halvings: self._tried(work, size, halvings, ranks, seed))
+        parts = sorted((part for parts in ranks.gathered(done) for part in parts), key=itemgetter(0))
+        return [part for _, part in parts], seed, shared
+
+    def _tried(
+        self, work: Callable[[_Draws], T], chunk_size: int | None, halvings: int, ranks: Ranks, seed: int
+    ) -> tuple[list[tuple[int, T]], bool]:
+        options: dict[str, Any] = {"others": (self.proposal,), "ranks": ranks, "streams": True}
+        with (
+            opened(self.model, self.guide, self.data, seed=seed, device=self.device, **options) as session,
+            _bar(self.progress and ranks.first) as bar,
+        ):
+            capture = _to_capture(self.compile, session, self.proposal, self.num_samples)
+            size = (chunk_size or _default_chunk_size(session, self.proposal)) >> halvings
+            if not size:
+                raise MemoryError("log_evidence: there is no memory for even one draw of one datum at a time")
+            draws = _Draws(session, self.proposal, size, capture, bar)
+            done = []
+            for number, block in session.blocks():
+                draws.session = block
+                done.append((number, work(draws)))
+            return done, self.proposal.shares_draws(session.pair)
+
+
+def _with_the_memory_there_is(work: Callable[[int], T]) -> T:
+    """Does work that takes a number of halvings of its chunks, as few as memory allows.
+
+    The work raises `MemoryError` where there is nothing left to halve.
+    """
+    halvings = 0
+    while True:
+        try:
+            return work(halvings)
+        except RuntimeError as error:  # memory of the CPU has no class of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+        halvings += 1
+        logger.warning("out of memory: beginning again with chunks of 1/%d of their size", 2**halvings)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class _Draws:
     """Draws from a proposal, batch by batch and chunk by chunk."""
 
-    def __init__(self, session: Session, proposal: Proposal, chunk_size: int | None, capture: bool, bar: tqdm) -> None:
+    def __init__(self, session: Session, proposal: Proposal, chunk_size: int, capture: bool, bar: tqdm) -> None:
         self.session = session
         self.proposal = proposal
-        self.chunk_size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
+        self.chunk_size = chunk_size
         self.replicates = proposal.replicates or 1
         self.capture = capture
         self.captured: dict[int, Captured] = {}
@@ -253,19 +324,22 @@ class _Draws:
         return chunk
 
 
-def _chunk_shape(
-    num_data: int, num_samples: int, session: Session, proposal: Proposal, chunk_size: int | None
-) -> tuple[int, int]:
-    """How many data and how many draws to evaluate at once.
+def _default_chunk_size(session: Session, proposal: Proposal) -> int:
+    """How many pairs of a draw and a datum to evaluate at once."""
+    if not proposal.shares_draws(session.pair):
+        return session.pairs
+    return 2**24 if session.device.type == "cuda" else 2**21
+
+
+def _chunk_shape(num_data: int, num_samples: int, session: Session, proposal: Proposal, pairs: int) -> tuple[int, int]:
+    """How many data and how many draws to evaluate at once, for so many pairs of them.
 
     Where draws are shared there are no activations for each pair, and a draw's decoding is spread over many data. Where
     a proposal is fitted to each datum first, many data are taken at once and few draws.
     """
     if proposal.shares_draws(session.pair):
-        pairs = chunk_size or (2**24 if session.device.type == "cuda" else 2**21)
         draws = min(num_samples, max(1, math.isqrt(pairs // 8)))
         return min(num_data, max(1, pairs // draws)), draws
-    pairs = chunk_size or session.pairs
     draws = num_samples
     if proposal.prepares:
         draws = min(num_samples, 8)
@@ -278,7 +352,7 @@ def _to_capture(compile: bool | str, session: Session, proposal: Proposal, num_s
     """Whether to capture, given what the caller says and how much there is to do."""
     if compile != "auto":
         return bool(compile)
-    pairs = num_samples * session.num_data
+    pairs = num_samples * session.expected
     if proposal.shares_draws(session.pair):
         # Beside the product, the sums over weights take as long as 2,000 operations each unless compiled.
         return pays(pairs // 2**21, pairs * (2.0 * session.entries + 2000), session.device)

@@ -22,7 +22,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pvae.checks import check_observations, check_pair, density_sites, tensors_of
+from pvae.checks import check_pair, check_supports, density_sites, observed, tensors_of
 from pvae.errors import DataError, ProgramError, PVAEError
 from pvae.evidence.families import FAMILIES, PARAMETERS, leaf_of, parameters_of, product
 from pvae.evidence.spaces import Latents, LatentSpace, Layout
@@ -57,6 +57,7 @@ class Pair:
         guide: The recognition program.
         layout: Where particles and data stand in the programs' tensors.
         trial: Two data, on which programs are tried.
+        observed: What observes the data, as `pvae.checks.observed` finds it.
         shares_prior: Whether draws from the prior can serve all data at once: p(x|z) is one site of an exponential
             family whose parameters depend on the latents alone.
     """
@@ -65,6 +66,7 @@ class Pair:
     guide: Program
     layout: Layout
     trial: Batch
+    observed: tuple[Any, ...] = ()
     shares_prior: bool = False
     _others: dict[Program, Pair] = field(default_factory=dict, repr=False)
 
@@ -93,10 +95,11 @@ class Pair:
         check_names(traces[1]["model"], traces[2]["model"])
         check_pair(traces[2]["model"], traces[2]["guide"], strict=True)
         check_density(traces[2]["guide"])
-        check_observations(traces[2]["model"], batch, data)
+        found = tuple(observed(traces[2]["model"], batch))
+        check_supports(found, data)
         dim = data_dim(traces[1], traces[2])
         depths = [-plate.dim for sites in traces[2].values() for s in sites.values() for plate in plates_of(s)]
-        pair = _running_particles(cls(model, guide, Layout(dim, -max(nesting, *depths) - 1), batch))
+        pair = _running_particles(cls(model, guide, Layout(dim, -max(nesting, *depths) - 1), batch, found))
         return replace(pair, shares_prior=pair._can_share_prior())
 
     def with_guide(self, guide: Program) -> Pair:

@@ -47,7 +47,7 @@ def refusal(site: Any) -> str:
 
 
 def other_support(site: Any) -> Any:
-    """An observed site's support where it is of whole numbers or vectors and `check_observations` does not know it.
+    """An observed site's support where it is of whole numbers or vectors and `check_supports` does not know it.
 
     None elsewhere: a support of real numbers may depend on the latents, and then data outside of it are no mistake.
     """

@@ -1,23 +1,79 @@
-"""Data cut into batches, in order or shuffled."""
+"""Data as batches on a device: tensors in memory, or a stream that is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batches", "Rows", "Transform"]
+from pvae.checks import check_supports
+from pvae.ranks import ALONE, Ranks
+from pvae.streams import Stream
+
+__all__ = ["Batches", "InMemory", "Rows", "Streamed", "Transform"]
 
 Rows = tuple[Tensor, ...]
 Transform = Callable[..., Any]
 
 
+class Batches(Protocol):
+    """What steps are taken on; of several processes, each sees its part.
+
+    Attributes:
+        device: Where batches go.
+        transform: What is made of each batch there before a program sees it; nothing if left out.
+        num_data: ``N``, where that is known before a pass.
+        steps: Batches in one pass, where that is known.
+    """
+
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+    @property
+    def transform(self) -> Transform | None: ...  # noqa: D102
+
+    @property
+    def num_data(self) -> int | None: ...  # noqa: D102
+
+    @property
+    def steps(self) -> int | None: ...  # noqa: D102
+
+    def shuffled(self, epoch: int, begin: int = 0) -> Iterator[Rows]:
+        """The batches of a pass from one of them on, as they are; a part may have no rows."""
+        ...
+
+    def in_order(self) -> Iterator[Rows]:
+        """Batches with every datum once among all processes, as they are."""
+        ...
+
+    def first(self) -> Rows:
+        """One batch, transformed; the same on all processes."""
+        ...
+
+    def transformed(self, *rows: Tensor) -> Rows:
+        """A batch as programs see it."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short text that other data are unlikely to have."""
+        ...
+
+
+def _transformed(transform: Transform | None, rows: Rows) -> Rows:
+    if transform is None:
+        return rows
+    changed = transform(*rows)
+    return changed if isinstance(changed, tuple) else (changed,)
+
+
 @dataclass(frozen=True)
-class Batches:
+class InMemory:
     """Tensors with the same N, taken ``batch_size`` rows at a time and moved to a device.
 
     Attributes:
@@ -25,45 +81,131 @@ class Batches:
         batch_size: Rows in a batch; the last one of a pass may have fewer.
         device: Where batches go.
         transform: What is made of each batch there before a program sees it; nothing if left out.
+        seed: Of the order of each pass.
+        ranks: The processes that take parts of each batch.
     """
 
     tensors: Rows
     batch_size: int
     device: torch.device
     transform: Transform | None = None
+    seed: int = 0
+    ranks: Ranks = ALONE
 
-    def __len__(self) -> int:
+    @property
+    def num_data(self) -> int:
+        """``N``."""
         return len(self.tensors[0])
 
     @property
     def steps(self) -> int:
         """Batches in one pass."""
-        return -(-len(self) // self.batch_size)
+        return -(-self.num_data // self.batch_size)
 
-    def on_device(self) -> Batches:
+    def on_device(self) -> InMemory:
         """The same with all data on the device."""
-        return Batches(tuple(t.to(self.device) for t in self.tensors), self.batch_size, self.device, self.transform)
+        return replace(self, tensors=tuple(t.to(self.device) for t in self.tensors))
 
-    def order(self, *seeds: int) -> Tensor:
-        """A random order of all rows, the same for the same seeds on every device."""
-        return torch.from_numpy(np.random.default_rng(seeds).permutation(len(self)))
+    def order(self, epoch: int) -> Tensor:
+        """The order of all rows in a pass, the same on every device."""
+        return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(self.num_data))
 
     def take(self, rows: Tensor) -> Rows:
         """Some rows, on the device, as they are."""
         return tuple(t.index_select(0, rows.to(t.device)).to(self.device) for t in self.tensors)
 
+    def shuffled(self, epoch: int, begin: int = 0) -> Iterator[Rows]:
+        """The batches of a pass from one of them on, as they are; a part may have no rows."""
+        return (self.take(self.ranks.part(rows)) for rows in self.order(epoch).split(self.batch_size)[begin:])
+
     def in_order(self) -> Iterator[Rows]:
-        """All batches of one pass, as they are."""
-        for rows in zip(*(t.split(self.batch_size) for t in self.tensors), strict=True):
+        """Batches with every datum once among all processes, as they are."""
+        batches = zip(*(t.split(self.batch_size) for t in self.tensors), strict=True)
+        for rows in islice(batches, self.ranks.number, None, self.ranks.count):
             yield tuple(t.to(self.device) for t in rows)
 
     def first(self) -> Rows:
-        """One batch, transformed."""
-        return self.transformed(*next(self.in_order()))
+        """One batch, transformed; the same on all processes."""
+        return self.transformed(*(t[: self.batch_size].to(self.device) for t in self.tensors))
 
     def transformed(self, *rows: Tensor) -> Rows:
         """A batch as programs see it."""
-        if self.transform is None:
-            return rows
-        changed = self.transform(*rows)
-        return changed if isinstance(changed, tuple) else (changed,)
+        return _transformed(self.transform, rows)
+
+    def fingerprint(self) -> str:
+        """Of shapes, and of a thousand rows."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors:
+            some = tensor[:: -(-len(tensor) // 1000)].detach().cpu().contiguous()
+            digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(some.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return f"{self.num_data} data, {digest.hexdigest()[:16]}"
+
+
+@dataclass
+class Streamed:
+    """A stream's batches, moved to a device and, where programs take them as they are, checked on their way.
+
+    Attributes:
+        stream: Where they are read.
+        device: Where they go.
+        dtype: Of floating-point data; ``None`` leaves it.
+        transform: As for `InMemory`.
+        asked_to_stop: Asked where reading fails: an interrupt from the keyboard ends a loader's workers, too.
+        observed: What `pvae.checks.observed` found in a trial run on one batch.
+    """
+
+    stream: Stream
+    device: torch.device
+    dtype: torch.dtype | None = None
+    transform: Transform | None = None
+    asked_to_stop: Callable[[], bool] = bool
+    observed: Iterable[Any] = ()
+
+    @property
+    def num_data(self) -> int | None:
+        """``N``, where that is known."""
+        return self.stream.num_data
+
+    @property
+    def steps(self) -> int | None:
+        """Batches in one pass, where that is known."""
+        return self.stream.steps
+
+    def shuffled(self, epoch: int, begin: int = 0) -> Iterator[Rows]:
+        """The batches of a pass from one of them on, as they are; a part may have no rows."""
+        batches = self.stream.batches(epoch, begin)
+        while True:
+            try:
+                rows = next(batches, None)
+            except RuntimeError:
+                if self.asked_to_stop():
+                    return
+                raise
+            if rows is None:
+                return
+            yield self._moved(rows)
+
+    def in_order(self) -> Iterator[Rows]:
+        """Batches with every datum once among all processes, as they are."""
+        return self.shuffled(0)
+
+    def first(self) -> Rows:
+        """One batch, transformed; the same on all processes."""
+        alone = replace(self, stream=self.stream.alone())
+        return self.transformed(*next(alone.shuffled(0)))
+
+    def transformed(self, *rows: Tensor) -> Rows:
+        """A batch as programs see it."""
+        return _transformed(self.transform, rows)
+
+    def _moved(self, rows: Rows) -> Rows:
+        rows = tuple(t.to(self.device, self.dtype if t.is_floating_point() else None) for t in rows)
+        if self.transform is None and len(rows[0]):
+            check_supports(self.observed, rows)
+        return rows
+
+    def fingerprint(self) -> str:
+        """Of what is known of a stream: its type and its lengths."""
+        source = self.stream.data if self.stream.loader is None else self.stream.loader.dataset
+        return f"{type(source).__name__}, {self.num_data} data, {self.steps} batches"

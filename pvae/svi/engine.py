@@ -1,33 +1,39 @@
-"""The steps of SVI as fast as the hardware: loss, gradients, a look at them, and Adam's update, over and over.
+"""The step of SVI as fast as the hardware: loss, gradients, a look at them, and Adam's update.
 
-A step is plain Pyro, or the tensor program that was captured from it. On a GPU, captured steps go one further: several
-of them, with the choice of their batches and the optimizer, become one CUDA graph, and an epoch passes without the host
-waiting for the device.
+A step is plain Pyro, or the tensor program that was captured from it. Of several processes each takes its part of the
+batch; what they find is summed, and all make the same update.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
 
 from pvae.errors import NumericalError, ProgramError
 from pvae.graphs import Captured
 from pvae.isolation import Program
+from pvae.ranks import ALONE, Ranks
 from pvae.svi import objectives
 from pvae.svi.batches import Batches, Rows
 
-__all__ = ["PRECISIONS", "CudaEpochs", "Epochs", "Step", "epochs", "in_precision"]
+__all__ = ["PRECISIONS", "Step", "Taken", "in_precision"]
 
 PRECISIONS = ("float32", "bfloat16")
 
-_STEPS_TO_A_REPLAY = 16
+
+class Taken(NamedTuple):
+    """What a step came to."""
+
+    loss: float  # of this process's part of the batch, in nats summed over it
+    seen: int  # data in the whole batch
+    stop: bool  # whether any process was asked to stop
 
 
 class Step:
@@ -42,6 +48,9 @@ class Step:
         lr: Adam's learning rate.
         precision: One of `PRECISIONS`, for matrix products and convolutions.
         capture: Whether to capture and compile.
+        clip_norm: The most that the norm of all gradients together may be; longer ones are shortened to it.
+        weighted: Whether latents' log-densities get a weight, `kl_weight`, which the caller sets.
+        ranks: The processes that take the step together.
     """
 
     def __init__(
@@ -55,9 +64,14 @@ class Step:
         lr: float,
         precision: str = "float32",
         capture: bool = False,
+        clip_norm: float | None = None,
+        weighted: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.guide, self.objective, self.verified = model, guide, objective, verified
-        self.batches, self.precision = batches, precision
+        self.batches, self.precision, self.clip_norm, self.ranks = batches, precision, clip_norm, ranks
+        # An input of captured programs, which see its changes.
+        self.kl_weight = torch.ones((), device=batches.device) if weighted else None
         self.params = list(verified.params)
         # One fused optimizer for all parameters: pyro.optim makes one for each, which is slower.
         self.fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.params)
@@ -71,18 +85,40 @@ class Step:
             tolerances = (1e-5, 0.05) if precision == "float32" else (0.01, 0.2)
             self.captured = Captured(self._loss_and_grads, "pvae.fit's step", sees, looks=False, tolerances=tolerances)
 
-    def __call__(self, rows: Rows) -> float:
-        """Takes one step and returns the loss, in nats summed over the batch.
+    def __call__(self, rows: Rows, stop: bool = False) -> Taken:
+        """Takes one step.
+
+        Args:
+            rows: This process's part of a batch; where there are several, it may be empty.
+            stop: Whether this process was asked to stop; the step is taken all the same.
 
         Raises:
             NumericalError: The loss or a gradient is not finite; nothing was updated.
         """
-        loss, finite, grads = self.evaluate(rows)
-        value = loss.item()
-        if not finite:
-            raise NumericalError("a gradient is not finite" if math.isfinite(value) else f"the loss is {value:g}")
+        before = torch.get_rng_state()
+        seen = len(rows[0])
+        if seen:
+            loss, finite, grads = self.evaluate(rows)
+            value, fine = loss.item(), bool(finite)
+        else:
+            value, fine, grads = 0.0, True, {}
+        if self.ranks.count > 1:
+            seen, wrong, stop, grads = self._over_ranks(seen, fine, stop, grads)
+            if wrong and fine:
+                raise NumericalError("the loss or a gradient is not finite on another rank")
+        if not fine:
+            torch.set_rng_state(before)  # for the same noise again
+            raise NumericalError(self.what_is_wrong(rows, value, grads))
         self.update(grads)
-        return value * self.verified.share(rows)
+        return Taken(value * self.verified.share(rows), seen, stop)
+
+    def what_is_wrong(self, rows: Rows, loss: float = math.nan, grads: dict[int, Tensor] | None = None) -> str:
+        """Where a loss or a gradient that is not finite may come from, in words."""
+        said = "the loss or a gradient is not finite"
+        if grads is not None:
+            said = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss:g}"
+        found = objectives.not_finite(self.model, self.guide, self.batches.transformed(*rows))
+        return f"{said}; {found}" if found else said
 
     @property
     def is_captured(self) -> bool:
@@ -96,7 +132,8 @@ class Step:
 
     def evaluate(self, rows: Rows) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Loss, whether it and all gradients are finite, and gradients by their parameters' number."""
-        return (self.captured or self._loss_and_grads)(*rows)
+        inputs = rows if self.kl_weight is None else (*rows, self.kl_weight)
+        return (self.captured or self._loss_and_grads)(*inputs)
 
     def update(self, grads: dict[int, Tensor], skip: Tensor | None = None) -> None:
         """Moves the parameters.
@@ -105,6 +142,9 @@ class Step:
             grads: By the parameters' number.
             skip: If given, nothing moves where it is 1 rather than 0, and the host need not know which.
         """
+        if self.clip_norm is not None and grads:
+            shrink = (self.clip_norm / (get_total_norm(grads.values()) + 1e-6)).clamp(max=1.0)
+            grads = {number: grad * shrink for number, grad in grads.items()}
         state = [self.optimizer.state.get(self.params[number]) for number in grads]
         if all(state) and self.fused:
             self._move(grads, state, skip)
@@ -144,14 +184,15 @@ class Step:
         for param in self.params:
             param.grad = None
 
-    def _loss_and_grads(self, *rows: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    def _loss_and_grads(self, *inputs: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        rows, weight = (inputs, None) if self.kl_weight is None else (inputs[:-1], inputs[-1])
         batch = self.batches.transformed(*rows)
         try:
             with ExitStack() as stack:
                 stack.enter_context(in_precision(self.precision, self.batches.device))
                 if self.is_captured:  # innermost, where it sees who calls
                     stack.enter_context(objectives.ItemsStayTensors())
-                loss, params = objectives.loss_and_grads(self.objective, self.model, self.guide, batch)
+                loss, params = objectives.loss_and_grads(self.objective, self.model, self.guide, batch, weight)
             self._add_new(params)
             grads = {number: p.grad for number, p in enumerate(self.params) if p.grad is not None}
         finally:
@@ -167,132 +208,25 @@ class Step:
         known = {id(p) for p in self.params}
         late = [p for p in params if id(p) not in known]
         if late:
-            self.optimizer.add_param_group({"params": late})
+            # No group of their own: a scheduler would not know it.
+            self.optimizer.param_groups[0]["params"] += late
             self.params += late
 
-
-class Epochs:
-    """Passes over the data, a step at a time.
-
-    Attributes:
-        total: The loss so far in this epoch, in nats.
-        running: Whether that is known before the epoch's end.
-    """
-
-    running = True
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self.total = 0.0
-
-    def epoch(self, order: Tensor) -> Iterator[int]:
-        """Takes a step for each batch of an order of the data, and yields how many data it saw.
-
-        Raises:
-            NumericalError: As `Step` does; names the step.
-        """
-        self.total = 0.0
-        self.step.begin()
-        for number, rows in enumerate(order.split(self.step.batches.batch_size), 1):
-            try:
-                self.total += self.step(self.step.batches.take(rows))
-            except NumericalError as error:
-                raise NumericalError(f"step {number}, before its update: {error}") from None
-            yield len(rows)
-
-
-class CudaEpochs(Epochs):
-    """Passes over data that lie on a GPU, several steps to a replay of one CUDA graph.
-
-    Each step of the graph takes its rows of the data by a slice of one static tensor of indices. Losses are summed on
-    the device. Where a loss or a gradient is not finite, that update and all after it are skipped on the device, and
-    the host learns of it at the end of the epoch.
-    """
-
-    running = False
-
-    def __init__(self, step: Step, record: Callable[[Callable[[], None]], Callable[[], None]] | None = None) -> None:
-        super().__init__(step)
-        self.record = record or _recorded
-        device = step.batches.device
-        self.sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.good = torch.zeros((), device=device)  # steps before the first bad one
-        self.bad = torch.zeros((), device=device)
-        self.rows = torch.zeros(_STEPS_TO_A_REPLAY, step.batches.batch_size, dtype=torch.int64, device=device)
-        self.replay: Callable[[], None] | None = None
-
-    def epoch(self, order: Tensor) -> Iterator[int]:
-        """Takes a step for each batch of an order of the data, and yields how many data each replay saw."""
-        self.step.begin()
-        size = self.step.batches.batch_size
-        for tensor in (self.sum, self.good):
-            tensor.zero_()
-        order = order.to(self.step.batches.device)
-        many = size * len(self.rows)
-        full = len(order) // many * many
-        for rows in order[:full].view(-1, many):
-            if not self.step.is_captured or self.replay is None or not self._fits():
-                # Everything is compiled, and every kernel loaded, before a graph is recorded.
-                for batch in rows.split(size):
-                    self._one(batch)
-                    yield size
-                if not self.step.is_captured:
-                    continue
-                self.rows.copy_(rows.view_as(self.rows))
-                with torch.cuda.device(order.device) if order.is_cuda else nullcontext():
-                    self.replay = self.record(self._many)
-                self._pointers = self._now()
-                continue
-            self.rows.copy_(rows.view_as(self.rows))
-            self.replay()
-            yield len(rows)
-        for begin in range(full, len(order), size):
-            rows = order[begin : begin + size]
-            self._one(rows)
-            yield len(rows)
-        self.total = self.sum.item()
-        if self.bad.item():
-            number = int(self.good.item()) + 1
-            raise NumericalError(f"step {number}, before its update: the loss or a gradient is not finite")
-
-    def _one(self, rows: Tensor) -> None:
-        batch = self.step.batches.take(rows)
-        loss, finite, grads = self.step.evaluate(batch)
-        self.bad.copy_(torch.maximum(self.bad, (~finite).to(self.bad)))
-        self.good.add_(1 - self.bad)
-        self.sum.add_(loss.double() * self.step.verified.share(batch))
-        self.step.update(grads, skip=self.bad)
-
-    def _many(self) -> None:
-        for rows in self.rows:
-            self._one(rows)
-
-    def _now(self) -> list[int]:
-        return [p.data_ptr() for p in self.step.params]
-
-    def _fits(self) -> bool:
-        """Whether the graph's addresses are still those of the parameters."""
-        return self._pointers == self._now()
-
-
-def epochs(step: Step) -> Epochs:
-    """The fastest way to run a step over all data: on the GPU if it was captured and the data fit there."""
-    device = step.batches.device
-    if step.captured is not None and device.type == "cuda":
-        size = sum(t.numel() * t.element_size() for t in step.batches.tensors)
-        if size < torch.cuda.mem_get_info(device)[0] / 2:
-            step.batches = step.batches.on_device()
-            return CudaEpochs(step)
-    return Epochs(step)
-
-
-def _recorded(work: Callable[[], None]) -> Callable[[], None]:
-    """Work on the GPU as a CUDA graph; recording does none of it."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    def _over_ranks(
+        self, seen: int, fine: bool, stop: bool, grads: dict[int, Tensor]
+    ) -> tuple[int, bool, bool, dict[int, Tensor]]:
+        """Losses are summed over a batch, so gradients of its parts are, too."""
+        # A plate that scales a part up to all the data does so on each process: there, the parts are averaged.
+        scale = seen if self.verified.subsampled_from else 1
+        dense = [grads[n] * scale if n in grads else torch.zeros_like(p) for n, p in enumerate(self.params)]
+        said = [seen, not fine, stop, *(n in grads for n in range(len(self.params)))]
+        kind = max((p.dtype for p in self.params), key=lambda dtype: dtype.itemsize)
+        told = torch.tensor(said, dtype=kind, device=self.batches.device)
+        told, *dense = self.ranks.sums([told, *(grad.to(kind) for grad in dense)])
+        all_seen, wrong, stops, *present = told.tolist()
+        divisor = all_seen if self.verified.subsampled_from else 1
+        kept = [n for n, count in enumerate(present) if count]
+        return int(all_seen), wrong > 0, stops > 0, {n: (dense[n] / divisor).to(self.params[n].dtype) for n in kept}
 
 
 class _ProductsAlone(TorchFunctionMode):

@@ -3,69 +3,36 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from pyro.params.param_store import ParamStoreDict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from pvae.checks import Data, as_tensors
+from pvae import ranks as processes
+from pvae import storage
+from pvae.checks import Data
 from pvae.errors import ArgumentError, NumericalError, one_of, positive_int, yes_no_or_auto
-from pvae.graphs import Captured, pays
-from pvae.isolation import Program, isolated, modules_of, outside_modules, place, resolve_seed
-from pvae.svi import engine, objectives
-from pvae.svi.batches import Batches
+from pvae.graphs import pays
+from pvae.isolation import Program, isolated, resolve_seed
+from pvae.svi import engine, objectives, passes
+from pvae.svi.batches import Batches, Transform
+from pvae.svi.checkpoints import check_plain
+from pvae.svi.pairs import Pair, named_tensors
+from pvae.svi.results import FitResult
+from pvae.svi.resuming import begun, check_same_run, noise_put_back, opened, outside
+from pvae.svi.signals import Stop, heeded
+from pvae.svi.training import Callback, Plan, Training
+from pvae.svi.validation import Validation
 
-__all__ = ["FitResult", "fit"]
+__all__ = ["fit"]
 
-
-@dataclass(frozen=True, eq=False, repr=False)
-class FitResult:
-    """What `fit` returns. The trained parameters of modules are in the modules themselves.
-
-    Attributes:
-        history: One-dimensional arrays with an entry for each epoch. ``"elbo"`` is the training ELBO in nats per datum,
-            averaged over the epoch while the parameters moved (``"objective"`` in its place, minus the loss, where the
-            objective is not an ELBO); ``"validation_elbo"`` is there where validation data were given; ``"seconds"``.
-        params: Trained values of parameters made by ``pyro.param``, by name, in their constrained space. They have
-            no module to live in; see `trained`.
-        device: Where it was trained.
-        seed: The seed used, also where ``seed=None`` asked for a fresh one.
-        compile_seconds: Spent on capturing and compiling, within the first epochs; 0 where that was not done.
-    """
-
-    history: dict[str, np.ndarray]
-    params: dict[str, Tensor]
-    device: torch.device
-    seed: int
-    compile_seconds: float
-    _state: Mapping[str, Any]
-
-    def __repr__(self) -> str:
-        last = ", ".join(f"{name} {values[-1]:.2f}" for name, values in self.history.items() if name != "seconds")
-        return f"FitResult({len(self.history['seconds'])} epochs, {last}, on {self.device}, seed {self.seed})"
-
-    @contextmanager
-    def trained(self) -> Iterator[None]:
-        """A block in which ``pyro.param`` finds the trained values; needed only for parameters outside modules.
-
-        Example::
-
-            with result.trained():
-                estimate = pvae.log_evidence(model, guide, x)
-        """
-        store = pyro.get_param_store()
-        outside = store.get_state()
-        merged: Any = {key: {**outside[key], **self._state[key]} for key in ("params", "constraints")}
-        with store.scope(merged):
-            yield
+_ENOUGH_TO_JUDGE = 200  # steps; before, an encoder that tells nothing apart is only a new one
 
 
 def fit(
@@ -73,17 +40,25 @@ def fit(
     guide: Program,
     data: Data,
     *,
-    transform: Callable[..., Any] | None = None,
+    transform: Transform | None = None,
     epochs: int = 20,
     batch_size: int = 256,
     lr: float = 1e-3,
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    clip_norm: float | None = None,
+    kl_weight: float | Callable[[int], float] = 1.0,
+    patience: int | None = None,
     seed: int | None = 0,
     objective: objectives.Objective | None = None,
     device: str | torch.device = "auto",
     validation: Data | None = None,
     start: FitResult | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: str = "never",
+    callback: Callback | None = None,
     compile: bool | str = "auto",
     precision: str = "float32",
+    distributed: bool | str = "auto",
     progress: bool = True,
 ) -> FitResult:
     """Trains a Pyro model and guide by SVI: Adam on minus the ELBO, ``E_q[log p(x, z) - log q(z|x)]``.
@@ -93,17 +68,29 @@ def fit(
     meet, and leaves the caller's param store, random numbers and modes as they were. Modules are trained in place and
     stay on ``device``.
 
+    The first SIGINT or SIGTERM (Ctrl-C is one) ends the step that is being taken, saves it where there is a
+    ``checkpoint``, and returns; a second one does what it always did.
+
     Args:
         model: The generative program.
         guide: The recognition program, with the model's latent sites.
         data: ``(N, *event)``, or a tuple of arrays with the same ``N``. Floating-point data are converted to the
-            modules' dtype; integers and booleans stay as they are.
+            modules' dtype; integers and booleans stay as they are. Or a torch ``Dataset`` of such items, read as they
+            are needed, or a ``DataLoader``, whose batches are taken as they come.
         transform: Called with each batch on its device, before model and guide see it; returns the tensor, or the
             tuple, to use in its place. Dynamic binarization is one.
         epochs: Passes over the data.
-        batch_size: Data in a batch. The last batch of an epoch may be smaller, and so is every batch where ``N`` is
-            smaller.
+        batch_size: Data in a batch, except for a ``DataLoader``. The last batch of an epoch may be smaller, and so is
+            every batch where ``N`` is smaller.
         lr: Adam's learning rate.
+        scheduler: Makes one of torch's learning-rate schedulers of the optimizer; it is stepped after each epoch.
+        clip_norm: Gradients whose norm, all together, is larger are scaled down to it. They are those of the loss,
+            summed over the batch.
+        kl_weight: Multiplies the KL divergence of the guide from the prior: a number (beta), or a function of the
+            epoch, from 1 on, for a warm-up: ``lambda epoch: min(1.0, epoch / 10)``. The history then has
+            ``"objective"`` instead of ``"elbo"``; the validation ELBO has no weight.
+        patience: Ends training after so many epochs without a better validation ELBO, counted from where ``kl_weight``
+            no longer changes.
         seed: Fixes shuffling and noise: same seed, same machine, same versions, same bits. ``None`` for a fresh one.
         objective: One of Pyro's ELBO objects, a callable ``(model, guide, *batch) -> loss`` in nats summed over the
             batch, or ``None`` for ``Trace_ELBO()``.
@@ -113,6 +100,11 @@ def fit(
             mode, with the same noise each time.
         start: An earlier result to go on from. It is needed only for parameters that ``pyro.param`` made, which
             otherwise start from their initial values; modules go on from where they are.
+        checkpoint: A folder for this run's checkpoints, written after each epoch; the last two and the best are kept,
+            with a line for each epoch in ``history.jsonl``.
+        resume: ``"auto"`` goes on from the newest whole checkpoint there, bit for bit as if nothing had happened, or
+            begins where there is none. ``"never"`` refuses a folder with checkpoints.
+        callback: Called after each epoch with a dict of plain numbers: ``"epoch"`` and the history's newest entries.
         compile: Whether to capture the step, with its gradients, as one tensor program and compile that, which takes
             some seconds at first and then makes each step two to three times as fast. ``"auto"`` does so where the run
             is long enough to gain by it. Where a program cannot be captured a warning says why, and it runs as it is.
@@ -121,6 +113,9 @@ def fit(
         precision: ``"float32"``, or ``"bfloat16"`` for matrix products and convolutions in that format: less exact, and
             up to twice as fast where the processor has instructions for it. Parameters, densities and sums stay in
             float32.
+        distributed: Whether the processes of torch.distributed's default group, as torchrun starts them, train
+            together: each takes its part of every batch, with noise of its own, and gradients are summed. ``"auto"``
+            does so where there is such a group. The first process writes checkpoints and calls ``callback``.
         progress: Show a bar on stderr, with nats per datum and data per second, if that is a terminal.
 
     Returns:
@@ -128,115 +123,167 @@ def fit(
 
     Raises:
         ArgumentError, DataError, DeviceError, ProgramError: Before any parameter has moved.
+        CheckpointError: The folder cannot be used, is in use, or holds another run's checkpoints (the differences are
+            listed), before any parameter has moved; or a checkpoint cannot be written, as on a full disk.
         NumericalError: The loss or a gradient became nan or infinite; raised before that update.
+        RankError: Processes were called differently, or one was lost.
 
     Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes; Kingma and Ba, 2015, Adam; Hoffman et al., 2013,
-    Stochastic Variational Inference.
+    Stochastic Variational Inference; for the warm-up, Sønderby et al., 2016, Ladder Variational Autoencoders.
     """
     epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
-    if not isinstance(lr, Real) or isinstance(lr, bool) or not 0 < lr < math.inf:
-        raise ArgumentError(f"lr must be a positive number, got {lr!r}.")
-    compile = yes_no_or_auto("compile", compile)
+    lr, clip_norm = _positive("lr", lr), None if clip_norm is None else _positive("clip_norm", clip_norm)
+    compile, resume = yes_no_or_auto("compile", compile), one_of("resume", resume, ("auto", "never"))
     precision = one_of("precision", precision, engine.PRECISIONS)
-    objective, seed = objectives.resolve(objective), resolve_seed(seed)
-    tensors = as_tensors("data", data)
-    held_out = None if validation is None else as_tensors("validation", validation)
-    modules = modules_of(model, guide)
-    chosen, tensors = place(modules, tensors, device)
-    batches = Batches(tensors, batch_size, chosen, transform)
-    held_out_batches = None
-    if held_out is not None:
-        held_out_batches = Batches(place(modules, held_out, chosen)[1], batch_size, chosen)
+    kl_weights, patience = _kl_weights(kl_weight, epochs), _patience(patience, validation)
+    make_scheduler, schedule = _scheduled(scheduler, lr, checkpoint)
+    objective, ranks = objectives.resolve(objective), processes.resolve(distributed)
+    resolve_seed(seed)
+    if resume == "auto" and checkpoint is None:
+        raise ArgumentError("resume='auto' needs a folder to go on from: pass checkpoint=.")
 
-    with isolated(modules, seed=seed, device=chosen, params=start._state if start else None) as store:
-        verified = objectives.verify(model, guide, batches.first(), tensors if transform is None else None)
-        if held_out_batches is not None:
-            objectives.verify(model, guide, held_out_batches.first(), held_out_batches.tensors)
-        state = store.get_state()
+    with heeded() as stop, opened(checkpoint, resume, ranks) as (folder, saved):
+        if saved is not None and seed is None:
+            seed = saved.config["arguments"]["seed"]
+        seed = ranks.from_first(resolve_seed(seed))
+        with ranks.together():
+            pair = Pair.of(model, guide, data, device)
+            shared: dict[str, Any] = {"seed": seed, "ranks": ranks, "asked_to_stop": stop}
+            batches = pair.batches("data", data, batch_size, transform=transform, **shared)
+            held_out = None
+            if validation is not None:
+                held_out = pair.batches("validation", validation, batch_size, evaluated=True, **shared)
+            verified, state = pair.verified(batches, held_out, seed, start._state if start else None)
+        capture = _captures(compile, verified, batches, batch_size, epochs, pair.device)
+        arguments = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "lr": lr,
+            "scheduler": schedule,
+            "clip_norm": clip_norm,
+            "objective": _called(objective),
+            "precision": precision,
+            "transform": _called(transform),
+            "data": batches.fingerprint(),
+        }
+        ranks.agree(**arguments, epochs=epochs, kl_weights=kl_weights, patience=patience, capture=capture)
+        if saved is not None:
+            check_same_run(saved, named_tensors(pair.modules, state["params"]), arguments, kl_weights, epochs)
 
-    capture = bool(compile)
-    if compile == "auto":
-        size = sum(p.numel() for p in verified.params)
-        capture = pays(epochs * batches.steps, 6.0 * size * epochs * len(batches), chosen)
-    with isolated(modules, seed=seed, device=chosen, training=True, params=state) as store:
-        step = engine.Step(
-            model, guide, objective, verified, batches, lr=float(lr), precision=precision, capture=capture
-        )
-        passes = engine.epochs(step)
-        evaluate = None
-        if held_out_batches is not None:
-            evaluate = _Validation(model, guide, modules, held_out_batches, verified, seed, capture)
-        try:
-            history = _run(passes, evaluate, epochs, seed, progress)
-        finally:
-            step.forget_gradients()
-        state = outside_modules(store)
-        params = {name: store[name].detach().clone() for name in state["params"]}
-    seconds = step.captured.seconds if step.captured else 0.0
-    return FitResult({k: np.array(v) for k, v in history.items()}, params, chosen, seed, seconds, state)
-
-
-class _Validation:
-    """The ELBO of held-out data, in eval mode and with the same noise each time."""
-
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        modules: list[torch.nn.Module],
-        batches: Batches,
-        verified: objectives.Verified,
-        seed: int,
-        capture: bool,
-    ) -> None:
-        self.modules, self.batches, self.verified, self.seed = modules, batches, verified, seed
-
-        def loss(*batch: Tensor) -> Tensor:
-            with objectives.ItemsStayTensors() if capture else nullcontext():
-                return objectives.validation_loss(model, guide, batch)
-
-        self.loss = loss
-        if capture:
-            with self._isolated():
-                self.loss = Captured(loss, "pvae.fit's validation", (model, guide), capture_after=1)
-
-    def __call__(self) -> float:
-        """Returns the ELBO in nats per datum."""
-        with self._isolated():
-            total = sum(self.loss(*batch).item() * self.verified.share(batch) for batch in self.batches.in_order())
-        return -total / len(self.batches)
-
-    def _isolated(self) -> AbstractContextManager[Any]:
-        state: Any = pyro.get_param_store().get_state()
-        return isolated(self.modules, seed=self.seed, device=self.batches.device, params=state)
-
-
-def _run(
-    passes: engine.Epochs, evaluate: _Validation | None, epochs: int, seed: int, progress: bool
-) -> dict[str, list[float]]:
-    """The loop over epochs; returns the history."""
-    step, num_data = passes.step, len(passes.step.batches)
-    curve = "elbo" if objectives.is_elbo(step.objective) else "objective"
-    history: dict[str, list[float]] = {curve: [], "seconds": []}
-    if evaluate is not None:
-        history["validation_elbo"] = []
-    with tqdm(total=epochs * num_data, unit=" data", unit_scale=True, disable=None if progress else True) as bar:
-        for epoch in range(1, epochs + 1):
-            start, seen = time.perf_counter(), 0
+        environment = {"device": str(pair.device), "threads": torch.get_num_threads(), "ranks": ranks.count}
+        plan = Plan(epochs, kl_weights, patience, arguments, environment | storage.versions())
+        with (
+            isolated(pair.modules, seed=ranks.seed(seed), device=pair.device, training=True, params=state) as store,
+            noise_put_back(),
+        ):
+            tensors = begun(pair, store, saved, ranks)
+            options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
+            options |= {"weighted": kl_weights is not None, "ranks": ranks}
+            step = engine.Step(model, guide, objective, verified, batches, lr=lr, **options)
+            evaluate = None
+            if held_out is not None:
+                evaluate = Validation(model, guide, pair.modules, held_out, verified, seed, capture, ranks)
+            made = make_scheduler(step.optimizer)
+            training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair.modules, ranks)
+            if saved is not None:
+                training.restore(saved)
+            if folder is not None:
+                folder.rewrite_history(training.records)
             try:
-                for count in passes.epoch(step.batches.order(seed, epoch)):
-                    seen += count
-                    bar.update(count)
-                    if passes.running or seen == num_data:
-                        bar.set_description(f"epoch {epoch}/{epochs}, {curve} {-passes.total / seen:.2f} nats", False)
+                why = training.run(stop, folder, callback, progress)
             except NumericalError as error:
-                raise NumericalError(
-                    f"training stopped at epoch {epoch}, {error}. "
-                    f"Try a smaller lr than {step.optimizer.defaults['lr']:g}, or rescale the data."
-                ) from None
-            history[curve].append(-passes.total / num_data)
-            if evaluate is not None:
-                history["validation_elbo"].append(evaluate())
-                bar.set_postfix_str(f"validation {history['validation_elbo'][-1]:.2f}")
-            history["seconds"].append(time.perf_counter() - start)
-    return history
+                raise _explained(error, training, lr) from None
+            finally:
+                step.forget_gradients()
+            result = _result(training, store, pair.device, seed, why, stop)
+        if training.done * (batches.steps or 1) >= _ENOUGH_TO_JUDGE:
+            pair.warn_if_collapsed(held_out or batches, result._state)
+    return result
+
+
+# --- what fit is given ---------------------------------------------------------------------------------------------
+
+
+def _positive(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+        raise ArgumentError(f"{name} must be a positive number, got {value!r}.")
+    return float(value)
+
+
+def _kl_weights(kl_weight: Any, epochs: int) -> list[float] | None:
+    """The weight of each epoch, or none where it is always 1."""
+    weights: list[Any] = [kl_weight(epoch) if callable(kl_weight) else kl_weight for epoch in range(1, epochs + 1)]
+    for epoch, weight in enumerate(weights, 1):
+        if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= float(weight) < math.inf:
+            where = f" for epoch {epoch}" if callable(kl_weight) else ""
+            raise ArgumentError(f"kl_weight must be a number of at least 0, or give one; got {weight!r}{where}.")
+    return None if not callable(kl_weight) and kl_weight == 1 else [float(weight) for weight in weights]
+
+
+def _patience(patience: int | None, validation: Data | None) -> int | None:
+    if patience is None:
+        return None
+    if validation is None:
+        raise ArgumentError("patience waits for a better validation ELBO: pass validation=.")
+    return positive_int("patience", patience)
+
+
+def _called(thing: Any) -> str | None:
+    """A name for a callable, or for an objective with its settings."""
+    if thing is None or hasattr(thing, "__qualname__"):
+        return None if thing is None else f"{thing.__module__}.{thing.__qualname__}"
+    plain = {k: v for k, v in sorted(vars(thing).items()) if isinstance(v, bool | int | float | str)}
+    # Pyro's objectives find this out as they run.
+    plain.pop("max_plate_nesting", None)
+    return f"{type(thing).__name__}({', '.join(f'{k}={v!r}' for k, v in plain.items())})"
+
+
+def _captures(
+    compile: bool | str, verified: objectives.Verified, batches: Batches, size: int, epochs: int, device: torch.device
+) -> bool:
+    if compile != "auto":
+        return bool(compile)
+    steps = batches.steps or 1000  # of a stream whose length is not known
+    num_data = batches.num_data or steps * size
+    return pays(epochs * steps, 6.0 * sum(p.numel() for p in verified.params) * epochs * num_data, device)
+
+
+def _scheduled(
+    make: Callable[[Optimizer], LRScheduler] | None, lr: float, checkpoint: Any
+) -> tuple[Callable[[Optimizer], LRScheduler | None], str | None]:
+    """What makes the scheduler, tried on an optimizer of nothing, and its description."""
+    if make is None:
+        return lambda optimizer: None, None
+    trial = torch.optim.Adam([torch.zeros(1)], lr)
+    scheduler = make(trial) if callable(make) else make
+    if not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not trial:
+        raise ArgumentError(
+            "scheduler must be a function that makes one of torch's schedulers of an optimizer, such as lambda "
+            f"optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9); got {scheduler!r}."
+        )
+    if checkpoint is not None:
+        check_plain("scheduler", scheduler.state_dict())
+    plain = {k: v for k, v in scheduler.state_dict().items() if k[0] != "_" and isinstance(v, int | float | str)}
+    return make, f"{type(scheduler).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(plain.items()))})"
+
+
+# --- what fit gives back -------------------------------------------------------------------------------------------
+
+
+def _explained(error: NumericalError, training: Training, lr: float) -> NumericalError:
+    last = "No checkpoint was written." if training.last is None else f"The last good checkpoint is {training.last}."
+    return NumericalError(
+        f"training stopped at epoch {training.done + 1}, {error}. {last} "
+        f"Try a smaller lr than {lr:g}, clip_norm, or rescale the data."
+    )
+
+
+def _result(
+    training: Training, store: ParamStoreDict, device: torch.device, seed: int, why: str, stop: Stop
+) -> FitResult:
+    params, state = outside(store)
+    history = {name: np.array(values) for name, values in training.history.items()}
+    captured = training.step.captured
+    seconds = captured.seconds if captured else 0.0
+    number = stop.signal if why == "signal" else None
+    return FitResult(history, params, device, seed, seconds, state, why, number, training.last)

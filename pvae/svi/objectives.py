@@ -7,6 +7,7 @@ nats, summed over the batch, as Pyro's are: so every datum weighs the same in a 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +18,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pvae.checks import check_observations, check_pair, density_sites
+from pvae.checks import base_distribution, check_pair, check_supports, density_sites, observed
 from pvae.errors import ArgumentError, ProgramError
 from pvae.isolation import Program
 
@@ -29,9 +31,11 @@ __all__ = [
     "ItemsStayTensors",
     "Objective",
     "Verified",
+    "inactive",
     "inside_handlers",
     "is_elbo",
     "loss_and_grads",
+    "not_finite",
     "params_met",
     "resolve",
     "validation_loss",
@@ -45,6 +49,7 @@ class Verified(NamedTuple):
     """What `verify` found out about a pair."""
 
     params: list[Tensor]  # unconstrained, as an optimizer moves them
+    observed: list[Any]  # as `pvae.checks.observed` finds them
     subsampled_from: int | None  # the size that a plate scales each batch up to; None where no plate does
 
     def share(self, batch: tuple[Tensor, ...]) -> float:
@@ -71,14 +76,21 @@ def is_elbo(objective: Objective) -> bool:
 
 
 def loss_and_grads(
-    objective: Objective, model: Program, guide: Program, batch: tuple[Tensor, ...]
+    objective: Objective, model: Program, guide: Program, batch: tuple[Tensor, ...], kl_weight: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Runs forward and backward on one batch; gradients are left in the parameters' ``grad``.
+
+    Args:
+        objective: What to minimise.
+        model: The generative program.
+        guide: The recognition program.
+        batch: What they are called with.
+        kl_weight: A number to multiply the log-densities of latents by, in the model and in the guide; 1 if left out.
 
     Returns:
         The loss, in nats summed over the batch, and the unconstrained parameters that the programs met.
     """
-    with params_met() as params:
+    with params_met() as params, _WeightedLatents(kl_weight):
         if isinstance(objective, ELBO):
             pyro_elbo: Any = objective  # its subclasses have loss_and_grads, the base class does not
             loss = pyro_elbo.loss_and_grads(model, guide, *batch)
@@ -88,6 +100,18 @@ def loss_and_grads(
     if not isinstance(loss, int | float | Tensor) or (isinstance(loss, Tensor) and loss.dim()):
         raise ArgumentError(f"objective must give one loss, got {loss!r} from {type(objective).__name__}.")
     return torch.as_tensor(loss, device=batch[0].device).detach().double(), params
+
+
+class _WeightedLatents(Messenger):
+    """Scales the log-densities of latents, and with them the KL divergence of the guide from the prior."""
+
+    def __init__(self, weight: Tensor | None) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.weight is not None and not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight
 
 
 @contextmanager
@@ -151,13 +175,15 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
             something, a parameter's name is used twice, or there is nothing to train.
         DataError: Data outside the support of their site.
     """
+    for role, program in (("model", model), ("guide", guide)):
+        _check_signature(role, program, batch)
     with torch.no_grad(), pyro.validation_enabled(True):
-        guide_trace = poutine.trace(guide).get_trace(*batch)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+        model_trace, guide_trace = _traces(model, guide, batch)
     sites: dict[str, Any] = {**guide_trace.nodes, **model_trace.nodes}
     check_pair(density_sites(model_trace.nodes), density_sites(guide_trace.nodes), strict=False)
     _check_names(sites)
-    check_observations(model_trace.nodes, batch, batch if data is None else data)
+    found = observed(model_trace.nodes, batch)
+    check_supports(found, batch if data is None else data)
     params = _params(sites)
     if not params:
         raise ProgramError(
@@ -166,7 +192,67 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
         )
     plates = {plate for site in model_trace.nodes.values() for plate in site.get("cond_indep_stack", ())}
     subsampled = (p.full_size for p in plates if p.size == len(batch[0]) and p.full_size != p.size)
-    return Verified(params, next(subsampled, None))
+    return Verified(params, found, next(subsampled, None))
+
+
+def not_finite(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> str:
+    """Which sites' log-densities are not finite on a batch, in words; empty if all are, or the pair does not run."""
+    with torch.no_grad():
+        try:
+            model_trace, guide_trace = _traces(model, guide, batch)
+            wrong = []
+            for role, trace in (("guide", guide_trace), ("model", model_trace)):
+                for name, site in density_sites(trace.nodes).items():
+                    log_prob = site["fn"].log_prob(site["value"])
+                    if bad := int((~log_prob.isfinite()).sum()):
+                        family = type(base_distribution(site["fn"])).__name__
+                        wrong.append(f"'{name}' of the {role} ({family}; {bad} of {log_prob.numel()})")
+        except (RuntimeError, ValueError):  # as of torch and Pyro, given numbers that are not finite
+            return ""
+    return f"the log-density of {', '.join(wrong)} is not finite" if wrong else ""
+
+
+def inactive(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> bool:
+    """Whether no dimension of the latents follows the data: Var_x(E_q[z]) is below 0.01 of the prior's variance.
+
+    Source: for the measure and its threshold, Burda, Grosse and Salakhutdinov, 2015, Importance Weighted Autoencoders.
+    """
+    if len(batch[0]) < 2:
+        return False  # it cannot be told
+    with torch.no_grad():
+        model_trace, guide_trace = _traces(model, guide, batch)
+        shares = []
+        for name, site in density_sites(guide_trace.nodes).items():
+            dims = [f.dim for f in site["cond_indep_stack"] if f.vectorized and f.size == len(batch[0])]
+            try:
+                mean, spread = site["fn"].mean, model_trace.nodes[name]["fn"].variance
+            except (NotImplementedError, AttributeError, KeyError):
+                return False
+            if dims and mean.is_floating_point():
+                variance = mean.movedim(dims[0] - site["fn"].event_dim, 0).var(0)
+                shares.append((variance / spread.mean(dims[0] - site["fn"].event_dim)).max())
+    return bool(shares) and bool(torch.stack(shares).max() < 0.01)
+
+
+def _traces(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """The model's trace on the guide's latents, and the guide's."""
+    guide_trace = poutine.trace(guide).get_trace(*batch)
+    return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch), guide_trace
+
+
+def _check_signature(role: str, program: Program, batch: tuple[Tensor, ...]) -> None:
+    try:
+        signature = inspect.signature(program)
+    except (TypeError, ValueError):  # some callables have none
+        return
+    try:
+        signature.bind(*batch)
+    except TypeError as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in batch)
+        raise ProgramError(
+            f"the {role} cannot be called with a batch, which is {len(batch)} tensor(s), {shapes}: {error}. It takes "
+            f"{signature}. Let it take one argument for each, or choose some of them by transform=."
+        ) from None
 
 
 def _params(sites: Any) -> list[Tensor]:

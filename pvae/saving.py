@@ -1,0 +1,240 @@
+"""A module as a folder of files, its description and its weights, and the module that is made of them again.
+
+What is written has been tried: the module is rebuilt from the very files, and compared with the one that was packed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pvae import storage
+from pvae.description import DTYPES, build, class_name, describe, dtype_name, tensors_of
+from pvae.errors import CheckpointError, ProgramError
+
+__all__ = ["check_free", "pack", "unpack", "write"]
+
+_CONFIG = "config.json"
+_WEIGHTS = "weights.safetensors"
+
+# No seed that anybody takes: what is drawn anew and not saved must not look as if it had come back.
+_SEED = 7_301_662_094_418_853_917
+_DEFAULTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# Files that a save which was cut off may have left.
+_LEFT = re.compile(r"\..*|((config|weights)(-[0-9a-f]{12})?\.(json|safetensors)|manifest\.json)(\.[0-9a-f]{8}\.part)?")
+
+
+def pack(module: nn.Module) -> tuple[dict[str, bytes], nn.Module]:
+    """A module as files: its description and its weights.
+
+    Returns:
+        The contents of the files by name, and the module that `unpack` makes of them, on the CPU.
+
+    Raises:
+        ProgramError: It cannot be described, or what is built from its description is something else.
+    """
+    state = module.state_dict()
+    if odd := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ProgramError(f"{odd[0]} in the state_dict is no tensor, and only tensors can be saved.")
+    classes: set[type] = set()
+    description = describe(module, classes)
+    tensors = tensors_of(module)
+    config = {
+        "model": description,
+        "default_dtype": dtype_name(torch.get_default_dtype()),
+        "dtypes": {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()},
+        "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
+    }
+    files = {_CONFIG: json.dumps(config, indent=1, allow_nan=False).encode() + b"\n", _WEIGHTS: _saved(state)}
+    try:
+        rebuilt = unpack(files, classes)
+    except CheckpointError as error:
+        raise ProgramError(f"it cannot be rebuilt from its constructors' arguments: {error}") from error
+    if describe(rebuilt) != description:
+        place, ours, theirs = next(_unequal(description, describe(rebuilt), ""))
+        raise ProgramError(
+            f"{place or 'the model'} is {ours}, and {theirs} when it is rebuilt from the attributes that are named "
+            "like its constructor's arguments. Keep the arguments there as they were given."
+        )
+    _check_same(module, rebuilt)
+    return files, rebuilt
+
+
+def unpack(files: Mapping[str, bytes], own: Iterable[type[nn.Module]] = ()) -> nn.Module:
+    """Builds the module that `pack` wrote, on the CPU, with its weights, dtypes and frozen parameters.
+
+    Args:
+        files: Contents by name.
+        own: As for `build`.
+
+    Raises:
+        CheckpointError: The files are none of `pack`'s, or do not fit each other; what differs is listed.
+    """
+    config, weights = _parsed(files)
+    with _fresh(config["default_dtype"]):
+        module = build(config["model"], own, tensors=weights, dtypes=config["dtypes"])
+        now = {name: _kind(value) for name, value in module.state_dict().items()}
+        then = {name: _kind(value) for name, value in weights.items()}
+        differences = [
+            f"{name} is {then.get(name, 'not there')} in the file and {now.get(name, 'not there')} when it is built"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name)
+        ]
+        if differences:
+            raise CheckpointError(f"the weights do not fit the configuration: {'; '.join(differences)}.")
+        try:
+            module.load_state_dict(weights)
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name not in config["frozen"])
+        except Exception as error:  # of a module's own hooks, too
+            raise CheckpointError(f"the weights cannot be loaded: {type(error).__name__}: {error}") from error
+    return module
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """Raises `CheckpointError` where files must not be written: pvae's are never mixed with others."""
+    try:
+        others = [path.name for path in folder.iterdir() if not _LEFT.fullmatch(path.name)]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CheckpointError(f"{folder} is no folder to save in: {error}.") from error
+    if not storage.holds_set(folder):
+        if others:
+            names = ", ".join(sorted(others)[:3])
+            raise CheckpointError(f"{folder} holds other files ({names}) and no saved VAE. Save into a new folder.")
+        return
+    if not overwrite:
+        raise CheckpointError(f"{folder} already holds something saved. Pass overwrite=True to replace a saved VAE.")
+    try:
+        names = storage.read(folder).keys()
+    except storage.DamagedError:  # nothing that could be loaded is lost
+        return
+    if names != {_CONFIG, _WEIGHTS}:
+        raise CheckpointError(f"{folder} holds no VAE but {', '.join(sorted(names))}. Save into a new folder.")
+
+
+def write(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    """Writes what `pack` gave, after `check_free` has allowed it, which is asked again once no other process can write.
+
+    Raises:
+        CheckpointError: It forbids it, another process writes there, or the folder cannot be written.
+    """
+    with storage.exclusive(folder, "saves there, too"):
+        check_free(folder, overwrite=overwrite)
+        storage.write(folder, files)
+
+
+def _kind(tensor: Any) -> str:
+    return f"{dtype_name(tensor.dtype)}{list(tensor.shape)}" if isinstance(tensor, Tensor) else "no tensor"
+
+
+def _saved(state: Mapping[str, Tensor]) -> bytes:
+    from safetensors import SafetensorError
+    from safetensors.torch import save
+
+    try:
+        # Copies: of tensors that share their memory safetensors writes none.
+        copies = {n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in state.items()}
+        return save(copies)
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ProgramError(f"its weights cannot be saved: {type(error).__name__}: {error}") from error
+
+
+def _parsed(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if missing := [name for name in (_CONFIG, _WEIGHTS) if name not in files]:
+        raise CheckpointError(f"it has no {missing[0]}, but {', '.join(files) or 'nothing'}.")
+    try:
+        config = json.loads(files[_CONFIG])
+        kinds = {name: DTYPES[dtype] for name, dtype in config["dtypes"].items()}
+        config = {**config, "dtypes": kinds, "default_dtype": DTYPES[config["default_dtype"]]}
+        if not isinstance(config["frozen"], list) or config["default_dtype"] not in _DEFAULTS:
+            raise ValueError
+        config["model"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"{_CONFIG} is not a configuration that pvae wrote.") from None
+    try:
+        return config, load(files[_WEIGHTS])
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{_WEIGHTS} is no file of safetensors: {error}.") from None
+
+
+@contextmanager
+def _fresh(dtype: torch.dtype) -> Iterator[None]:
+    """Builds inside as a new process would, on the CPU, and leaves the caller's random numbers and modes alone."""
+    before = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(dtype)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.device("cpu"))
+        torch.default_generator.manual_seed(_SEED)
+        yield
+
+
+def _unequal(ours: Any, theirs: Any, place: str) -> Iterator[tuple[str, Any, Any]]:
+    """Where two descriptions are not the same, and what is there."""
+    if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+        for key in ours:
+            yield from _unequal(ours[key], theirs[key], place if key in _FORMS else f"{place}.{key}".lstrip("."))
+    elif ours != theirs:
+        yield place, ours, theirs
+
+
+_FORMS = {"class", "arguments", "children", "tuple", "size", "dict"}
+
+
+def _check_same(module: nn.Module, rebuilt: nn.Module) -> None:
+    """Raises `ProgramError` where a rebuilt module has other parts or tensors, or ties them otherwise."""
+    ours, theirs = (
+        {n: class_name(type(m)) for n, m in x.named_modules(remove_duplicate=False)} for x in (module, rebuilt)
+    )
+    for place in [*ours, *theirs]:
+        if ours.get(place) != theirs.get(place):
+            raise ProgramError(
+                f"{place} is {ours.get(place, 'not there')}, and {theirs.get(place, 'not there')} when it is rebuilt "
+                "from its constructor's arguments. Put it there in the constructor."
+            )
+    tied = {frozenset(names) for names in _tied(rebuilt)}
+    for names in _tied(module):
+        if frozenset(names) not in tied:
+            raise ProgramError(
+                f"{names[0]} and {names[1]} are one tensor, and would be two when they are loaded. Put both modules "
+                "into one of your own, whose constructor makes them share it."
+            )
+    before, after = tensors_of(module), tensors_of(rebuilt)
+    for name in [*before, *after]:
+        if name not in before or name not in after or not _same(before[name], after[name]):
+            raise ProgramError(
+                f"{name} is not saved with the weights (a buffer with persistent=False?), and is another when it is "
+                "rebuilt from its constructor's arguments. Register it with persistent=True."
+            )
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """Names of the tensors that have several."""
+    groups: dict[tuple[Any, int], list[str]] = {}
+    for tensors in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+        for name, tensor in tensors:
+            if tensor.numel():
+                groups.setdefault((tensor.device, tensor.data_ptr()), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors have the same bits, nan among them."""
+    plain = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (ours, theirs)]
+    return _kind(ours) == _kind(theirs) and torch.equal(*plain)

@@ -1,0 +1,217 @@
+"""Checkpoints of a run on disk: written so that one is always complete, verified before anything is taken from them.
+
+A run's folder holds ``history.jsonl``, a line for each epoch, and a folder for each checkpoint that is kept: the last
+two and the best. Each has the weights (safetensors), the training state (tensors and plain values), the history, the
+configuration, and a manifest. Nothing is unpickled that could run code.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pvae import storage
+from pvae.errors import CheckpointError, NumericalError
+
+__all__ = ["Folder", "Saved", "check_plain"]
+
+_NAME = re.compile(r"epoch-(\d{6,})(-step-(\d{7,}))?")
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is in a checkpoint.
+
+    Attributes:
+        weights: Parameters and buffers by name.
+        training: The optimizer's state, the place in the data, random numbers.
+        history: As in `FitResult`, as lists.
+        config: What was asked for, and where it ran.
+        folder: Where it is; none yet for one to be written.
+    """
+
+    weights: Mapping[str, Tensor]
+    training: Mapping[str, Any]
+    history: Mapping[str, list[float]]
+    config: Mapping[str, Any]
+    folder: Path | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs that were done."""
+        return self.training["epoch"]
+
+    def differences(self, weights: Mapping[str, Tensor], arguments: Mapping[str, Any] | None = None) -> list[str]:
+        """What is not as in another run: names and shapes of weights, and what it was called with."""
+        ours, theirs = _kinds(self.weights), _kinds(weights)
+        found = [f"only in the checkpoint: {name} {ours[name]}" for name in ours.keys() - theirs.keys()]
+        found += [f"not in the checkpoint: {name} {theirs[name]}" for name in theirs.keys() - ours.keys()]
+        both = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+        found = sorted(found) + [f"{name} is {ours[name]} in the checkpoint and {theirs[name]} here" for name in both]
+        given = self.config["arguments"]
+        for name, value in (arguments or {}).items():
+            if given.get(name) != value:
+                found.append(f"{name} was {given.get(name)!r} and is {value!r} now")
+        return found
+
+
+class Folder:
+    """A run's folder.
+
+    Args:
+        path: Made where it does not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser()
+
+    def check_writable(self) -> None:
+        """Raises `CheckpointError` where nothing can be written, before anything is trained."""
+        storage.check_writable(self.path)
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is whole, or none; says so where it passes over a damaged one.
+
+        Raises:
+            CheckpointError: It is of a newer version of pvae, cannot be read, or all are damaged.
+        """
+        problems = []
+        for folder in self._all():
+            try:
+                found = _read(folder)
+            except storage.DamagedError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                warnings.warn(f"{'; '.join(problems)} Going back to the checkpoint before, {folder}.", stacklevel=4)
+            return found
+        if problems:
+            raise CheckpointError(f"no checkpoint in {self.path} is whole. {' '.join(problems)}")
+        return None
+
+    def best(self) -> Saved | None:
+        """The checkpoint of the epoch that the newest one calls the best, or none."""
+        newest = self.newest()
+        if newest is None or newest.config["best_epoch"] is None:
+            return None
+        folder = self.path / _named(newest.config["best_epoch"], 0)
+        return newest if folder == newest.folder else _read(folder)
+
+    def write(self, saved: Saved) -> Path:
+        """Writes a checkpoint, and removes those that need not be kept.
+
+        Raises:
+            NumericalError: A weight is not finite; nothing was written.
+            CheckpointError: It cannot be written; those before are as they were.
+        """
+        bad = [name for name, t in saved.weights.items() if t.is_floating_point() and not t.isfinite().all()]
+        if bad:
+            raise NumericalError(f"{bad[0]} is not finite")
+        folder = self.path / _named(saved.epoch, saved.training["steps"])
+        buffer = io.BytesIO()
+        torch.save(dict(saved.training), buffer)
+        contents = {
+            "weights.safetensors": save_tensors({n: t.detach().cpu().contiguous() for n, t in saved.weights.items()}),
+            "training.pt": buffer.getvalue(),
+            "history.json": json.dumps(saved.history).encode(),
+            "config.json": json.dumps(saved.config, indent=2).encode(),
+        }
+        if folder.exists():
+            try:
+                storage.read(folder)
+            except storage.DamagedError:
+                shutil.rmtree(folder, ignore_errors=True)
+        storage.write(folder, contents)
+        self._remove_all_but(folder, saved.config["best_epoch"])
+        return folder
+
+    def rewrite_history(self, records: list[dict[str, float]]) -> None:
+        """Makes ``history.jsonl`` say what a run begins from."""
+        storage.put(self.path / _HISTORY, b"".join(_line(record) for record in records))
+
+    def append_history(self, record: dict[str, float]) -> None:
+        """Adds an epoch's line to ``history.jsonl``."""
+        with open(self.path / _HISTORY, "ab") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _all(self, *, unfinished: bool = False) -> list[Path]:
+        """Folders of checkpoints, the newest first. One without a manifest was never finished, and is none."""
+        if not self.path.is_dir():
+            return []
+        found = [(m, path) for path in self.path.iterdir() if (m := _NAME.fullmatch(path.name))]
+        order = sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][3] or 0)), reverse=True)
+        return [path for _, path in order if unfinished or storage.holds_set(path)]
+
+    def _remove_all_but(self, newest: Path, best_epoch: int | None) -> None:
+        """Those ahead of the newest were damaged, or it would not have been written after them."""
+        order = self._all(unfinished=True)
+        place = order.index(newest)
+        whole = [path for path in order[place:] if storage.holds_set(path)]
+        keep = whole[:_KEPT] + ([] if best_epoch is None else [self.path / _named(best_epoch, 0)])
+        for old in order:
+            if old not in keep:
+                (old / storage.MANIFEST).unlink(missing_ok=True)  # first: what is left is no checkpoint
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def check_plain(name: str, state: Any) -> None:
+    """Raises `CheckpointError` where a state holds more than can be read from a file without running code."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(state, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{name} cannot be in a checkpoint: its state holds more than tensors and plain values ({first_line})."
+        ) from None
+
+
+_HISTORY = "history.jsonl"
+
+
+def _read(folder: Path) -> Saved:
+    contents = storage.read(folder)
+    try:
+        return Saved(
+            load_tensors(contents["weights.safetensors"]),
+            torch.load(io.BytesIO(contents["training.pt"]), map_location="cpu", weights_only=True),
+            json.loads(contents["history.json"]),
+            json.loads(contents["config.json"]),
+            folder,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{folder} is not a checkpoint of pvae.fit: it has no {error.args[0]}.") from None
+    except (SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise storage.DamagedError(f"{folder} holds a file that was not written by pvae: {first_line}") from None
+
+
+def _named(epoch: int, steps: int) -> str:
+    return f"epoch-{epoch:06d}" + (f"-step-{steps:07d}" if steps else "")
+
+
+def _line(record: dict[str, float]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _kinds(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in weights.items()}

@@ -1,0 +1,143 @@
+"""Going on from checkpoints: what is there is held against what is asked for before anything of the caller's moves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.params.param_store import ParamStoreDict
+
+from pvae import ranks as processes
+from pvae import storage
+from pvae.checks import Data
+from pvae.errors import ArgumentError, CheckpointError, one_of
+from pvae.isolation import Program, isolated, noise, outside_modules, set_noise
+from pvae.ranks import Ranks
+from pvae.svi.batches import Transform
+from pvae.svi.checkpoints import Folder, Saved
+from pvae.svi.pairs import Pair, named_tensors
+from pvae.svi.results import FitResult
+
+__all__ = ["begun", "check_same_run", "load_checkpoint", "noise_put_back", "opened", "outside"]
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: Program,
+    guide: Program,
+    data: Data,
+    *,
+    which: str = "last",
+    transform: Transform | None = None,
+    device: str | torch.device = "auto",
+) -> FitResult:
+    """Gives a pair the weights of a checkpoint that `fit` wrote.
+
+    Args:
+        path: The folder that was given to `fit` as ``checkpoint``.
+        model: The generative program, of the architecture that was trained.
+        guide: The recognition program.
+        data: Some data, as for `fit`: the pair is run on a batch of them, because programs make parameters as they run.
+        which: ``"last"``, or ``"best"``: the epoch with the best validation ELBO, or without validation the best
+            training ELBO.
+        transform: As for `fit`.
+        device: As for `fit`; checkpoints of any device can be loaded on any other.
+
+    Returns:
+        A `FitResult` with the history up to there.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or it is of another architecture, with the differences; before
+            any parameter has moved.
+    """
+    one_of("which", which, ("last", "best"))
+    folder = Folder(path)
+    saved = folder.newest() if which == "last" else folder.best()
+    if saved is None:
+        raise CheckpointError(f"{folder.path} has no checkpoint of that kind, {which!r}.")
+    pair = Pair.of(model, guide, data, device)
+    batches = pair.batches("data", data, 256, transform=transform)
+    _, state = pair.verified(batches, None, 0, None)
+    _raise_differences(saved, saved.differences(named_tensors(pair.modules, state["params"])))
+    with isolated(pair.modules, seed=0, device=pair.device, params=state) as store:
+        begun(pair, store, saved, processes.ALONE)
+        history = {name: np.array(values) for name, values in saved.history.items()}
+        params, state = outside(store)
+    seed = saved.config["arguments"]["seed"]
+    return FitResult(history, params, pair.device, seed, 0.0, state, "loaded", checkpoint=saved.folder)
+
+
+@contextmanager
+def opened(path: Any, resume: str, ranks: Ranks) -> Iterator[tuple[Folder | None, Saved | None]]:
+    """The folder, on the first process alone, and what to go on from, on all."""
+    with ExitStack() as stack:
+        folder, saved = None, None
+        with ranks.together():
+            if path is not None and ranks.first:
+                folder = Folder(path)
+                stack.enter_context(storage.exclusive(folder.path, "trains with these checkpoints"))
+                folder.check_writable()
+                saved = folder.newest()
+                if saved is not None and resume == "never":
+                    raise CheckpointError(
+                        f"{folder.path} holds checkpoints of {saved.epoch} epoch(s). Pass resume='auto' to go on from "
+                        "them, or another folder for a new run."
+                    )
+        yield folder, ranks.from_first(saved)
+
+
+def check_same_run(
+    saved: Saved, tensors: Mapping[str, Any], arguments: Mapping[str, Any], kl_weights: Any, epochs: int
+) -> None:
+    """Raises where a checkpoint is not of a run that is called as this one, with all that differs."""
+    differences = saved.differences(tensors, arguments)
+    before = saved.config["kl_weights"]
+    if (kl_weights or [])[: len(before)] != before or bool(before) != bool(kl_weights):
+        differences.append(f"kl_weight was {before or 1.0!r} in its epochs, and is {(kl_weights or 1.0)!r} now")
+    _raise_differences(saved, differences)
+    if saved.epoch > epochs:
+        raise ArgumentError(
+            f"epochs={epochs}, and the checkpoint in {saved.folder} already has {saved.epoch}. Pass at least as many; "
+            "load_checkpoint only loads."
+        )
+
+
+def _raise_differences(saved: Saved, differences: Sequence[str]) -> None:
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint in {saved.folder} is of another model or run: {'; '.join(differences)}. Call with what it "
+            "was made with, or use another folder."
+        )
+
+
+def begun(pair: Pair, store: ParamStoreDict, saved: Saved | None, ranks: Ranks) -> Callable[[], dict[str, Any]]:
+    """Gives all processes the same weights to begin from; returns what names them."""
+
+    def tensors() -> dict[str, Any]:
+        return named_tensors(pair.modules, store._params)
+
+    with torch.no_grad():
+        if saved is not None:
+            for name, tensor in tensors().items():
+                tensor.copy_(saved.weights[name])
+        buffers = [b for module in pair.modules for b in module.buffers()]
+        ranks.copy_first([*tensors().values(), *buffers])
+    return tensors
+
+
+@contextmanager
+def noise_put_back() -> Iterator[None]:
+    """Going on from a checkpoint sets Python's and NumPy's random numbers, which a transform may use."""
+    before = noise()
+    yield
+    set_noise((torch.get_rng_state(), *before[1:]))
+
+
+def outside(store: ParamStoreDict) -> tuple[dict[str, Any], Any]:
+    """Parameters that live in no module: their values, and the store's state of them."""
+    state = outside_modules(store)
+    return {name: store[name].detach().clone() for name in state["params"]}, state

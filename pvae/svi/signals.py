@@ -1,0 +1,60 @@
+"""What to do when the process is asked to stop: finish what is at hand the first time, stop at once the second."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+__all__ = ["Stop", "heeded"]
+
+logger = logging.getLogger("pvae")
+
+
+class Stop:
+    """Whether the process was asked to stop, and by which signal.
+
+    Attributes:
+        signal: Its number; ``None`` while there was none.
+    """
+
+    signal: int | None = None
+
+    def __call__(self) -> bool:
+        """Whether it was asked."""
+        return self.signal is not None
+
+
+@contextmanager
+def heeded() -> Iterator[Stop]:
+    """A block in which the first SIGINT or SIGTERM only sets a flag, and the next does what it always did.
+
+    Handlers can only be set in the main thread; in others, and for signals that the process ignores, nothing changes.
+    """
+    stop = Stop()
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def first(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
+        restore()
+        logger.warning("%s: finishing this step; once more to stop at once", signal.Signals(number).name)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler not in (signal.SIG_IGN, None):  # None: not set by Python, so that it could not be restored
+                before[number] = handler
+                signal.signal(number, first)
+    try:
+        yield stop
+    finally:
+        if not stop():
+            restore()
