@@ -2,27 +2,37 @@
 
     python examples/mnist_svi.py                  # MNIST if it can be had, else scikit-learn's digits
     python examples/mnist_svi.py --cuda           # everything on the GPU
+    python examples/mnist_svi.py --checkpoint run # goes on from there if it is stopped and started again
+    torchrun --nproc-per-node=2 examples/mnist_svi.py     # two processes share each batch, and the test images
     python examples/mnist_svi.py --help
 
-Prints one table and writes report.json and four figures to the output folder.
+Prints one table and writes report.json and four figures to the output folder. Ctrl-C, or SIGTERM, ends training after
+the step at hand, with exit code 130 or 143.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import platform
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import pvae
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+FIRST = os.environ.get("RANK", "0") == "0"  # the one that prints and writes
 PRIOR_FACTOR = 100  # how many times the guide's samples the prior gets for its second try
 
 
@@ -102,6 +112,12 @@ def arguments() -> argparse.ArgumentParser:
         help="test images to estimate log p(x) of (default: 1000)",
     )
     add("--seed", type=seed, default=0, help="of weights, shuffling, noise, bits and the choice of images (default: 0)")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="write a checkpoint there after each epoch, and go on from the newest one if there is any",
+    )
     add("--output-dir", type=Path, default=Path("results"), help="for report.json and the figures (default: results)")
     return parser
 
@@ -218,7 +234,7 @@ def draw_figures(vae: pvae.VAE, result: pvae.FitResult, x: torch.Tensor, args: a
     one = x[:1]
 
     def draws(proposal: str) -> torch.Tensor:
-        options = {"num_samples": 20_000, "seed": args.seed, "device": x.device}
+        options = {"num_samples": 20_000, "seed": args.seed, "device": x.device, "distributed": False}
         return pvae.log_weights(vae.model, vae.guide, one, proposal=proposal, **options)[:, 0]
 
     weights = {"prior": draws("prior"), "guide": draws("guide")}
@@ -241,23 +257,61 @@ def latent_samples(vae: pvae.VAE, x: torch.Tensor, seed: int, num_samples: int =
     return {"prior": prior[:, dims], "guide": guide[:, dims]}
 
 
-def run(args: argparse.Namespace) -> None:
-    """Trains, estimates, reports and draws."""
-    device = torch.device("cuda") if args.cuda else torch.device("cpu")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def processes(args: argparse.Namespace) -> Iterator[None]:
+    """A block in which the processes that torchrun started work together; only the first one prints."""
+    if PROCESSES == 1:
+        yield
+        return
+    if args.cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # A process that hangs is given up after this long; one that dies is noticed at once.
+    dist.init_process_group("nccl" if args.cuda else "gloo", timeout=timedelta(minutes=5))
+    try:
+        with contextlib.ExitStack() as stack:
+            if not FIRST:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def load_in_turn(args: argparse.Namespace) -> pvae.datasets.Dataset:
+    """The dataset; the first process downloads it if that has to be done."""
+    if PROCESSES == 1:
+        return load(args)
+    if not FIRST:
+        dist.barrier()
     data = load(args)
+    if FIRST:
+        dist.barrier()
+    return data
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, estimates, reports and draws; returns the exit code."""
+    device = torch.device("cuda", torch.cuda.current_device()) if args.cuda else torch.device("cpu")
+    if FIRST:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    data = load_in_turn(args)
     epochs = args.epochs or (10 if data.name == "mnist" else 200)
 
     torch.manual_seed(args.seed)
     vae = build(args, tuple(data.train_x.shape[1:])).to(device)
     train_x, test_x = (x.reshape(-1, *vae.event_shape).to(device) for x in (data.train_x, data.test_x))
-    print(f"{data.name}, {data.binarization} binarization, {len(train_x)} training images, on {device}")
+    shared = f", {PROCESSES} processes" if PROCESSES > 1 else ""
+    print(f"{data.name}, {data.binarization} binarization, {len(train_x)} training images, on {device}{shared}")
 
     options = {"transform": data.transform, "epochs": epochs, "batch_size": args.batch_size, "lr": args.lr}
-    options |= {"precision": args.precision}
+    options |= {"precision": args.precision, "checkpoint": args.checkpoint}
+    options |= {"resume": "auto" if args.checkpoint else "never"}
     start = time.perf_counter()
     result = pvae.fit(vae.model, vae.guide, train_x, validation=test_x, seed=args.seed, device=device, **options)
     train_seconds = time.perf_counter() - start
+    if result.stopped == "signal":
+        kept = f"; {result.checkpoint} holds it, and the same command goes on from there" if args.checkpoint else ""
+        print(f"stopped by a signal after {len(result.history['seconds'])} of {epochs} epochs{kept}")
+        return 128 + (result.signal or 0)
     elbo = result.history["validation_elbo"][-1]
     compiling = f", {result.compile_seconds:.0f} s of it compiling" if result.compile_seconds else ""
     print(f"{epochs} epochs in {train_seconds:.0f} s{compiling}, ELBO of all {len(test_x)} test images: {elbo:.2f}")
@@ -277,6 +331,8 @@ def run(args: argparse.Namespace) -> None:
     rows = [("log p(x) by the guide", guide), ("  refined for each image", refined), ("log p(x) by the prior", prior)]
     print(table([*rows, (f"  with {PRIOR_FACTOR} times the samples", long_prior)]))
     print("\n" + textwrap.fill(sentence(guide, refined, prior, long_prior), 100))
+    if not FIRST:
+        return 0
 
     report = {
         "dataset": data.name,
@@ -293,6 +349,7 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "device": torch.cuda.get_device_name(device) if args.cuda else "cpu",
         "threads": torch.get_num_threads(),
+        "processes": PROCESSES,
         "versions": {"python": platform.python_version()}
         | {p: version(p) for p in ("pvae", "torch", "pyro-ppl", "numpy")},
         "precision": args.precision,
@@ -311,19 +368,22 @@ def run(args: argparse.Namespace) -> None:
     (args.output_dir / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     draw_figures(vae, result, x, args)
     print(f"\nreport.json and figures are in {args.output_dir}/")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the example; exits with 2 for a bad command line or a missing GPU, with 1 for any other error of pvae."""
+    """Runs the example; exits with 2 for a bad command line or a missing GPU, with 1 for any other error of pvae, and
+    with 130 or 143 where training was stopped by a signal.
+    """
     parser = arguments()
     args = parser.parse_args(argv)
     if args.cuda and not torch.cuda.is_available():
         parser.exit(2, f"{parser.prog}: error: --cuda: no CUDA device was found; leave it out to run on the CPU\n")
     try:
-        run(args)
+        with processes(args):
+            return run(args)
     except (pvae.PVAEError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
-    return 0
 
 
 if __name__ == "__main__":

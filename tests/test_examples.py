@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,54 @@ def test_the_report_has_every_number(results):
         assert 0 <= numbers["khat_above_0.7"] <= 1
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
     assert report["elbo"] == report["history"]["validation_elbo"][-1]
+
+
+LONG = ["--dataset", "digits", *SMALL[2:], "--epochs", "150"]
+
+
+def test_stopped_by_sigterm_it_exits_143_and_the_same_command_goes_on_to_the_same_numbers(tmp_path):
+    whole = run("mnist_svi.py", *LONG, "--output-dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, EXAMPLES / "mnist_svi.py", *LONG, "--checkpoint", tmp_path / "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        before = set(tmp_path.glob("run/epoch-*"))
+        going = subprocess.Popen(
+            [*map(str, command), "--output-dir", str(tmp_path / "parts")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        while not set(tmp_path.glob("run/epoch-*/manifest.json")) - {p / "manifest.json" for p in before}:
+            assert going.poll() is None
+            time.sleep(0.005)
+        going.send_signal(number)
+        printed, _ = going.communicate()
+        assert going.returncode == code
+        assert "stopped by a signal after" in printed
+        assert "the same command goes on from there" in printed
+    done = run("mnist_svi.py", *LONG, "--checkpoint", tmp_path / "run", "--output-dir", tmp_path / "parts")
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "parts")]
+    for report in reports:
+        report["history"].pop("seconds")
+        for numbers in report["log_px"].values():
+            numbers.pop("seconds")
+    assert reports[0]["history"] == reports[1]["history"]
+    assert reports[0]["log_px"] == reports[1]["log_px"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_report(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [EXAMPLES / "mnist_svi.py", *LONG, "--output-dir", tmp_path, "--checkpoint", tmp_path / "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("log p(x) by the guide") == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["processes"] == 2
+    assert report["num_eval"] == 3
 
 
 def test_too_few_samples_for_a_khat_are_not_called_fine(tmp_path):

@@ -70,6 +70,16 @@ class Saved:
                 found.append(f"{name} was {given.get(name)!r} and is {value!r} now")
         return found
 
+    def warn_of_another_place(self, environment: Mapping[str, Any]) -> None:
+        """Says so where a run cannot go on bit for bit, because machine, versions or the like are others."""
+        before = self.config["environment"]
+        changed = [f"{k} was {before.get(k)!r} and is {v!r} now" for k, v in environment.items() if before.get(k) != v]
+        if changed:
+            warnings.warn(
+                f"going on from {self.folder}, but not bit for bit as it would have: {'; '.join(changed)}.",
+                stacklevel=4,
+            )
+
 
 class Folder:
     """A run's folder.

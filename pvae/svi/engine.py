@@ -7,7 +7,9 @@ batch; what they find is summed, and all make the same update.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -70,9 +72,11 @@ class Step:
     ) -> None:
         self.model, self.guide, self.objective, self.verified = model, guide, objective, verified
         self.batches, self.precision, self.clip_norm, self.ranks = batches, precision, clip_norm, ranks
+        self.names: Callable[[], dict[str, Tensor]] = dict  # of parameters, for messages; the caller may know better
         # An input of captured programs, which see its changes.
         self.kl_weight = torch.ones((), device=batches.device) if weighted else None
         self.params = list(verified.params)
+        self.shared = 0  # so many of them are known to be the same on all processes
         # One fused optimizer for all parameters: pyro.optim makes one for each, which is slower.
         self.fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.params)
         self.optimizer = torch.optim.Adam(
@@ -85,32 +89,37 @@ class Step:
             tolerances = (1e-5, 0.05) if precision == "float32" else (0.01, 0.2)
             self.captured = Captured(self._loss_and_grads, "pvae.fit's step", sees, looks=False, tolerances=tolerances)
 
-    def __call__(self, rows: Rows, stop: bool = False) -> Taken:
+    def __call__(self, rows: Rows | None, stop: bool = False, error: Exception | None = None) -> Taken:
         """Takes one step.
 
         Args:
-            rows: This process's part of a batch; where there are several, it may be empty.
+            rows: This process's part of a batch. Where there are several, it may be empty, or ``None``: there is none.
             stop: Whether this process was asked to stop; the step is taken all the same.
+            error: Why this process has no part. It is raised here, where the others learn of it.
 
         Raises:
             NumericalError: The loss or a gradient is not finite; nothing was updated.
+            RankError: Another process raised something else; nothing was updated.
         """
-        before = torch.get_rng_state()
-        seen = len(rows[0])
-        if seen:
-            loss, finite, grads = self.evaluate(rows)
-            value, fine = loss.item(), bool(finite)
-        else:
-            value, fine, grads = 0.0, True, {}
+        before, known = torch.get_rng_state(), len(self.params)
+        seen, value, fine, grads = len(rows[0]) if rows else 0, 0.0, True, {}
+        try:
+            if rows and seen:
+                loss, finite, grads = self.evaluate(rows)
+                value, fine = loss.item(), bool(finite)
+        except Exception as caught:
+            if self.ranks.count == 1:
+                raise
+            error = caught
         if self.ranks.count > 1:
-            seen, wrong, stop, grads = self._over_ranks(seen, fine, stop, grads)
-            if wrong and fine:
+            seen, all_fine, stop, grads = self._over_ranks(known, seen, fine, stop, error, grads)
+            if fine and not all_fine:
                 raise NumericalError("the loss or a gradient is not finite on another rank")
-        if not fine:
+        if rows and not fine:
             torch.set_rng_state(before)  # for the same noise again
             raise NumericalError(self.what_is_wrong(rows, value, grads))
         self.update(grads)
-        return Taken(value * self.verified.share(rows), seen, stop)
+        return Taken(value * self.verified.share(rows) if rows else 0.0, seen, stop)
 
     def what_is_wrong(self, rows: Rows, loss: float = math.nan, grads: dict[int, Tensor] | None = None) -> str:
         """Where a loss or a gradient that is not finite may come from, in words."""
@@ -118,7 +127,10 @@ class Step:
         if grads is not None:
             said = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss:g}"
         found = objectives.not_finite(self.model, self.guide, self.batches.transformed(*rows))
-        return f"{said}; {found}" if found else said
+        if not found and grads is not None and math.isfinite(loss):
+            bad = {id(self.params[number]) for number, grad in grads.items() if not grad.isfinite().all()}
+            found = f"that of {', '.join(name for name, param in self.names().items() if id(param) in bad)}"
+        return f"{said}: {found}" if found else said
 
     @property
     def is_captured(self) -> bool:
@@ -206,27 +218,62 @@ class Step:
     def _add_new(self, params: list[Tensor]) -> None:
         """Parameters that a program only makes in a later step."""
         known = {id(p) for p in self.params}
-        late = [p for p in params if id(p) not in known]
+        # One without a gradient is nothing to train, such as the running averages of an objective.
+        late = [p for p in params if id(p) not in known and p.grad is not None]
         if late:
             # No group of their own: a scheduler would not know it.
             self.optimizer.param_groups[0]["params"] += late
             self.params += late
 
     def _over_ranks(
-        self, seen: int, fine: bool, stop: bool, grads: dict[int, Tensor]
+        self, known: int, seen: int, fine: bool, stop: bool, error: Exception | None, grads: dict[int, Tensor]
     ) -> tuple[int, bool, bool, dict[int, Tensor]]:
-        """Losses are summed over a batch, so gradients of its parts are, too."""
+        """What the parts of a batch come to together. Where something went wrong on one process, all learn of it here.
+
+        Args:
+            known: How many parameters there were before the step; those after them are new.
+            seen: Data in this process's part.
+            fine: Whether its loss and gradients are finite.
+            stop: Whether it was asked to stop.
+            error: What it raised.
+            grads: Its gradients.
+
+        Returns:
+            Of all processes: data, whether all are fine, whether any is to stop, and gradients.
+        """
+        if self.shared < known:  # at first
+            self.ranks.copy_first(self.params[self.shared : known], "parameter")
+        told = [not fine, stop, error is not None, len(self.params) > known]
+        seen_by_all, (wrong, stops, failed, late), whole = self._summed(range(known), seen, told, grads)
+        if failed:
+            with self.ranks.together():
+                if error is not None:
+                    raise error
+        if late and not wrong:
+            self.ranks.copy_first(self.params[known:], "parameter made in a later step")
+            whole |= self._summed(range(known, len(self.params)), seen, [], grads)[2]
+        self.shared = len(self.params)
+        return seen_by_all, not wrong, stops > 0, whole
+
+    def _summed(
+        self, numbers: range, seen: int, told: list[bool], grads: dict[int, Tensor]
+    ) -> tuple[int, list[float], dict[int, Tensor]]:
+        """Losses are summed over a batch, so gradients of its parts are, too; with what is told, by one exchange."""
         # A plate that scales a part up to all the data does so on each process: there, the parts are averaged.
-        scale = seen if self.verified.subsampled_from else 1
-        dense = [grads[n] * scale if n in grads else torch.zeros_like(p) for n, p in enumerate(self.params)]
-        said = [seen, not fine, stop, *(n in grads for n in range(len(self.params)))]
-        kind = max((p.dtype for p in self.params), key=lambda dtype: dtype.itemsize)
-        told = torch.tensor(said, dtype=kind, device=self.batches.device)
-        told, *dense = self.ranks.sums([told, *(grad.to(kind) for grad in dense)])
-        all_seen, wrong, stops, *present = told.tolist()
-        divisor = all_seen if self.verified.subsampled_from else 1
-        kept = [n for n, count in enumerate(present) if count]
-        return int(all_seen), wrong > 0, stops > 0, {n: (dense[n] / divisor).to(self.params[n].dtype) for n in kept}
+        averaged = self.verified.subsampled_from is not None
+        params = [self.params[n] for n in numbers]
+        kind = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)  # counts are exact to 2^24
+        said = torch.tensor([seen, *told, *(n in grads for n in numbers)], dtype=kind, device=self.batches.device)
+        dense = [grads.get(n, torch.zeros_like(p)).to(said) for n, p in zip(numbers, params, strict=True)]
+        said, *dense = self.ranks.sums([said, *(grad * seen if averaged else grad for grad in dense)])
+        seen_by_all, *counts = said.tolist()
+        divisor = seen_by_all if averaged else 1
+        summed = {
+            n: torch.empty_like(p).copy_(grad / divisor)  # in the layout that the optimizer's kernel takes for granted
+            for n, p, grad, present in zip(numbers, params, dense, counts[len(told) :], strict=True)
+            if present
+        }
+        return int(seen_by_all), counts[: len(told)], summed
 
 
 class _ProductsAlone(TorchFunctionMode):

@@ -23,7 +23,7 @@ from pvae.isolation import Program, isolated, resolve_seed
 from pvae.svi import engine, objectives, passes
 from pvae.svi.batches import Batches, Transform
 from pvae.svi.checkpoints import check_plain
-from pvae.svi.pairs import Pair, named_tensors
+from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
 from pvae.svi.resuming import begun, check_same_run, noise_put_back, opened, outside
 from pvae.svi.signals import Stop, heeded
@@ -139,6 +139,8 @@ def fit(
     make_scheduler, schedule = _scheduled(scheduler, lr, checkpoint)
     objective, ranks = objectives.resolve(objective), processes.resolve(distributed)
     resolve_seed(seed)
+    if callback is not None and not callable(callback):
+        raise ArgumentError(f"callback must be a function of one dict, got {callback!r}.")
     if resume == "auto" and checkpoint is None:
         raise ArgumentError("resume='auto' needs a folder to go on from: pass checkpoint=.")
 
@@ -168,10 +170,11 @@ def fit(
         }
         ranks.agree(**arguments, epochs=epochs, kl_weights=kl_weights, patience=patience, capture=capture)
         if saved is not None:
-            check_same_run(saved, named_tensors(pair.modules, state["params"]), arguments, kl_weights, epochs)
+            check_same_run(saved, pair, state, arguments, kl_weights, epochs)
 
         environment = {"device": str(pair.device), "threads": torch.get_num_threads(), "ranks": ranks.count}
-        plan = Plan(epochs, kl_weights, patience, arguments, environment | storage.versions())
+        environment |= {"compiled": capture, **storage.versions()}
+        plan = Plan(epochs, kl_weights, patience, arguments, environment)
         with (
             isolated(pair.modules, seed=ranks.seed(seed), device=pair.device, training=True, params=state) as store,
             noise_put_back(),
@@ -186,13 +189,15 @@ def fit(
             made = make_scheduler(step.optimizer)
             training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair.modules, ranks)
             if saved is not None:
+                saved.warn_of_another_place(environment)
                 training.restore(saved)
             if folder is not None:
+                training.check_names()
                 folder.rewrite_history(training.records)
             try:
                 why = training.run(stop, folder, callback, progress)
             except NumericalError as error:
-                raise _explained(error, training, lr) from None
+                raise _explained(error, training) from None
             finally:
                 step.forget_gradients()
             result = _result(training, store, pair.device, seed, why, stop)
@@ -212,12 +217,14 @@ def _positive(name: str, value: Any) -> float:
 
 def _kl_weights(kl_weight: Any, epochs: int) -> list[float] | None:
     """The weight of each epoch, or none where it is always 1."""
+    if not callable(kl_weight) and kl_weight == 1:
+        return None
     weights: list[Any] = [kl_weight(epoch) if callable(kl_weight) else kl_weight for epoch in range(1, epochs + 1)]
     for epoch, weight in enumerate(weights, 1):
         if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= float(weight) < math.inf:
             where = f" for epoch {epoch}" if callable(kl_weight) else ""
             raise ArgumentError(f"kl_weight must be a number of at least 0, or give one; got {weight!r}{where}.")
-    return None if not callable(kl_weight) and kl_weight == 1 else [float(weight) for weight in weights]
+    return [float(weight) for weight in weights]
 
 
 def _patience(patience: int | None, validation: Data | None) -> int | None:
@@ -270,8 +277,9 @@ def _scheduled(
 # --- what fit gives back -------------------------------------------------------------------------------------------
 
 
-def _explained(error: NumericalError, training: Training, lr: float) -> NumericalError:
-    last = "No checkpoint was written." if training.last is None else f"The last good checkpoint is {training.last}."
+def _explained(error: NumericalError, training: Training) -> NumericalError:
+    last = "There is no checkpoint." if training.last is None else f"The last good checkpoint is {training.last}."
+    lr = float(training.step.optimizer.param_groups[0]["lr"])
     return NumericalError(
         f"training stopped at epoch {training.done + 1}, {error}. {last} "
         f"Try a smaller lr than {lr:g}, clip_norm, or rescale the data."

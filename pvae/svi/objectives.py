@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pvae.checks import base_distribution, check_pair, check_supports, density_sites, observed
-from pvae.errors import ArgumentError, ProgramError
+from pvae.errors import ArgumentError, ProgramError, PVAEError
 from pvae.isolation import Program
 
 __all__ = [
@@ -178,7 +178,18 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
     for role, program in (("model", model), ("guide", guide)):
         _check_signature(role, program, batch)
     with torch.no_grad(), pyro.validation_enabled(True):
-        model_trace, guide_trace = _traces(model, guide, batch)
+        try:
+            model_trace, guide_trace = _traces(model, guide, batch)
+        except PVAEError:
+            raise
+        except (RuntimeError, ValueError) as error:  # torch's, of shapes, and Pyro's, of values; both say much
+            if isinstance(error.__cause__, PVAEError):
+                raise
+            shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in batch)
+            raise ProgramError(
+                f"the model and the guide do not run on a batch of {shapes}: {str(error).splitlines()[0]} "
+                "Do the data have the shape and the values that they expect?"
+            ) from error
     sites: dict[str, Any] = {**guide_trace.nodes, **model_trace.nodes}
     check_pair(density_sites(model_trace.nodes), density_sites(guide_trace.nodes), strict=False)
     _check_names(sites)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.params.param_store import ParamStoreDict
+from torch.distributions import constraints
 
 from pvae import ranks as processes
 from pvae import storage
@@ -62,6 +63,7 @@ def load_checkpoint(
     pair = Pair.of(model, guide, data, device)
     batches = pair.batches("data", data, 256, transform=transform)
     _, state = pair.verified(batches, None, 0, None)
+    _add_unconstrained(saved, state)
     _raise_differences(saved, saved.differences(named_tensors(pair.modules, state["params"])))
     with isolated(pair.modules, seed=0, device=pair.device, params=state) as store:
         begun(pair, store, saved, processes.ALONE)
@@ -91,10 +93,11 @@ def opened(path: Any, resume: str, ranks: Ranks) -> Iterator[tuple[Folder | None
 
 
 def check_same_run(
-    saved: Saved, tensors: Mapping[str, Any], arguments: Mapping[str, Any], kl_weights: Any, epochs: int
+    saved: Saved, pair: Pair, state: Any, arguments: Mapping[str, Any], kl_weights: Any, epochs: int
 ) -> None:
     """Raises where a checkpoint is not of a run that is called as this one, with all that differs."""
-    differences = saved.differences(tensors, arguments)
+    _add_unconstrained(saved, state)
+    differences = saved.differences(named_tensors(pair.modules, state["params"]), arguments)
     before = saved.config["kl_weights"]
     if (kl_weights or [])[: len(before)] != before or bool(before) != bool(kl_weights):
         differences.append(f"kl_weight was {before or 1.0!r} in its epochs, and is {(kl_weights or 1.0)!r} now")
@@ -104,6 +107,18 @@ def check_same_run(
             f"epochs={epochs}, and the checkpoint in {saved.folder} already has {saved.epoch}. Pass at least as many; "
             "load_checkpoint only loads."
         )
+
+
+def _add_unconstrained(saved: Saved, state: Any) -> None:
+    """Adds parameters to the store's state that a run of the pair does not make: those of an objective, or made late.
+
+    Only the programs know the constraint of one that has any.
+    """
+    real = constraints.real
+    for name, constraint in saved.training["constraints"].items():
+        if name not in state["params"] and constraint == repr(real):
+            state["params"][name] = saved.weights[f"param/{name}"].clone().requires_grad_()
+            state["constraints"][name] = real
 
 
 def _raise_differences(saved: Saved, differences: Sequence[str]) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from pvae.errors import CheckpointError
-from pvae.isolation import noise, set_noise
+from pvae.isolation import noise, outside_modules, set_noise
 from pvae.ranks import Ranks
 from pvae.svi import objectives
 from pvae.svi.checkpoints import Folder, Saved
@@ -46,7 +48,7 @@ class Plan:
     arguments: Mapping[str, Any]
     environment: Mapping[str, Any]
 
-    @property
+    @cached_property
     def settled(self) -> int:
         """The first epoch from which the weight no longer changes: epochs before are compared with none."""
         weights = self.kl_weights or [1.0]
@@ -74,6 +76,7 @@ class Training:
         self.plan, self.passes, self.validation, self.scheduler = plan, passes, validation, scheduler
         self.tensors, self.modules, self.ranks = tensors, modules, ranks
         self.step = passes.step
+        self.step.names = tensors
         self.curve = "elbo" if objectives.is_elbo(self.step.objective) and not plan.kl_weights else "objective"
         names = [self.curve]
         names += ["validation_elbo"] if validation else []
@@ -125,7 +128,7 @@ class Training:
                     return "signal"
                 with self.ranks.together():
                     if self.ranks.first:
-                        record = self.records[-1]
+                        record = {"epoch": self.done, **{name: values[-1] for name, values in self.history.items()}}
                         if folder is not None:
                             folder.append_history(record)
                         if callback is not None:
@@ -179,18 +182,23 @@ class Training:
                 self.last = folder.write(self.saved(noises, totals))
         self._saved = (self.done, self.passes.steps)
 
+    def check_names(self) -> None:
+        """Raises `CheckpointError` where something is trained that has no name in a checkpoint."""
+        known = {id(t) for t in self.tensors().values()}
+        for param in self.step.params:
+            if id(param) not in known:
+                raise CheckpointError(
+                    f"a parameter of shape {tuple(param.shape)} is trained, and cannot be in a checkpoint: it belongs "
+                    "to a module that was not found in the model or the guide. Make the module an attribute of what "
+                    "holds the program, or a variable that the program uses."
+                )
+
     def saved(self, noises: list[Any], totals: list[float]) -> Saved:
         """All of it, as a checkpoint holds it."""
+        self.check_names()
         tensors = self.tensors()
         places = {id(t): name for name, t in tensors.items()}
-        optimizer = self.step.optimizer
-        unnamed = [p for p in self.step.params if id(p) not in places]
-        if unnamed:
-            raise CheckpointError(
-                f"a parameter of shape {tuple(unnamed[0].shape)} is trained, and cannot be in a checkpoint: it belongs "
-                "to a module that was not found in the model or the guide. Make the module an attribute of what holds "
-                "the program, or a variable that the program uses."
-            )
+        optimizer, store = self.step.optimizer, pyro.get_param_store()
         training = {
             "epoch": self.done,
             "steps": self.passes.steps,
@@ -202,6 +210,7 @@ class Training:
             "lr": float(optimizer.param_groups[0]["lr"]),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "noise": noises,
+            "constraints": {n: repr(store._constraints[n]) for n in outside_modules(store)["params"]},
             "memory": [c.memory() if c else None for c in self._captured()],
         }
         config = {
@@ -236,6 +245,7 @@ class Training:
         self.passes.begin(total, training["seen"], training["steps"])
         self.seconds, self.last = training["seconds"], saved.folder
         self._saved = (self.done, self.passes.steps)
+        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  (what schedulers look for)
         if same_ranks:
             self._set_noise(training["noise"][self.ranks.number])
 
