@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
+import os
+import pwd
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import pvae
 from pvae import datasets
 from pvae.errors import ArgumentError, DataError, DatasetError
 
@@ -191,6 +197,42 @@ def test_swapped_labels_are_noticed(small_mnist):
         datasets.mnist(small_mnist)
 
 
+def test_labels_in_another_order_are_noticed(small_mnist):
+    path = small_mnist / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    content = path.read_bytes()
+    path.write_bytes(content[:8] + bytes(sorted(content[8:])))
+    with pytest.raises(DatasetError, match="train-labels-idx1-ubyte has the MD5"):
+        datasets.mnist(small_mnist)
+
+
+@pytest.mark.parametrize("file", range(4))
+def test_one_bit_in_any_file_is_noticed(small_mnist, file):
+    path = small_mnist / "MNIST" / "raw" / datasets._MNIST[file].name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=f"{path.name} has the MD5"):
+        datasets.mnist(small_mnist)
+
+
+def test_any_bit_of_a_gz_is_noticed_or_means_nothing(small_mnist):
+    """Some bits of its header, such as the time of packing, say nothing of the data."""
+    raw, file = small_mnist / "MNIST" / "raw", datasets._MNIST[3]
+    labels = datasets._read(raw, file)
+    packed = gzip.compress((raw / file.name).read_bytes(), mtime=0)
+    (raw / file.name).unlink()
+    noticed = 0
+    for bit in range(8 * len(packed)):
+        damaged = bytearray(packed)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (raw / f"{file.name}.gz").write_bytes(damaged)
+        try:
+            assert torch.equal(datasets._read(raw, file), labels)
+        except DatasetError:
+            noticed += 1
+    assert noticed > 8 * (len(packed) - 10)  # all but some of the ten bytes of the header
+
+
 @pytest.mark.parametrize("content", [b"<html>", gzip.compress(b"x" * 1000, mtime=0)[:20]], ids=["html", "half"])
 def test_html_or_half_a_gz_is_named(small_mnist, content):
     path = small_mnist / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
@@ -264,6 +306,114 @@ def test_a_damaged_download_is_never_installed(source, tmp_path_factory):
     assert not list((root / "MNIST" / "raw").iterdir())
 
 
+@pytest.mark.parametrize(
+    "error, match",
+    [
+        (AssertionError(), "AssertionError"),  # torchvision's, of a page in place of a file
+        (http.client.IncompleteRead(b"", 7), "IncompleteRead"),
+        (zlib.error("invalid distance"), "invalid distance"),
+        (EOFError("ended before the end-of-stream marker"), "ended before"),
+    ],
+)
+def test_whatever_a_download_fails_of(source, error, match, tmp_path_factory):
+    fake, _ = source
+    fake.error = error
+    with pytest.raises(DatasetError, match=rf"downloading it failed: .*{match}.*PVAE_DATA"):
+        datasets.mnist(tmp_path_factory.mktemp("cache"))
+
+
+SLOW_TORCHVISION = """
+import os, time
+from pathlib import Path
+
+source, marks, fast = Path(os.environ["SOURCE"]), Path(os.environ["MARKS"]), os.environ["ROLE"] == "fast"
+
+def wait_for(mark):
+    end = time.monotonic() + 60
+    while not (marks / mark).exists():
+        if time.monotonic() > end:
+            raise RuntimeError(f"waited in vain for {mark}")
+        time.sleep(0.01)
+
+class MNIST:
+    def __init__(self, root, download):
+        folder = Path(root) / "MNIST" / "raw"
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {folder / path.name: path.read_bytes() for path in source.iterdir()}
+        files = {path: path.open("wb") for path in contents}
+        for path, file in files.items():
+            file.write(contents[path] if fast else contents[path][:1000])
+            file.flush()
+        if fast:
+            wait_for("half")
+        else:
+            (marks / "half").touch()
+            wait_for("done")
+        for path, file in files.items():
+            file.write(b"" if fast else contents[path][1000:])
+            file.close()
+"""
+
+PREPARES = """
+import hashlib, os
+from pathlib import Path
+from pvae import datasets
+
+source = Path(os.environ["SOURCE"])
+shapes = ((60, 28, 28), (60,), (20, 28, 28), (20,))
+md5 = lambda name: hashlib.md5((source / name).read_bytes()).hexdigest()
+datasets._MNIST = tuple(datasets._File(f.name, md5(f.name), s) for f, s in zip(datasets._MNIST, shapes))
+data = datasets.mnist(binarization="none")
+tensors = (data.train_x, data.train_y, data.test_x, data.test_y)
+print(*(hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in tensors))
+if os.environ["ROLE"] == "fast":
+    (Path(os.environ["MARKS"]) / "done").touch()
+"""
+
+
+def test_two_processes_may_prepare_one_folder(small_mnist, tmp_path_factory):
+    """One begins to download while the other is about to look at what it has, and ends when that one is done."""
+    tmp = tmp_path_factory.mktemp("two")
+    fake, marks, cache = tmp / "fake" / "torchvision", tmp / "marks", tmp / "cache"
+    for folder in (fake, marks):
+        folder.mkdir(parents=True)
+    (fake / "__init__.py").write_text("")
+    (fake / "datasets.py").write_text(SLOW_TORCHVISION)
+    source = small_mnist / "MNIST" / "raw"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(fake.parent), str(Path(pvae.__file__).parents[1])]),
+        "PVAE_DATA": str(cache),
+        "SOURCE": str(source),
+        "MARKS": str(marks),
+    }
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", PREPARES],
+            env={**environment, "ROLE": role},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for role in ("fast", "slow")
+    ]
+    results = [run.communicate() for run in runs]
+    data = datasets.mnist(small_mnist, "none")
+    tensors = (data.train_x, data.train_y, data.test_x, data.test_y)
+    expected = [hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in tensors]
+    assert [(out.split(), errors) for out, errors in results] == [(expected, "")] * 2
+    assert [path.name for path in cache.iterdir()] == ["MNIST"]
+    written = {path.name: path.read_bytes() for path in (cache / "MNIST" / "raw").iterdir()}
+    assert written == {path.name: path.read_bytes() for path in source.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["sklearn.datasets", "sklearn.model_selection"])
+def test_without_scikit_learn_the_digits_say_so(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DatasetError, match="digits come with scikit-learn, which cannot be imported"):
+        datasets.digits()
+
+
 def test_without_torchvision_the_error_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     with pytest.raises(DatasetError, match="torchvision cannot be imported"):
@@ -274,6 +424,25 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DatasetError, match="file"):
         datasets.mnist(tmp_path / "file" / "below")
+
+
+def test_a_folder_that_cannot_be_looked_into(small_mnist):
+    with pytest.raises(DatasetError, match="would download to"):
+        datasets.mnist(small_mnist / ("x" * 300))  # too long for a file system
+
+
+def test_a_home_that_nobody_has(small_mnist, monkeypatch):
+    """As in a container that runs under a number without a name."""
+
+    def nobody(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for variable in ("HOME", "PVAE_DATA", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(DatasetError, match=r"~/\.cache/pvae is in nobody's home: set PVAE_DATA"):
+        datasets.mnist()
+    assert len(datasets.mnist(small_mnist, "none").train_x) == 60
 
 
 def test_fresh_bits_have_the_probabilities_asked_for():

@@ -311,8 +311,28 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_parameter(bits):
     def objective(model, guide, x):
         return Trace_ELBO().differentiable_loss(model, guide, x) + (pair.encoder[0].weight * 0).sqrt().sum()
 
-    with pytest.raises(pvae.NumericalError, match="a gradient is not finite: that of encoder.0.weight"):
+    with pytest.raises(pvae.NumericalError, match=r"a gradient is not finite: that of encoder\.0\.weight"):
         fit(pair, bits, objective=objective)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+@pytest.mark.parametrize("raw", [-200.0, 200.0])
+def test_such_a_scale_in_the_batch_that_is_tried_is_named_too(raw, bits):
+    pair = Scaled()
+    with pytest.raises(pvae.NumericalError, match=r"before .* the log-density of 'latent' of the guide"):
+        fit(pair, (bits, torch.full((300,), raw)))
+
+
+@pytest.mark.parametrize("transform", [lambda x: x[:3], lambda x: x.numpy(), lambda x: None, lambda x: x.sum()])
+def test_a_transform_that_does_not_keep_the_data_is_refused(transform, bits):
+    with pytest.raises(pvae.ArgumentError, match=r"transform must make a tensor, .* of the 64 data of a batch; it made"):
+        fit(ModulePair(), bits, transform=transform)
+
+
+def test_losses_of_float64_models_are_float64(bits):
+    """1e30 squared is more than float32 holds."""
+    vae = pvae.VAE.mlp(6, 2, [8], "gaussian").double()
+    assert math.isfinite(fit(vae, bits.double() * 1e25, epochs=1, validation=bits.double() * 1e25).history["elbo"][0])
 
 
 def test_weights_that_overflow_in_an_update_are_not_saved(bits, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pvae.checks import check_supports
+from pvae.errors import ArgumentError, DataError
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream
 
@@ -69,7 +70,14 @@ def _transformed(transform: Transform | None, rows: Rows) -> Rows:
     if transform is None:
         return rows
     changed = transform(*rows)
-    return changed if isinstance(changed, tuple) else (changed,)
+    changed = changed if isinstance(changed, tuple) else (changed,)
+    if not all(isinstance(t, Tensor) and t.dim() and len(t) == len(rows[0]) for t in changed):
+        came = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in changed)
+        raise ArgumentError(
+            f"transform must make a tensor, or a tuple of tensors, of the {len(rows[0])} data of a batch; it made "
+            f"{came}."
+        )
+    return changed
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class Streamed:
 
     def shuffled(self, epoch: int, begin: int = 0) -> Iterator[Rows]:
         """The batches of a pass from one of them on, as they are; a part may have no rows."""
-        batches = self.stream.batches(epoch, begin)
+        batches = self._read(epoch, begin)
         while True:
             try:
                 rows = next(batches, None)
@@ -184,26 +192,38 @@ class Streamed:
                 raise
             if rows is None:
                 return
-            yield self._moved(rows)
+            yield rows
 
     def in_order(self) -> Iterator[Rows]:
         """Batches with every datum once among all processes, as they are."""
-        return self.shuffled(0)
+        return self._read(0)
 
     def first(self) -> Rows:
         """One batch, transformed; the same on all processes."""
         alone = replace(self, stream=self.stream.alone())
-        return self.transformed(*next(alone.shuffled(0)))
+        return self.transformed(*next(alone._read(0)))
 
     def transformed(self, *rows: Tensor) -> Rows:
         """A batch as programs see it."""
         return _transformed(self.transform, rows)
 
+    def _read(self, epoch: int, begin: int = 0) -> Iterator[Rows]:
+        for number, rows in self.stream.batches(epoch, begin):
+            with self.stream.named(number):
+                moved = self._moved(rows)
+            yield moved
+
     def _moved(self, rows: Rows) -> Rows:
-        rows = tuple(t.to(self.device, self.dtype if t.is_floating_point() else None) for t in rows)
+        moved = tuple(t.to(self.device, self.dtype if t.is_floating_point() else None) for t in rows)
+        changed = [t for t, before in zip(moved, rows, strict=True) if t.dtype != before.dtype]
+        if not all(t.isfinite().all() for t in changed):
+            raise DataError(
+                f"the data are too large for the parameters' {self.dtype}. Rescale the data, or give the parameters "
+                "their dtype."
+            )
         if self.transform is None and len(rows[0]):
-            check_supports(self.observed, rows)
-        return rows
+            check_supports(self.observed, moved)
+        return moved
 
     def fingerprint(self) -> str:
         """Of what is known of a stream: its type and its lengths."""

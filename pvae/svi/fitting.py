@@ -25,7 +25,7 @@ from pvae.svi.batches import Batches, Transform
 from pvae.svi.checkpoints import check_plain
 from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
-from pvae.svi.resuming import begun, check_same_run, noise_put_back, opened, outside
+from pvae.svi.resuming import begun, check_same_run, opened, outside
 from pvae.svi.signals import Stop, heeded
 from pvae.svi.training import Callback, Plan, Training
 from pvae.svi.validation import Validation
@@ -175,10 +175,7 @@ def fit(
         environment = {"device": str(pair.device), "threads": torch.get_num_threads(), "ranks": ranks.count}
         environment |= {"compiled": capture, **storage.versions()}
         plan = Plan(epochs, kl_weights, patience, arguments, environment)
-        with (
-            isolated(pair.modules, seed=ranks.seed(seed), device=pair.device, training=True, params=state) as store,
-            noise_put_back(),
-        ):
+        with isolated(pair.modules, seed=ranks.seed(seed), device=pair.device, training=True, params=state) as store:
             tensors = begun(pair, store, saved, ranks)
             options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
             options |= {"weighted": kl_weights is not None, "ranks": ranks}

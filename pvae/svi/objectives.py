@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pvae.checks import base_distribution, check_pair, check_supports, density_sites, observed
-from pvae.errors import ArgumentError, ProgramError, PVAEError
+from pvae.errors import ArgumentError, NumericalError, ProgramError, PVAEError
 from pvae.isolation import Program
 
 __all__ = [
@@ -99,7 +99,7 @@ def loss_and_grads(
             loss.backward()
     if not isinstance(loss, int | float | Tensor) or (isinstance(loss, Tensor) and loss.dim()):
         raise ArgumentError(f"objective must give one loss, got {loss!r} from {type(objective).__name__}.")
-    return torch.as_tensor(loss, device=batch[0].device).detach().double(), params
+    return torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device).detach(), params
 
 
 class _WeightedLatents(Messenger):
@@ -157,7 +157,7 @@ _TORCH = str(Path(torch.__file__).parent)
 
 def validation_loss(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Tensor:
     """Minus the ELBO of one batch, in nats summed over it, whatever the objective of training is."""
-    return torch.as_tensor(Trace_ELBO().loss(model, guide, *batch), device=batch[0].device)
+    return torch.as_tensor(Trace_ELBO().loss(model, guide, *batch), dtype=torch.float64, device=batch[0].device)
 
 
 def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> Verified:
@@ -185,6 +185,12 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
         except (RuntimeError, ValueError) as error:  # torch's, of shapes, and Pyro's, of values; both say much
             if isinstance(error.__cause__, PVAEError):
                 raise
+            with pyro.validation_enabled(False):
+                found = not_finite(model, guide, batch)
+            if found:
+                raise NumericalError(
+                    f"before the first step, {found}. Bound what its parameters come from, such as a log-scale."
+                ) from None
             shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in batch)
             raise ProgramError(
                 f"the model and the guide do not run on a batch of {shapes}: {str(error).splitlines()[0]} "

@@ -16,14 +16,14 @@ from pvae import ranks as processes
 from pvae import storage
 from pvae.checks import Data
 from pvae.errors import ArgumentError, CheckpointError, one_of
-from pvae.isolation import Program, isolated, noise, outside_modules, set_noise
+from pvae.isolation import Program, isolated, outside_modules
 from pvae.ranks import Ranks
 from pvae.svi.batches import Transform
 from pvae.svi.checkpoints import Folder, Saved
 from pvae.svi.pairs import Pair, named_tensors
 from pvae.svi.results import FitResult
 
-__all__ = ["begun", "check_same_run", "load_checkpoint", "noise_put_back", "opened", "outside"]
+__all__ = ["begun", "check_same_run", "load_checkpoint", "opened", "outside"]
 
 
 def load_checkpoint(
@@ -142,14 +142,6 @@ def begun(pair: Pair, store: ParamStoreDict, saved: Saved | None, ranks: Ranks) 
         buffers = [b for module in pair.modules for b in module.buffers()]
         ranks.copy_first([*tensors().values(), *buffers])
     return tensors
-
-
-@contextmanager
-def noise_put_back() -> Iterator[None]:
-    """Going on from a checkpoint sets Python's and NumPy's random numbers, which a transform may use."""
-    before = noise()
-    yield
-    set_noise((torch.get_rng_state(), *before[1:]))
 
 
 def outside(store: ParamStoreDict) -> tuple[dict[str, Any], Any]:
