@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pyro
 import pytest
@@ -118,3 +124,71 @@ def test_compiled_svi_on_the_gpu(bits):
         svi = cls(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
         losses.append([svi.step(bits.cuda()) for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_run_on_the_gpu_goes_on_bit_for_bit_and_on_the_cpu_with_a_warning(compile, bits, tmp_path):
+    """Stopped at an epoch's end and, where steps are single, within one."""
+    x = bits[torch.arange(32 * 40 + 7) % len(bits)]
+    whole = pvae.VAE.mlp(6, 2, [8])
+    stopped = copy.deepcopy(whole)
+    options = {"epochs": 4, "batch_size": 32, "lr": 0.01, "progress": False, "compile": compile, "validation": bits}
+    options |= {
+        "transform": pvae.datasets.fresh_bits,
+        "clip_norm": 50.0,
+        "kl_weight": lambda epoch: min(1.0, epoch / 3),
+    }
+    options |= {"scheduler": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)}
+    reference = pvae.fit(whole.model, whole.guide, x, device="cuda", **options)
+
+    def stop(record):
+        if record["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = pvae.fit(stopped.model, stopped.guide, x, device="cuda", checkpoint=tmp_path, callback=stop, **options)
+    assert first.stopped == "signal"
+    folder = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    other = pvae.VAE.mlp(6, 2, [8])
+    result = pvae.fit(other.model, other.guide, x, device="cuda", checkpoint=tmp_path, resume="auto", **options)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), other.parameters(), strict=True))
+    assert result.history["validation_elbo"].tolist() == reference.history["validation_elbo"].tolist()
+    with pytest.warns(UserWarning, match="device was 'cuda:0' and is 'cpu' now"):
+        cpu = pvae.VAE.mlp(6, 2, [8])
+        pvae.fit(cpu.model, cpu.guide, x, device="cpu", checkpoint=folder, resume="auto", **options)
+
+
+def test_a_vae_saved_on_the_gpu_is_loaded_on_the_cpu(bits, tmp_path):
+    vae = pvae.VAE.mlp(6, 2, [8]).cuda()
+    vae.save(tmp_path / "model")
+    loaded = pvae.VAE.load(tmp_path / "model")
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(vae.parameters(), loaded.parameters(), strict=True))
+
+
+def test_out_of_memory_halves_the_chunk(bits, caplog):
+    vae = pvae.VAE.mlp(6, 2, [8])
+    options = {"num_samples": 2**22, "device": "cuda", "proposal": "guide"}
+    free = torch.cuda.mem_get_info()[0]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + 2**28) / free))
+    try:
+        estimate = pvae.log_evidence(vae.model, vae.guide, bits[:4], chunk_size=2**24, **options)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "beginning again with chunks" in caplog.text
+    assert estimate.log_px.isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_make_one_report(tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "mnist_svi.py"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(example),
+        "--cuda",
+    ]
+    command += ["--dataset", "digits", "--epochs", "3", "--num-samples", "20", "--output-dir", str(tmp_path)]
+    assert subprocess.run(command, timeout=300).returncode == 0
+    assert (tmp_path / "report.json").exists()

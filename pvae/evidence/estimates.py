@@ -22,6 +22,7 @@ __all__ = ["KHAT_LIMIT", "EvidenceEstimate"]
 KHAT_LIMIT = 0.7
 """Above this k-hat neither an estimate nor its standard error can be trusted (Vehtari et al., 2024)."""
 
+_MAX_ROUNDING = 0.1  # nats
 _MIN_ESS = 20  # with fewer, a datum's error is a guess, and its k-hat may be low by luck
 
 
@@ -38,6 +39,7 @@ class EvidenceEstimate:
         target_std_error: The standard error asked for, nats per datum, if one was.
         merged_seeds: Those of the runs that `merge` joined with this.
         diagnostics: What the proposal found out on the way, by name, shape ``(N,)`` each, such as ``"acceptance"``.
+        precision: Machine epsilon of the numbers that densities were computed in.
     """
 
     sums: WeightSums
@@ -48,6 +50,7 @@ class EvidenceEstimate:
     target_std_error: float | None = None
     merged_seeds: tuple[int, ...] = ()
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
+    precision: float = 0.0
 
     @cached_property
     def log_px(self) -> Tensor:
@@ -129,8 +132,17 @@ class EvidenceEstimate:
 
     @property
     def unreliable(self) -> Tensor:
-        """Which data have a k-hat above 0.7, or none at all; bool, shape ``(N,)``."""
-        return ~(self.khat <= KHAT_LIMIT)
+        """Which data have a k-hat above 0.7, or none at all, or log-weights too large to be told apart; bool, shape
+        ``(N,)``.
+        """
+        return ~(self.khat <= KHAT_LIMIT) | (self.rounding > _MAX_ROUNDING)
+
+    @property
+    def rounding(self) -> Tensor:
+        """How finely a log-weight of this size can be told from others, nats, shape ``(N,)``: coarse rounding makes
+        weights look equal.
+        """
+        return self.precision * self.log_px.abs() if self.precision else torch.zeros_like(self.log_px)
 
     @property
     def unresolved(self) -> Tensor:
@@ -142,9 +154,12 @@ class EvidenceEstimate:
     @property
     def withheld(self) -> list[str]:
         """Why `interval` gives none, for each datum; empty strings where it does."""
+        numbers = (self.khat.tolist(), self.samples.tolist(), self.ess.tolist(), self.rounding.tolist())
         return [
-            _reason(k, n, KHAT_LIMIT) or (f"only {ess:.1f} effective samples of {_MIN_ESS}" if ess < _MIN_ESS else "")
-            for k, n, ess in zip(self.khat.tolist(), self.samples.tolist(), self.ess.tolist(), strict=True)
+            _too_coarse(rounding)
+            or _reason(k, n, KHAT_LIMIT)
+            or (f"only {ess:.1f} effective samples of {_MIN_ESS}" if ess < _MIN_ESS else "")
+            for k, n, ess, rounding in zip(*numbers, strict=True)
         ]
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -183,6 +198,8 @@ class EvidenceEstimate:
 
         The limit for `mean_khat` is ``min(1 - 1 / log10 K, 0.7)``, averaged likewise where data took different K.
         """
+        if coarse := _too_coarse(self.rounding.max().item()):
+            return coarse
         limits = 1 - 1 / self.samples.clamp(min=MIN_SAMPLES_FOR_KHAT).double().log10()
         return _reason(self.mean_khat, int(self.samples.min()), self._shared_out(limits.clamp(max=KHAT_LIMIT)))
 
@@ -234,6 +251,7 @@ class EvidenceEstimate:
             self.target_std_error,
             tuple(sorted(mine | theirs)),
             self.diagnostics,
+            max(self.precision, other.precision),
         )
 
     def to_dataset(self) -> xarray.Dataset:
@@ -267,6 +285,9 @@ class EvidenceEstimate:
         bad, unresolved = int(self.unreliable.sum()), int(self.unresolved.sum())
         if self.num_samples < MIN_SAMPLES_FOR_KHAT:
             return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples: how far to trust this is not known"
+        if coarse := _too_coarse(self.rounding.max().item()):
+            count = int((self.rounding > _MAX_ROUNDING).sum())
+            return f"{count} of {self.num_data} data are unreliable: {coarse}"
         if self.target_std_error is not None and unresolved:
             return (
                 f"{unresolved} of {self.num_data} data are unresolved: {bad} have k-hat > {KHAT_LIMIT}, the others a "
@@ -287,6 +308,12 @@ def _quantile(level: float, freedom: Tensor) -> Tensor:
     from scipy.special import stdtrit
 
     return torch.as_tensor(stdtrit(freedom.numpy(), (1 + level) / 2))
+
+
+def _too_coarse(rounding: float) -> str:
+    if rounding <= _MAX_ROUNDING:
+        return ""
+    return f"log-weights of this size are rounded to {rounding:.1g} nats; convert model and data to float64"
 
 
 def _reason(khat: float, num_samples: int, limit: float) -> str:
