@@ -130,11 +130,13 @@ class Captured:
     def memory(self) -> dict[str, Any]:
         """What decides when shapes are captured and compiled, as plain values: what `recall` takes."""
         now = {known.name: [known.runs, known.graph_runs] for known in self._known.values()}
-        return {"first": self._first, "runs": self._recalled | now}
+        ends = {"changes": self._changes, "given_up": self.given_up}
+        return {"first": self._first, "runs": self._recalled | now, **ends}
 
     def recall(self, memory: dict[str, Any]) -> None:
         """Goes on as a process would that has the memory: compiled and uncompiled graphs differ in rounding."""
         self._first, self._recalled = memory["first"], dict(memory["runs"])
+        self._changes, self.given_up = memory["changes"], memory["given_up"]
 
     def look(self) -> None:
         """Forgets all graphs if anything that the function can see has changed."""

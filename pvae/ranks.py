@@ -56,30 +56,38 @@ class Ranks:
         parts = flat.split([t.numel() for t in tensors])
         return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
-    def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Gives every process's tensors the first one's values, in place."""
+    def copy_first(self, tensors: Sequence[Tensor], name: str = "tensor") -> None:
+        """Gives every process's tensors the first one's values, bit for bit and in place.
+
+        Args:
+            tensors: As many as on the other processes, in the same order.
+            name: What to call them in an error.
+
+        Raises:
+            RankError: They are not of the same shapes on all processes.
+        """
         if self.count == 1:
             return
+        # Else what arrives would be cut off, or end the process.
+        self.agree(**{f"{name} {n}": f"{t.dtype}{list(t.shape)}" for n, t in enumerate(tensors, 1)})
         with torch.no_grad(), self._in_contact():
             for tensor in tensors:
-                values = tensor.detach().contiguous()
-                dist.broadcast(values, 0)
-                if values.data_ptr() != tensor.data_ptr():
-                    tensor.copy_(values)
+                if not tensor.numel():
+                    continue
+                sent = tensor.detach().reshape(-1).view(torch.uint8)  # of any dtype
+                dist.broadcast(sent, 0)
+                if sent.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
 
     def gathered(self, thing: T) -> list[T]:
         """Every process's thing, in the order of their numbers, on all of them."""
-        if self.count == 1:
-            return [thing]
-        things: list[Any] = [None] * self.count
-        with self._in_contact():
-            dist.all_gather_object(things, thing)
-        return things
+        return self._gathered("gathered", thing)
 
     def from_first(self, thing: T) -> T:
         """The first process's thing."""
         if self.count == 1:
             return thing
+        self._gathered("from_first", None)
         things: list[Any] = [thing]
         with self._in_contact():
             dist.broadcast_object_list(things, 0)
@@ -87,7 +95,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return any(self.gathered(flag))
+        return any(self._gathered("any", flag))
 
     def agree(self, **values: Any) -> None:
         """Raises `RankError` on all processes where they were not called alike.
@@ -95,35 +103,60 @@ class Ranks:
         Args:
             values: What has to be the same, by name.
         """
-        for number, others in enumerate(self.gathered(values)):
-            wrong = [f"{name} is {others[name]!r} on rank {number}, {values[name]!r} on rank {self.number}"
-                     for name in values if others[name] != values[name]]  # fmt: skip
-            if wrong:
-                raise RankError(f"all ranks must be called alike: {'; '.join(wrong)}.")
+        everyone = self._gathered("agree", values)
+        names = {name: None for theirs in everyone for name in theirs}
+        wrong = [
+            f"{name} is {', '.join(f'{theirs.get(name)!r} on rank {rank}' for rank, theirs in enumerate(everyone))}"
+            for name in names
+            if any(theirs.get(name) != everyone[0].get(name) for theirs in everyone)
+        ]
+        if wrong:
+            raise RankError(f"all ranks must be called alike: {'; '.join(wrong[:10])}.")
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that one process does for all: where it raises there, all raise."""
+        """A block that one process does for all, or each for itself: where it raises on one, it does so on all."""
         error = None
         try:
             yield
+        except RankError:
+            raise  # all know already, or are out of reach
         except Exception as caught:
             error = caught
-        failed = [text for text in self.gathered(None if error is None else str(error)) if text is not None]
-        if error is not None:
-            raise error
-        if failed:
-            raise RankError(f"another rank stopped: {failed[0]}")
+        said = None if error is None else f"{type(error).__name__}: {error}"
+        try:
+            everyone = self._gathered("together", said)
+        finally:
+            if error is not None:
+                raise error  # whatever became of the others
+        for rank, text in enumerate(everyone):
+            if text is not None:
+                raise RankError(f"rank {rank} stopped, and with it all others: {text}")
+
+    def _gathered(self, call: str, thing: T) -> list[T]:
+        """As `gathered`. A call that meets another one on another process would wait for what never comes."""
+        if self.count == 1:
+            return [thing]
+        things: list[Any] = [None] * self.count
+        with self._in_contact():
+            dist.all_gather_object(things, (call, thing))
+        if len({theirs for theirs, _ in things}) > 1:
+            raise RankError(
+                "the ranks are not at the same place: each has to make the same calls of pvae, in the same order. A "
+                "call on one of them alone needs distributed=False."
+            )
+        return [thing for _, thing in things]
 
     @contextmanager
     def _in_contact(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:
-            first_line = str(error).strip().splitlines()[0]
+        except Exception as error:  # of another process's making, it may be anything
+            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise RankError(
-                f"rank {self.number} of {self.count} lost contact with another one, which has died or hangs: "
-                f"{first_line}. Look for the first error among the ranks."
+                f"rank {self.number} of {self.count} lost contact with another one, which has died, hangs or does "
+                f"something else: {first_line}. Look for the first error among the ranks. A call on one of them alone "
+                "needs distributed=False."
             ) from error
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,9 +24,11 @@ __all__ = [
     "MANIFEST",
     "SCHEMA",
     "DamagedError",
+    "append",
     "check_writable",
     "exclusive",
     "holds_set",
+    "own_files",
     "put",
     "read",
     "versions",
@@ -73,10 +75,12 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
             path = folder / name
             if path.exists():  # of the set in force, or somebody else's
                 path = folder / f"{path.stem}-{digest[:12]}{path.suffix}"
-            put(path, content)
+            _put(path, content)
             entries[name] = {"file": path.name, "bytes": len(content), "sha256": digest}
         manifest: dict[str, Any] = {"schema": SCHEMA, "versions": versions(), "files": entries}
         manifest["sha256"] = _digest_of(manifest)
+        _flush_folder(folder)  # the files' names, before the one that tells of them
+        _flush_folder(folder.parent)
         put(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
         for name in before - {entry["file"] for entry in entries.values()}:
             (folder / name).unlink(missing_ok=True)
@@ -103,6 +107,13 @@ def read(folder: Path) -> dict[str, bytes]:
                     raise  # else another process replaced the set meanwhile
 
 
+def own_files(folder: Path, names: Iterable[str]) -> list[Path]:
+    """The files in a folder that sets of such names, whole or not, have left there."""
+    patterns = [MANIFEST, f"*{_TEMPORARY}"]
+    patterns += [p for n in names for p in (n, f"{Path(n).stem}-{'[0-9a-f]' * 12}{Path(n).suffix}")]
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+
+
 def holds_set(folder: Path) -> bool:
     """Whether there is a set of files in force, damaged or not."""
     return (folder / MANIFEST).is_file()
@@ -110,6 +121,20 @@ def holds_set(folder: Path) -> bool:
 
 def put(path: Path, content: bytes) -> None:
     """Writes one file so that it has the old content or the new one, whatever happens."""
+    with _clearly(path.parent):
+        _put(path, content)
+        _flush_folder(path.parent)
+
+
+def append(path: Path, content: bytes) -> None:
+    """Adds to the end of a file, on the disk."""
+    with _clearly(path.parent), open(path, "ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _put(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
@@ -121,7 +146,6 @@ def put(path: Path, content: bytes) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
 
 
 def check_writable(folder: Path) -> None:

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from pvae.checks import as_tensors
 from pvae.errors import DataError
@@ -25,19 +35,26 @@ from pvae.ranks import ALONE, Ranks
 
 __all__ = ["Stream", "is_stream"]
 
+Rows = tuple[Tensor, ...]
+
+_END = object()
+
 
 def is_stream(data: Any) -> bool:
-    """Whether data are to be read batch by batch. Those of a ``TensorDataset`` are in memory anyway."""
-    return isinstance(data, Dataset | DataLoader) and not isinstance(data, TensorDataset)
+    """Whether data are to be read batch by batch. A ``TensorDataset`` is in memory, if its items are its rows."""
+    if isinstance(data, TensorDataset):
+        return type(data).__getitem__ is not TensorDataset.__getitem__
+    return isinstance(data, Dataset | DataLoader)
 
 
 class Stream:
     """Batches read from a ``Dataset`` or a ``DataLoader``.
 
-    A dataset is read in this process, in an order drawn for each pass or, to evaluate it, as it is. A loader is taken
-    as it is, with its sampler and its workers; its shuffling follows ``seed``. Of several processes each takes its part
-    of every batch (to evaluate: every so many batches), unless the loader has a ``DistributedSampler``, which deals out
-    the data itself.
+    A dataset is read in this process, in an order drawn for each pass or, to evaluate it, as it is. A loader is used
+    with its sampler, its batches and its workers; shuffling and random numbers, those of generators that it was given
+    included, follow ``seed``. For that its workers are started for each pass, and give batches in order. Of several
+    processes each takes its part of every batch (to evaluate: every so many batches), unless the loader has a
+    ``DistributedSampler``, which deals out the data itself.
 
     Args:
         name: What to call the data in an error.
@@ -45,7 +62,12 @@ class Stream:
         batch_size: For a dataset.
         seed: Of the order, and of random numbers drawn in reading.
         ranks: The processes that read it.
-        evaluated: Whether every datum has to come once, in an order that the caller knows.
+        evaluated: Whether every datum has to come once.
+
+    Attributes:
+        num_data: In one pass, of all processes; ``None`` where that is not known.
+        steps: Batches in one pass, where that is known.
+        drawn_by: What draws the data in an order that may not be the dataset's, by its class; empty if nothing does.
 
     Raises:
         DataError: There are no data, or they cannot be read in the way that is asked for.
@@ -55,55 +77,44 @@ class Stream:
         self, name: str, data: Any, batch_size: int, seed: int, ranks: Ranks, *, evaluated: bool = False
     ) -> None:
         self.name, self.data, self.batch_size, self.seed, self.ranks = name, data, batch_size, seed, ranks
-        self.evaluated = evaluated
-        self.loader = data if isinstance(data, DataLoader) else None
+        self.evaluated, self.dealt, self.drawn_by = evaluated, False, ""
+        self.loader = _reproducible(data) if isinstance(data, DataLoader) else None
         if isinstance(data, IterableDataset):
             raise DataError(
                 f"{name} is an IterableDataset, which only a DataLoader makes batches of: pass "
                 "torch.utils.data.DataLoader(dataset, batch_size=...)."
             )
-        self.num_data = _length(data if self.loader is None else data.dataset)
-        self.steps = -(-self.num_data // batch_size) if self.loader is None and self.num_data is not None else None
         if self.loader is not None:
-            self.steps = _length(self.loader)
-            sampler = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
-            self.dealt = isinstance(sampler, DistributedSampler)
-            self._look_at_the_loader(sampler)
+            self._look_at(self.loader)
+        elif (length := _length(data)) is not None:
+            self.num_data, self.steps = length, -(-length // batch_size)
         else:
-            self.dealt = False
-            if self.num_data is None:
-                raise DataError(
-                    f"{name} is a {type(data).__name__} without a length. Give it __len__, or a DataLoader."
-                )
+            raise DataError(f"{name} is a {type(data).__name__} without a length. Give it __len__, or a DataLoader.")
         if self.num_data == 0 or self.steps == 0:
-            raise DataError(f"{name} is empty: it gives no batch. Pass some data.")
+            raise DataError(f"{name} is empty: it gives no batch. Pass some data, or a loader without drop_last=True.")
 
-    def batches(self, epoch: int, begin: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """This process's batches of one pass, checked, where the data are.
+    def batches(self, epoch: int, begin: int = 0) -> Iterator[tuple[int, Rows]]:
+        """This process's batches of one pass, checked, where the data are, each with its number from 1 on.
 
         Args:
-            epoch: Number of the pass, on which its order depends.
+            epoch: Number of the pass, on which its order depends; 0 for a dataset as it is.
             begin: How many batches to leave out at its beginning.
 
         Raises:
-            DataError: A batch is no tensor or sequence of tensors, or holds nan or infinite entries.
+            DataError: A batch is no tensor or sequence of tensors, or holds nan or infinite entries; or there is none.
         """
-        reading = _Noise(self.seed, epoch)
-        loader, generator = self._loader(epoch, begin), self.loader.generator if self.loader is not None else None
-        with _restored(generator):
-            if generator is not None:
-                generator.manual_seed(_derived(self.seed, epoch, generator.initial_seed()))
-            with reading.drawn():
-                iterator = iter(loader)
-            number = 0 if self.loader is not None else begin
-            while True:
-                with reading.drawn():
-                    batch = next(iterator, None)
-                if batch is None:
-                    return
-                number += 1
-                if number > begin and self._ours(number):
-                    yield self._part(as_tensors(f"batch {number} of {self.name}", _sequence(batch)))
+        for source in self._sources:
+            if hasattr(source, "set_epoch"):
+                source.set_epoch(epoch)
+        return self._of_dataset(epoch, begin) if self.loader is None else self._of_loader(self.loader, epoch, begin)
+
+    @contextmanager
+    def named(self, number: int) -> Iterator[None]:
+        """A block in which a `DataError` is about a batch, and says so."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"batch {number} of {self.name}: {error}") from None
 
     def alone(self) -> Stream:
         """The same for this process alone."""
@@ -111,106 +122,205 @@ class Stream:
         stream.ranks = ALONE
         return stream
 
-    def _loader(self, epoch: int, begin: int) -> Any:
-        if self.loader is not None:
-            sampler = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
-            if isinstance(sampler, DistributedSampler):
-                sampler.set_epoch(epoch)
-            return self.loader
+    @property
+    def _sources(self) -> tuple[Any, ...]:
+        """The dataset, and a loader's samplers."""
+        loader = self.loader
+        return (self.data,) if loader is None else (loader.dataset, loader.batch_sampler, _sampler(loader))
+
+    def _of_dataset(self, epoch: int, begin: int) -> Iterator[tuple[int, Rows]]:
         length = self.num_data or 0
-        order = torch.arange(length)
-        if not self.evaluated:
+        order = None
+        if epoch and not self.evaluated:
             order = torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(length))
-        batches = [rows.tolist() for rows in order.split(self.batch_size)[begin:]]
-        return DataLoader(self.data, batch_sampler=batches)
+        for number in range(begin, self.steps or 0):
+            if self.evaluated and number % self.ranks.count != self.ranks.number:
+                continue
+            rows = torch.arange(number * self.batch_size, min((number + 1) * self.batch_size, length))
+            rows = rows if order is None else order[rows]
+            ours = rows if self.evaluated else self.ranks.part(rows)
+            # Each batch has noise of its own, so that one need not be read for the sake of the next.
+            with _Noise(self.seed, epoch, number, self.ranks.number).drawn():
+                batch = self._collated((ours if len(ours) else rows[:1]).tolist())
+            yield number + 1, tuple(t[: len(ours)] for t in self._tensors(number + 1, batch))
 
-    def _ours(self, number: int) -> bool:
-        return not self.evaluated or self.dealt or (number - 1) % self.ranks.count == self.ranks.number
+    def _collated(self, rows: list[int]) -> Any:
+        fetch = getattr(self.data, "__getitems__", None)
+        return default_collate(fetch(rows) if fetch else [self.data[row] for row in rows])
 
-    def _part(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.evaluated or self.dealt or self.ranks.count == 1:
-            return batch
-        return tuple(self.ranks.part(t) for t in batch)
-
-    def _look_at_the_loader(self, sampler: Any) -> None:
-        """Says so where a sampler leaves data out or repeats them, which the caller may not expect."""
-        loader: Any = self.loader
-        if self.num_data is None or isinstance(loader.dataset, IterableDataset):
-            return
-        drawn, what = _length(sampler), "its sampler"
-        if self.dealt and drawn is not None:
-            drawn, what = drawn * sampler.num_replicas, "its DistributedSampler"
-            if sampler.num_replicas != self.ranks.count:
-                raise DataError(
-                    f"{self.name} has a DistributedSampler for {sampler.num_replicas} processes, and there are "
-                    f"{self.ranks.count}. Pass the dataset, or a loader without it: each process then takes its part."
-                )
-        size, drop_last = loader.batch_size, loader.drop_last
-        if size is None and loader.batch_sampler is not None:
-            size, drop_last = (getattr(loader.batch_sampler, n, None) for n in ("batch_size", "drop_last"))
-        dropped = drawn % size if drawn is not None and drop_last and size else 0
-        if drawn is not None and drawn > self.num_data and self.evaluated:
+    def _of_loader(self, loader: DataLoader[Any], epoch: int, begin: int) -> Iterator[tuple[int, Rows]]:
+        ranks, seen, number = self.ranks, 0, 0
+        for number, batch in enumerate(self._read(loader, epoch), 1):
+            ours = not self.evaluated or self.dealt or (number - 1) % ranks.count == ranks.number
+            if number > begin and ours:
+                rows = self._tensors(number, batch)
+                seen += len(rows[0])
+                whole = self.evaluated or self.dealt
+                place = (number - 1) * ranks.count + ranks.number + 1 if self.dealt else number
+                yield place, rows if whole else tuple(ranks.part(t) for t in rows)
+        if not number:
             raise DataError(
-                f"{self.name}: {what} pads {self.num_data} data to {drawn}, so that some would count twice. Pass the "
-                "dataset, or a loader without it: each process then takes its part."
+                f"{self.name} gave no batch in pass {epoch}. An iterable dataset has to begin anew in each __iter__."
+            )
+        if not begin and ranks.count == 1 and self.num_data not in (None, seen):
+            self._warn([f"{seen} data came in a pass, and by its length there are {self.num_data}"])
+
+    def _read(self, loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
+        """A loader's batches as it gives them."""
+        found = [getattr(source, "generator", None) for source in (loader, *self._sources[1:])]
+        reading = _Noise(self.seed, epoch, generators=[g for g in found if isinstance(g, torch.Generator)])
+        with reading.drawn():
+            iterator = iter(loader)
+        with _Workers() as workers:
+            try:
+                while True:
+                    with reading.drawn(), workers.heard():
+                        batch = next(iterator, _END)
+                    if batch is _END:
+                        return
+                    yield batch
+            finally:
+                # An error holds on to the iterator; workers that wait for the garbage collector end seconds later.
+                getattr(iterator, "_shutdown_workers", bool)()
+
+    def _tensors(self, number: int, batch: Any) -> Rows:
+        """A batch as a tuple of tensors, from the lists that are made of tuples."""
+        return as_tensors(f"batch {number} of {self.name}", tuple(batch) if isinstance(batch, list) else batch)
+
+    def _look_at(self, loader: DataLoader[Any]) -> None:
+        """Finds out how many data come, and says so where a sampler leaves some out or repeats them."""
+        sampler = _sampler(loader)
+        there, iterable = _length(loader.dataset), isinstance(loader.dataset, IterableDataset)
+        what, copies = type(loader.batch_sampler if sampler is None else sampler).__name__, 1
+        in_order = iterable or isinstance(sampler, SequentialSampler)
+        if isinstance(sampler, DistributedSampler):
+            self.dealt, copies = True, sampler.num_replicas
+            in_order = copies == 1 and not sampler.shuffle
+            if copies != self.ranks.count:
+                raise DataError(
+                    f"{self.name} has a DistributedSampler for {copies} processes, and there are {self.ranks.count}. "
+                    "Pass the dataset, or a loader without it: each process then takes its part."
+                )
+        self.drawn_by = "" if in_order else what
+        each = there if iterable else _length(sampler)
+        size = getattr(loader.batch_sampler, "batch_size", None)
+        drops = bool(size and getattr(loader.batch_sampler, "drop_last", False))
+        drawn = None if each is None else each * copies
+        dropped = each % size * copies if drops and size and each is not None else 0
+        self.steps = _length(loader)
+        # Of items that are batches their number alone is known.
+        self.num_data = None if drawn is None or loader.batch_sampler is None else drawn - dropped
+
+        repeated = drawn is not None and there is not None and drawn > there
+        if self.evaluated and (repeated or getattr(sampler, "replacement", False)):
+            how = f"pads {there} data to {drawn}" if self.dealt else f"may draw one of {there} data more than once"
+            raise DataError(
+                f"{self.name}: its {what} {how}, so that some would count twice. Pass the dataset, or a loader that "
+                "gives each once."
             )
         said = []
-        if drawn is not None and drawn != self.num_data:
-            verb = "pads" if self.dealt and drawn > self.num_data else "drops" if self.dealt else "draws"
-            amount = f"{self.num_data} data to {drawn}" if verb == "pads" else f"{drawn} of {self.num_data} data"
-            amount = f"{self.num_data - drawn} of {self.num_data} data" if verb == "drops" else amount
-            said.append(f"{what} {verb} {amount} in each pass")
+        if drawn is not None and there is not None and drawn != there:
+            verb = f"pads {there} data to {drawn}" if self.dealt and repeated else f"draws {drawn} of {there} data"
+            said.append(f"its {what} {verb} in each pass")
         if dropped:
             said.append(f"the loader drops the last {dropped} of {drawn} data in each pass (drop_last=True)")
-        if self.evaluated and not isinstance(sampler, SequentialSampler | DistributedSampler):
-            said.append("the loader shuffles, so that results are in the order in which it gave the data")
+        elif drops and drawn is None:
+            said.append("the loader drops a last batch that is not full (drop_last=True)")
+        self._warn(said)
+
+    def _warn(self, said: Sequence[str]) -> None:
         if said:
-            warnings.warn(f"{self.name}: {'; '.join(said)}.", stacklevel=4)
+            warnings.warn(f"{self.name}: {'; '.join(said)}.", stacklevel=6)
 
 
 class _Noise:
-    """Random numbers for reading data, of all the generators that a dataset may use."""
+    """Random numbers for reading data, of all the generators that a dataset or a sampler may use."""
 
-    def __init__(self, *seeds: int) -> None:
-        seed = _derived(*seeds)
-        generator = torch.Generator().manual_seed(seed)
-        python = random.Random(seed)
-        numpy = np.random.RandomState(seed % 2**32)
-        self.states: Any = generator.get_state(), python.getstate(), numpy.get_state()
+    def __init__(self, *seeds: int, generators: Sequence[torch.Generator] = ()) -> None:
+        self.generators = list({id(g): g for g in generators}.values())
+        drawn = np.random.SeedSequence(seeds).generate_state(1 + len(self.generators), np.uint64) >> np.uint64(1)
+        seed, *others = drawn.tolist()
+        state = torch.Generator().manual_seed(seed).get_state()
+        numbers = state, random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state()
+        own = zip(self.generators, others, strict=True)
+        self.states: Any = numbers, [torch.Generator(g.device).manual_seed(s).get_state() for g, s in own]
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """A block that draws them; the process's own are put back."""
-        outside = noise()
-        set_noise(self.states)
+        """A block that draws them; those of the process and of the generators are put back."""
+        outside = self._now()
+        self._set(self.states)
         try:
             yield
         finally:
-            self.states = noise()
-            set_noise(outside)
+            self.states = self._now()
+            self._set(outside)
 
+    def _now(self) -> Any:
+        return noise(), [generator.get_state() for generator in self.generators]
 
-@contextmanager
-def _restored(generator: torch.Generator | None) -> Iterator[None]:
-    state = None if generator is None else generator.get_state()
-    try:
-        yield
-    finally:
-        if generator is not None and state is not None:
+    def _set(self, states: Any) -> None:
+        set_noise(states[0])
+        for generator, state in zip(self.generators, states[1], strict=True):
             generator.set_state(state)
 
 
-def _derived(*seeds: int) -> int:
-    return int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> np.uint64(1))
+class _Workers:
+    """A block in which torch's news that a worker has died, an error in a signal handler, waits until data are read.
+
+    Else it would be raised wherever the process happens to be, such as in the middle of an update.
+    """
+
+    def __init__(self) -> None:
+        self.before: Any = None
+        self.error: RuntimeError | None = None
+        self.reading = False
+
+    def __enter__(self) -> _Workers:
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            self.before = signal.getsignal(signal.SIGCHLD)
+            if callable(self.before):
+                signal.signal(signal.SIGCHLD, self._died)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if callable(self.before) and signal.getsignal(signal.SIGCHLD) == self._died:
+            signal.signal(signal.SIGCHLD, self.before)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """A block that reads."""
+        if self.error is not None:
+            raise self.error
+        self.reading = True
+        try:
+            yield
+        finally:
+            self.reading = False
+
+    def _died(self, number: int, frame: Any) -> None:
+        try:
+            self.before(number, frame)
+        except RuntimeError as error:
+            if self.reading:
+                raise
+            self.error = error
+
+
+def _reproducible(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The loader, where batches come in order from workers whose random numbers do not go on from pass to pass."""
+    loader = copy.copy(loader)
+    vars(loader).update(persistent_workers=False, in_order=True)  # past DataLoader's own guard
+    return loader
+
+
+def _sampler(loader: DataLoader[Any]) -> Any:
+    """What a loader draws its data by, one by one; ``None`` where its batches have an order of their own."""
+    return loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
 
 
 def _length(thing: Any) -> int | None:
     try:
         return len(thing)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
-
-
-def _sequence(batch: Any) -> Any:
-    """A batch as a tensor or a tuple, from the lists that loaders make of tuples."""
-    return tuple(batch) if isinstance(batch, list) else batch

@@ -7,10 +7,13 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,7 @@ import pvae
 from pvae import storage
 from pvae.svi import engine, load_checkpoint
 from pvae.svi.checkpoints import Folder
+from pvae.svi.validation import Validation
 
 
 class Bare:
@@ -133,8 +137,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(step, options, bits, tmp_pat
     interrupt(step)
     first = fit(stopped, grey, checkpoint=tmp_path / "run", **options)
     assert (first.stopped, first.signal) == ("signal", signal.SIGTERM)
-    assert len(first.history["elbo" if "elbo" in first.history else "objective"]) == step // 5
-    before = caller_state()
+    assert len(first.history["elbo" if "elbo" in first.history else "objective"]) == (step - 1) // 5
+    assert first.checkpoint.name == f"epoch-{(step - 1) // 5:06d}-step-{(step - 1) % 5 + 1:07d}"
     other = pvae.VAE.mlp(6, 2, [8])  # as a new process would begin
     before = caller_state()
     result = fit(other, grey, checkpoint=tmp_path / "run", resume="auto", **options)
@@ -207,6 +211,107 @@ def test_random_numbers_of_python_and_numpy_go_on_too(bits, tmp_path, interrupt)
     assert outside == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
 
 
+SCHEDULES = {
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.05, total_steps=7),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.001, 0.05, step_size_up=2),
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=1.0),
+    "sequence": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.ConstantLR(o, 0.1, 2), torch.optim.lr_scheduler.MultiStepLR(o, [1, 2])], [2]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_kind_of_schedule_goes_on_bit_for_bit(name, bits, tmp_path, interrupt):
+    whole = ModulePair()
+    stopped, options = copy.deepcopy(whole), {"scheduler": SCHEDULES[name], "epochs": 6}
+    reference = fit(whole, bits, **options)
+    interrupt(13)
+    fit(stopped, bits, checkpoint=tmp_path, **options)
+    other = ModulePair()
+    assert_same((other, fit(other, bits, checkpoint=tmp_path, resume="auto", **options)), (whole, reference))
+
+
+def test_a_value_that_changes_each_epoch_goes_on_bit_for_bit(bits, tmp_path):
+    """After eight changes a run is no longer captured; one that goes on must know."""
+
+    class Tempered(ModulePair):
+        beta = 1.0
+
+        def guide(self, x):
+            pyro.module("encoder", self.encoder)
+            with pyro.plate("data", len(x)):
+                loc, raw = self.encoder(x).chunk(2, -1)
+                pyro.sample("latent", dist.Normal(loc, raw.exp() * self.beta).to_event(1))
+
+    def train(pair, stop=None, **options):
+        def change(record):
+            pair.beta = 1.0 + record["epoch"] / 100
+            if record["epoch"] == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fit(pair, bits, epochs=12, compile=True, callback=change, validation=None, **options)
+
+    whole = Tempered()
+    stopped, other = copy.deepcopy(whole), Tempered()
+    reference = train(whole)
+    assert train(stopped, 10, checkpoint=tmp_path).stopped == "signal"
+    other.beta = stopped.beta
+    assert_same((other, train(other, checkpoint=tmp_path, resume="auto")), (whole, reference))
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_that_goes_on(bits, tmp_path):
+    def early(x):
+        if not list(tmp_path.glob("epoch-*")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return x
+
+    whole = ModulePair()
+    stopped, options = copy.deepcopy(whole), {"kl_weight": lambda epoch: min(1.0, epoch / 3), "transform": early}
+    first = fit(stopped, bits, checkpoint=tmp_path, **options)
+    assert (first.stopped, first.checkpoint.name) == ("signal", "epoch-000000")
+    reference = fit(whole, bits, **options)
+    other = ModulePair()
+    assert_same((other, fit(other, bits, checkpoint=tmp_path, resume="auto", **options)), (whole, reference))
+
+
+def test_a_run_within_an_epoch_is_not_one_without_it(bits, tmp_path, interrupt):
+    interrupt(13)
+    fit(ModulePair(), bits, checkpoint=tmp_path)
+    with pytest.raises(
+        pvae.ArgumentError, match=r"epochs=2, and the checkpoint in .* already has 2, and is within epoch 3"
+    ):
+        fit(ModulePair(), bits, epochs=2, checkpoint=tmp_path, resume="auto")
+
+
+def test_what_a_callback_draws_does_not_change_training(bits):
+    alone, watched = ModulePair(), ModulePair()
+    watched.load_state_dict(alone.state_dict())
+
+    def draws(record):
+        nn.Linear(2, 2)
+        random.random()
+        np.random.rand()  # noqa: NPY002
+
+    assert_same((alone, fit(alone, bits)), (watched, fit(watched, bits, callback=draws)))
+
+
+def test_an_epoch_is_not_lost_for_its_callback(bits, tmp_path):
+    def callback(record):
+        if record["epoch"] == 3:
+            raise ConnectionError("the server is gone")
+
+    whole, pair, other = ModulePair(), ModulePair(), ModulePair()
+    pair.load_state_dict(whole.state_dict())
+    with pytest.raises(ConnectionError):
+        fit(pair, bits, checkpoint=tmp_path, callback=callback)
+    assert Folder(tmp_path).newest().epoch == 3
+    assert_same((other, fit(other, bits, checkpoint=tmp_path, resume="auto")), (whole, fit(whole, bits)))
+
+
 def test_a_fresh_seed_is_gone_on_with(bits, tmp_path):
     pair = ModulePair()
     first = fit(pair, bits, seed=None, epochs=1, checkpoint=tmp_path)
@@ -260,6 +365,40 @@ def test_a_signal_in_validation_or_a_callback_is_heeded_at_the_epochs_end(bits, 
     assert result.checkpoint == tmp_path / "epoch-000002"
 
 
+def test_a_signal_in_a_nested_fit_is_for_both(bits):
+    inner = []
+
+    def callback(record):
+        taken = {"callback": lambda record: os.kill(os.getpid(), signal.SIGTERM)}
+        inner.append(fit(ModulePair(), bits, **taken))
+
+    outer = fit(ModulePair(), bits, callback=callback)
+    assert [inner[0].stopped, outer.stopped] == ["signal", "signal"]
+    assert len(outer.history["elbo"]) == 1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_during_validation_leaves_it(bits, tmp_path, monkeypatch):
+    """The steps of the epoch are saved, and what follows them is done when the run goes on."""
+    whole = ModulePair()
+    stopped, other = copy.deepcopy(whole), ModulePair()
+    reference = fit(whole, bits, validation=bits)
+    seen, original = [], Validation._isolated
+
+    def isolated(self):
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "_isolated", isolated)
+        first = fit(stopped, bits, validation=bits, checkpoint=tmp_path)
+    assert first.checkpoint.name == "epoch-000001-step-0000005"
+    result = fit(other, bits, validation=bits, checkpoint=tmp_path, resume="auto")
+    assert_same((other, result), (whole, reference))
+
+
 def test_other_threads_train_without_handlers(bits):
     results = []
     thread = threading.Thread(target=lambda: results.append(fit(ModulePair(), bits, epochs=1)))
@@ -281,6 +420,7 @@ KILLED = """
 import os, random, signal, sys, time, warnings
 import torch, pvae
 from pvae.svi.checkpoints import Folder
+from pvae.svi.validation import Validation
 
 torch.set_num_threads(1)
 warnings.simplefilter("error")
@@ -420,6 +560,34 @@ def test_pickles_are_refused_even_with_a_manifest_that_vouches_for_them(bits, tm
             path.rmdir() if path.is_dir() else path.unlink()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: [s.update(exp_avg=torch.zeros(1)) for s in t["optimizer"].values()],  # a kernel would write beyond it
+        lambda t: t.update(order=["zz"]),
+        lambda t: t.update(steps=99),
+        lambda t: t.pop("epoch"),
+        lambda t: t.update(epoch=7),
+        lambda t: t.update(noise=[{}]),
+        lambda t: t["noise"][0].update(torch=torch.zeros(3, dtype=torch.uint8)),
+        lambda t: t.update(memory=[{}, None]),
+        lambda t: t.clear(),
+    ],
+)
+def test_states_that_make_no_sense_are_refused_whoever_vouches_for_them(change, bits, tmp_path):
+    run, pair = tmp_path / "run", ModulePair()
+    fit(pair, bits, epochs=2, checkpoint=run)
+    folder = run / "epoch-000002"
+    training = torch.load(folder / "training.pt", weights_only=True)
+    change(training)
+    torch.save(training, tmp_path / "changed.pt")
+    contents = storage.read(folder)
+    storage.write(folder, {**contents, "training.pt": (tmp_path / "changed.pt").read_bytes()})
+    with pytest.warns(UserWarning, match="was not written by pvae.fit.*Going back"):
+        result = fit(ModulePair(), bits, epochs=3, checkpoint=run, resume="auto")
+    assert len(result.history["elbo"]) == 3
+
+
 def test_when_all_are_damaged_it_is_an_error_and_nothing_moves(bits, tmp_path):
     pair = ModulePair()
     fit(pair, bits, checkpoint=tmp_path)
@@ -462,12 +630,15 @@ def test_another_architecture_is_refused_with_the_differences(bits, tmp_path):
         ({"batch_size": 32}, "batch_size was 64"),
         ({"clip_norm": 1.0}, "clip_norm was None and is 1.0 now"),
         ({"precision": "bfloat16"}, "precision was 'float32'"),
-        ({"objective": pyro.infer.TraceMeanField_ELBO()}, r"objective was 'Trace_ELBO\(.*TraceMeanField_ELBO"),
+        ({"objective": pyro.infer.TraceMeanField_ELBO()}, r"objective was '.*Trace_ELBO\(.*TraceMeanField_ELBO"),
         ({"objective": pyro.infer.Trace_ELBO(num_particles=2)}, "num_particles=1.*num_particles=2"),
         ({"transform": lambda x: x}, "transform was None"),
         ({"kl_weight": 0.5}, r"kl_weight was 1.0 in its epochs, and is \[0.5"),
-        ({"scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)}, "is 'ExponentialLR.*gamma=0.9"),
+        ({"scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)}, "is 'ExponentialLR .*gamma.: 0.9"),
         ({"data": torch.ones(300, 6)}, "data was '300 data, [0-9a-f]+' and is '300 data, "),
+        ({"transform": partial(torch.clamp, max=2.0)}, r"is '.*clamp\(max=2.0\)' now"),
+        ({"validation": torch.ones(9, 6)}, "validation was '100 data, [0-9a-f]+' and is '9 data, "),
+        ({"validation": None}, "validation was '100 data, [0-9a-f]+' and is None now"),
         ({"data": torch.ones(20, 6)}, "data was '300 data, [0-9a-f]+' and is '20 data, "),
     ],
 )
@@ -475,8 +646,9 @@ def test_another_run_is_refused_with_the_differences(change, match, bits, tmp_pa
     pair = ModulePair()
     fit(pair, bits, checkpoint=tmp_path)
     before = copy.deepcopy(pair.state_dict())
+    options = {"validation": bits[:100], "epochs": 5, "checkpoint": tmp_path, "resume": "auto", **change}
     with pytest.raises(pvae.CheckpointError, match=match):
-        fit(pair, change.pop("data", bits), epochs=5, checkpoint=tmp_path, resume="auto", validation=None, **change)
+        fit(pair, options.pop("data", bits), **options)
     assert all(torch.equal(before[k], v) for k, v in pair.state_dict().items())
 
 
@@ -511,6 +683,89 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(bits, tmp_path):
     assert len(result.history["elbo"]) == 3
 
 
+def test_another_constraint_is_refused(bits, tmp_path):
+    class Other(Bare):
+        def model(self, x):
+            pyro.param("noise", torch.tensor(1.0), constraint=constraints.interval(0.0, 50.0))
+            super().model(x)
+
+    fit(Bare(), bits, checkpoint=tmp_path)
+    with pytest.raises(pvae.CheckpointError, match=r"the constraint of noise was GreaterThan.* and is Interval"):
+        fit(Other(), bits, epochs=5, checkpoint=tmp_path, resume="auto")
+
+
+# --- what modules may hold ------------------------------------------------------------------------------------------
+
+
+class Holding(ModulePair):
+    """Buffers that are infinite, views of each other, expanded, and empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        self.register_buffer("grid", torch.arange(10.0))
+        self.register_buffer("part", self.grid[:5])
+        self.register_buffer("wide", torch.ones(1).expand(5))
+        self.register_buffer("none", torch.zeros(0))
+
+
+def test_buffers_of_all_kinds_go_on(bits, tmp_path, interrupt):
+    whole = Holding()
+    stopped, other = copy.deepcopy(whole), Holding()
+    interrupt(28)
+    reference = fit(whole, bits)
+    assert fit(stopped, bits, checkpoint=tmp_path).stopped == "signal"
+    assert_same((other, fit(other, bits, checkpoint=tmp_path, resume="auto")), (whole, reference))
+
+
+def unusual(kind):
+    pair = ModulePair()
+    if kind == "sparse":
+        pair.register_buffer("graph", torch.eye(3).to_sparse())
+    elif kind == "complex":
+        pair.register_buffer("wave", torch.zeros(3, dtype=torch.complex128))
+    else:
+        pair.__class__ = type("Extra", (ModulePair,), {"get_extra_state": lambda self: {"some": "thing"}})
+    return pair
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex", "extra"])
+def test_what_a_checkpoint_cannot_hold_is_said_before_training_and_is_no_hindrance_without_one(kind, bits, tmp_path):
+    pair = unusual(kind)
+    fit(pair, bits, epochs=1)
+    before = [p.detach().clone() for p in pair.parameters()]
+    with pytest.raises(pvae.CheckpointError, match=r"(graph|wave|_extra_state)' (is|cannot)"):
+        fit(pair, bits, epochs=1, checkpoint=tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(before, pair.parameters(), strict=True))
+
+
+def test_a_module_of_the_objective_is_found(bits, tmp_path):
+    extra = nn.Linear(6, 1)
+
+    def objective(model, guide, x):
+        pyro.module("extra", extra)
+        return pyro.infer.Trace_ELBO().differentiable_loss(model, guide, x) + extra(x).square().sum()
+
+    before = extra.weight.clone()
+    fit(ModulePair(), bits, objective=objective, checkpoint=tmp_path)
+    assert not torch.equal(before, extra.weight)
+    assert "1.weight" in Folder(tmp_path).newest().weights or "2.weight" in Folder(tmp_path).newest().weights
+
+
+def test_a_bare_nn_parameter_is_a_result(bits, tmp_path):
+    given = nn.Parameter(torch.tensor(0.1))
+
+    class Given(Bare):
+        def guide(self, x):
+            slope = pyro.param("slope", given)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(slope * x.sum(-1), 1.0))
+
+    result = fit(Given(), bits, checkpoint=tmp_path)
+    assert result.params.keys() == {"noise", "slope"}
+    assert result.params["slope"] != 0.1
+
+
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
@@ -530,6 +785,48 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_anything_moves(path,
     with pytest.raises(pvae.CheckpointError, match=f"{path} cannot be used"):
         fit(pair, bits, checkpoint=path)
     assert all(torch.equal(before[k], v) for k, v in pair.state_dict().items())
+
+
+def test_a_relative_folder_stays_where_it_was(bits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    fit(ModulePair(), bits, checkpoint="run", callback=lambda record: os.chdir(tmp_path / "elsewhere"))
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert Folder(tmp_path / "run").newest().epoch == 4
+
+
+def test_what_else_is_in_a_folder_stays(bits, tmp_path):
+    (tmp_path / "epoch-000050").mkdir()
+    (tmp_path / "epoch-000050" / "notes.txt").write_text("mine")
+
+    def picture(record):
+        (tmp_path / f"epoch-{record['epoch'] - 1:06d}" / "samples.png").touch()
+
+    fit(ModulePair(), bits, checkpoint=tmp_path, callback=lambda r: picture(r) if r["epoch"] > 1 else None)
+    assert (tmp_path / "epoch-000050" / "notes.txt").exists()
+    assert all((tmp_path / f"epoch-{n:06d}" / "samples.png").exists() for n in (1, 2, 3))
+    assert Folder(tmp_path).newest().epoch == 4
+    (tmp_path / "epoch-000051").touch()
+    with pytest.raises(pvae.CheckpointError, match="epoch-000051 is in the way"):
+        fit(ModulePair(), bits, epochs=5, checkpoint=tmp_path, resume="auto")
+
+
+def test_a_folder_that_is_taken_away_is_a_clear_error(bits, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(pvae.CheckpointError, match="run cannot be used"):
+        fit(ModulePair(), bits, checkpoint=run, transform=lambda x: (shutil.rmtree(run, ignore_errors=True), x)[1])
+
+
+def test_a_checkpoints_own_folder_can_be_loaded(bits, tmp_path):
+    pair, other = ModulePair(), ModulePair()
+    result = fit(pair, bits, checkpoint=tmp_path)
+    assert_same((other, load_checkpoint(result.checkpoint, other.model, other.guide, bits)), (pair, result))
+
+
+@pytest.mark.parametrize("path", [3, True, ["a"], b"abc", "", "~nosuchuser/x"])
+def test_a_path_that_is_none_is_refused(path, bits):
+    with pytest.raises(pvae.ArgumentError, match="checkpoint"):
+        fit(ModulePair(), bits, checkpoint=path)
 
 
 def test_arguments_of_checkpoints_are_checked(bits, tmp_path):

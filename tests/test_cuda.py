@@ -152,8 +152,8 @@ def test_a_run_on_the_gpu_goes_on_bit_for_bit_and_on_the_cpu_with_a_warning(comp
     result = pvae.fit(other.model, other.guide, x, device="cuda", checkpoint=tmp_path, resume="auto", **options)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), other.parameters(), strict=True))
     assert result.history["validation_elbo"].tolist() == reference.history["validation_elbo"].tolist()
+    cpu = pvae.VAE.mlp(6, 2, [8])
     with pytest.warns(UserWarning, match="device was 'cuda:0' and is 'cpu' now"):
-        cpu = pvae.VAE.mlp(6, 2, [8])
         pvae.fit(cpu.model, cpu.guide, x, device="cpu", checkpoint=folder, resume="auto", **options)
 
 

@@ -165,7 +165,7 @@ def test_a_plateau_is_one_of_the_validation_elbo(bits):
 
 def curves(monkeypatch, values):
     values = iter(values)
-    monkeypatch.setattr("pvae.svi.validation.Validation.__call__", lambda self: next(values))
+    monkeypatch.setattr("pvae.svi.validation.Validation.__call__", lambda self, epoch: next(values))
 
 
 def test_patience_ends_training(bits, monkeypatch, tmp_path):
@@ -189,9 +189,29 @@ def test_patience_waits_for_the_warm_up(bits, monkeypatch):
     assert len(result.history["seconds"]) == 7
 
 
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_a_validation_elbo_that_is_nan_warns_and_is_never_the_best(bits, monkeypatch, tmp_path):
+    pair = ModulePair()
+    curves(monkeypatch, [1.0, 2.0, math.nan, 5.0, 6.0, 7.0])
+    result = fit(pair, bits, epochs=6, validation=bits, patience=3, checkpoint=tmp_path)
+    assert result.stopped == "epochs"
+    assert len(load_checkpoint(tmp_path, pair.model, pair.guide, bits, which="best").history["seconds"]) == 6
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines[2]["validation_elbo"] is None
+    monkeypatch.undo()
+    gaussian = pvae.VAE.mlp(6, 2, [8], "gaussian")
+    held_out = torch.cat([bits, torch.full((1, 6), 1e30)])
+    with pytest.warns(
+        UserWarning, match="epoch 1: the loss of a batch of validation data is (inf|nan): .*'x' of the model"
+    ):
+        fit(gaussian, bits, epochs=1, validation=held_out)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"start": "x"}, "start must be what an earlier fit returned"),
+        ({"kl_weight": np.ones(3)}, "kl_weight must be"),
         ({"patience": 3}, "pass validation="),
         ({"patience": 0, "validation": torch.zeros(3, 6)}, "patience must be a whole number of at least 1"),
         ({"clip_norm": 0}, "clip_norm must be a positive number, got 0"),
@@ -325,7 +345,9 @@ def test_such_a_scale_in_the_batch_that_is_tried_is_named_too(raw, bits):
 
 @pytest.mark.parametrize("transform", [lambda x: x[:3], lambda x: x.numpy(), lambda x: None, lambda x: x.sum()])
 def test_a_transform_that_does_not_keep_the_data_is_refused(transform, bits):
-    with pytest.raises(pvae.ArgumentError, match=r"transform must make a tensor, .* of the 64 data of a batch; it made"):
+    with pytest.raises(
+        pvae.ArgumentError, match=r"transform must make a tensor, .* of the 64 data of a batch; it made"
+    ):
         fit(ModulePair(), bits, transform=transform)
 
 

@@ -33,6 +33,8 @@ __all__ = ["log_evidence", "log_weights"]
 logger = logging.getLogger("pvae")
 
 _MAX_SAMPLES = 100_000
+# What errors say that have no class of their own.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 T = TypeVar("T")
 
@@ -95,6 +97,7 @@ def log_evidence(
         ProgramError: No plate over the data, sites outside of it, latent sites that differ, a guide with point masses,
             or latents that the proposal cannot move, such as discrete ones.
         NumericalError: A log-weight is nan or ``+inf``.
+        MemoryError: There is none for even one draw of one datum.
 
     Source: Rezende, Mohamed and Wierstra, 2014, Stochastic Backpropagation and Approximate Inference in Deep
     Generative Models, appendix E; Burda, Grosse and Salakhutdinov, 2015, Importance Weighted Autoencoders.
@@ -191,7 +194,9 @@ class _Task(NamedTuple):
             capture = _to_capture(self.compile, session, self.proposal, self.num_samples)
             size = (chunk_size or _default_chunk_size(session, self.proposal)) >> halvings
             if not size:
-                raise MemoryError("log_evidence: there is no memory for even one draw of one datum at a time")
+                raise MemoryError("there is no memory for even one draw of one datum at a time")
+            if halvings:
+                logger.warning("out of memory: beginning again with chunks of chunk_size=%d", size)
             draws = _Draws(session, self.proposal, size, capture, bar)
             done = []
             for number, block in session.blocks():
@@ -205,15 +210,17 @@ def _with_the_memory_there_is(work: Callable[[int], T]) -> T:
 
     The work raises `MemoryError` where there is nothing left to halve.
     """
-    halvings = 0
+    halvings, cause = 0, None
     while True:
         try:
             return work(halvings)
-        except RuntimeError as error:  # memory of the CPU has no class of its own
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        except MemoryError as error:
+            raise error from cause
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not any(said in str(error) for said in _OUT_OF_MEMORY):
                 raise
+            cause = error.with_traceback(None)  # without the frames, which hold on to memory
         halvings += 1
-        logger.warning("out of memory: beginning again with chunks of 1/%d of their size", 2**halvings)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

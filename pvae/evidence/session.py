@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pvae.checks import Data, as_tensors, check_supports
 from pvae.errors import NumericalError
@@ -21,7 +22,9 @@ from pvae.streams import Stream, is_stream
 
 __all__ = ["Session", "opened"]
 
-_BLOCK = 4096  # data of a dataset to read at once
+# How much of a dataset to read at once: data, and numbers in all of them.
+_MOST_DATA = 4096
+_MOST_ENTRIES = 2**24
 
 T = TypeVar("T")
 
@@ -35,14 +38,20 @@ class Session:
         data: The tensors, where the caller keeps them; of a stream, some.
         device: Where programs run.
         ranks: The processes that share the data.
+        modules: Those that were placed, whose dtype data get.
         stream: Where the data are read, if that is so.
+        batches: Of the stream, this process's, each with its number.
+        where: Of which batch of a stream the data are, in words.
     """
 
     pair: Pair
     data: Batch
     device: torch.device
     ranks: Ranks = ALONE
+    modules: Sequence[nn.Module] = ()
     stream: Stream | None = None
+    batches: Iterator[tuple[int, Batch]] | None = None
+    where: str = ""
 
     @property
     def num_data(self) -> int:
@@ -70,16 +79,17 @@ class Session:
 
     def blocks(self) -> Iterator[tuple[int, Session]]:
         """The same pair with one part after another of the data of this process, each with its place among all."""
-        if self.stream is None:
+        if self.stream is None or self.batches is None:
             data = tuple(self.ranks.part(t) for t in self.data)
             if len(data[0]):
                 yield self.ranks.number, replace(self, data=data)
             return
-        modules = modules_of(self.pair.model, self.pair.guide)
-        for number, rows in enumerate(self.stream.batches(0)):
-            block = replace(self, data=place(modules, rows, self.device)[1])
-            block.check()
-            yield number * self.ranks.count + self.ranks.number, block
+        for number, rows in self.batches:
+            with self.stream.named(number):
+                data = place(self.modules, rows, self.device)[1]
+                block = replace(self, data=data, where=f" of batch {number} of {self.stream.name}")
+                block.check()
+            yield number, block
 
     def check(self) -> None:
         """Raises `DataError` where data are outside of the support of the site that observes them."""
@@ -100,7 +110,8 @@ class Session:
             try:
                 results.append(function(tuple(t[part.to(t.device)].to(self.device) for t in self.data)))
             except NumericalError as error:
-                raise NumericalError(f"in the batch that begins with datum {int(part[0])}: {error}") from None
+                place = f"datum {int(part[0])}{self.where}"
+                raise NumericalError(f"in the batch that begins with {place}: {error}") from None
         return results
 
 
@@ -129,10 +140,10 @@ def opened(
         streams: Whether the block takes data that come in `Session.blocks`.
     """
     modules = modules_of(model, guide, *others)  # type: ignore[arg-type]
-    stream = None
+    stream = batches = None
     if streams and is_stream(data):
-        stream = Stream("data", data, _BLOCK, seed, ranks, evaluated=True)
-        tensors = next(stream.alone().batches(0))
+        stream = _stream(data, seed, ranks)
+        tensors, batches = _begun(stream)
     else:
         tensors = as_tensors("data", data)
     chosen, tensors = place(modules, tensors, device)
@@ -141,12 +152,35 @@ def opened(
         pair = Pair.of(model, guide, tensors, chosen)
         untrained = outside_modules(store)["params"].keys() - known["params"].keys()
         _warn_of_initial_values(untrained)
-        session = Session(pair, tensors, chosen, ranks, stream)
+        session = Session(pair, tensors, chosen, ranks, modules, stream, batches)
         if stream is None:
             session.check()
         yield session
         # Another guide, which a proposal brought along, runs only inside of the block.
         _warn_of_initial_values(outside_modules(store)["params"].keys() - known["params"].keys() - untrained)
+
+
+def _stream(data: Data, seed: int, ranks: Ranks) -> Stream:
+    """A dataset in blocks of a size that fits its data, or a loader's batches."""
+    stream = Stream("data", data, 1, seed, ranks, evaluated=True)
+    if stream.loader is None:
+        _, datum = next(stream.alone().batches(0))
+        size = max(1, min(_MOST_DATA, _MOST_ENTRIES // max(t.numel() for t in datum)))
+        stream = Stream("data", data, size, seed, ranks, evaluated=True)
+    if stream.drawn_by:
+        warnings.warn(
+            f"data: results are in the order in which the loader's {stream.drawn_by} draws the data.", stacklevel=9
+        )
+    return stream
+
+
+def _begun(stream: Stream) -> tuple[Batch, Iterator[tuple[int, Batch]]]:
+    """The first batch, the same on all processes, and all of this process's."""
+    batches = stream.batches(0)
+    if stream.ranks.count > 1:
+        return next(stream.alone().batches(0))[1], batches
+    first = next(batches)
+    return first[1], chain([first], batches)
 
 
 def _warn_of_initial_values(names: Collection[str]) -> None:

@@ -22,6 +22,8 @@ __all__ = ["Batches", "InMemory", "Rows", "Streamed", "Transform"]
 Rows = tuple[Tensor, ...]
 Transform = Callable[..., Any]
 
+_LOST = (RuntimeError, OSError, EOFError)  # what reading from a worker raises that was ended
+
 
 class Batches(Protocol):
     """What steps are taken on; of several processes, each sees its part.
@@ -141,12 +143,12 @@ class InMemory:
         return _transformed(self.transform, rows)
 
     def fingerprint(self) -> str:
-        """Of shapes, and of a thousand rows."""
+        """Of all that is in them."""
         digest = hashlib.sha256()
         for tensor in self.tensors:
-            some = tensor[:: -(-len(tensor) // 1000)].detach().cpu().contiguous()
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(some.reshape(-1).view(torch.uint8).numpy().tobytes())
+            for rows in tensor.split(4096):
+                digest.update(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return f"{self.num_data} data, {digest.hexdigest()[:16]}"
 
 
@@ -186,7 +188,7 @@ class Streamed:
         while True:
             try:
                 rows = next(batches, None)
-            except RuntimeError:
+            except _LOST:
                 if self.asked_to_stop():
                     return
                 raise
@@ -196,7 +198,15 @@ class Streamed:
 
     def in_order(self) -> Iterator[Rows]:
         """Batches with every datum once among all processes, as they are."""
-        return self._read(0)
+        done = 0
+        try:
+            for rows in self._read(0):
+                yield rows
+                done += 1
+        except _LOST:
+            if not self.asked_to_stop():
+                raise
+            yield from self._read(0, done)  # by new workers: what is evaluated is evaluated whole
 
     def first(self) -> Rows:
         """One batch, transformed; the same on all processes."""

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
+import random
 import re
-import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -26,12 +29,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pvae import storage
-from pvae.errors import CheckpointError, NumericalError
+from pvae.errors import CheckpointError
 
-__all__ = ["Folder", "Saved", "check_plain"]
+__all__ = ["Folder", "Saved", "check_plain", "check_weights"]
 
 _NAME = re.compile(r"epoch-(\d{6,})(-step-(\d{7,}))?")
 _KEPT = 2
+_FILES = ("weights.safetensors", "training.pt", "history.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -89,27 +93,33 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(path)
 
-    def check_writable(self) -> None:
-        """Raises `CheckpointError` where nothing can be written, before anything is trained."""
+    def check(self) -> None:
+        """Raises `CheckpointError` where checkpoints cannot be written, before anything is trained."""
         storage.check_writable(self.path)
+        for path in self.path.iterdir():
+            if _NAME.fullmatch(path.name) and not path.is_dir():
+                raise CheckpointError(f"{path} is in the way of a checkpoint of that name. Use another folder.")
 
-    def newest(self) -> Saved | None:
-        """The newest checkpoint that is whole, or none; says so where it passes over a damaged one.
+    def newest(self, stacklevel: int = 3) -> Saved | None:
+        """The newest checkpoint that is whole, or none; says so where it passes over a damaged one. The folder may be
+        that of one checkpoint, too.
 
         Raises:
             CheckpointError: It is of a newer version of pvae, cannot be read, or all are damaged.
         """
         problems = []
-        for folder in self._all():
+        for folder in [self.path] if storage.holds_set(self.path) else self._all():
             try:
                 found = _read(folder)
             except storage.DamagedError as error:
                 problems.append(str(error))
                 continue
             if problems:
-                warnings.warn(f"{'; '.join(problems)} Going back to the checkpoint before, {folder}.", stacklevel=4)
+                warnings.warn(
+                    f"{'; '.join(problems)} Going back to the checkpoint before, {folder}.", stacklevel=stacklevel
+                )
             return found
         if problems:
             raise CheckpointError(f"no checkpoint in {self.path} is whole. {' '.join(problems)}")
@@ -127,17 +137,13 @@ class Folder:
         """Writes a checkpoint, and removes those that need not be kept.
 
         Raises:
-            NumericalError: A weight is not finite; nothing was written.
             CheckpointError: It cannot be written; those before are as they were.
         """
-        bad = [name for name, t in saved.weights.items() if t.is_floating_point() and not t.isfinite().all()]
-        if bad:
-            raise NumericalError(f"{bad[0]} is not finite")
         folder = self.path / _named(saved.epoch, saved.training["steps"])
         buffer = io.BytesIO()
         torch.save(dict(saved.training), buffer)
         contents = {
-            "weights.safetensors": save_tensors({n: t.detach().cpu().contiguous() for n, t in saved.weights.items()}),
+            "weights.safetensors": save_tensors({name: _copy(t) for name, t in saved.weights.items()}),
             "training.pt": buffer.getvalue(),
             "history.json": json.dumps(saved.history).encode(),
             "config.json": json.dumps(saved.config, indent=2).encode(),
@@ -146,7 +152,7 @@ class Folder:
             try:
                 storage.read(folder)
             except storage.DamagedError:
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
         storage.write(folder, contents)
         self._remove_all_but(folder, saved.config["best_epoch"])
         return folder
@@ -157,10 +163,7 @@ class Folder:
 
     def append_history(self, record: dict[str, float]) -> None:
         """Adds an epoch's line to ``history.jsonl``."""
-        with open(self.path / _HISTORY, "ab") as file:
-            file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
+        storage.append(self.path / _HISTORY, _line(record))
 
     def _all(self, *, unfinished: bool = False) -> list[Path]:
         """Folders of checkpoints, the newest first. One without a manifest was never finished, and is none."""
@@ -178,8 +181,7 @@ class Folder:
         keep = whole[:_KEPT] + ([] if best_epoch is None else [self.path / _named(best_epoch, 0)])
         for old in order:
             if old not in keep:
-                (old / storage.MANIFEST).unlink(missing_ok=True)  # first: what is left is no checkpoint
-                shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
 
 
 def check_plain(name: str, state: Any) -> None:
@@ -195,24 +197,93 @@ def check_plain(name: str, state: Any) -> None:
         ) from None
 
 
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` where safetensors cannot hold them."""
+    for name, tensor in weights.items():
+        try:
+            save_tensors({name: tensor.new_empty(0, device="cpu")})
+        except (KeyError, ValueError, SafetensorError):
+            raise CheckpointError(f"'{name}' cannot be in a checkpoint: its dtype is {tensor.dtype}.") from None
+
+
 _HISTORY = "history.jsonl"
 
 
 def _read(folder: Path) -> Saved:
     contents = storage.read(folder)
+    if missing := set(_FILES) - contents.keys():
+        raise CheckpointError(f"{folder} is not a checkpoint of pvae.fit: it has no {', '.join(sorted(missing))}.")
     try:
-        return Saved(
+        saved = Saved(
             load_tensors(contents["weights.safetensors"]),
             torch.load(io.BytesIO(contents["training.pt"]), map_location="cpu", weights_only=True),
             json.loads(contents["history.json"]),
             json.loads(contents["config.json"]),
             folder,
         )
-    except KeyError as error:
-        raise CheckpointError(f"{folder} is not a checkpoint of pvae.fit: it has no {error.args[0]}.") from None
-    except (SafetensorError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise storage.DamagedError(f"{folder} holds a file that was not written by pvae: {first_line}") from None
+        _check(saved)
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, EOFError) as error:
+        raise _not_ours(folder, error) from None
+    except pickle.UnpicklingError as error:
+        raise _not_ours(folder, error) from None
+    return saved
+
+
+def _not_ours(folder: Path, error: Exception) -> storage.DamagedError:
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return storage.DamagedError(f"{folder} holds a file that was not written by pvae.fit: {first_line}")
+
+
+def _check(saved: Saved) -> None:
+    """Raises some error where a checkpoint is not what `Training` writes: kernels that are given it look at nothing."""
+    training, config = saved.training, saved.config
+    epoch, steps, seen = (int(training[name]) for name in ("epoch", "steps", "seen"))
+    ranks = len(training["totals"])
+    _demand(min(epoch, steps, seen) >= 0 and (steps > 0) == (seen > 0), "its place in the data makes no sense")
+    _demand(all(len(values) == epoch for values in saved.history.values()), "its history has another length")
+    _demand(set(training["order"]) <= saved.weights.keys(), "it trains what it does not hold")
+    _demand(set(training["optimizer"]) <= set(training["order"]), "it optimizes what it does not train")
+    for name, state in training["optimizer"].items():
+        weight = saved.weights[name]
+        moments = [state["exp_avg"], state["exp_avg_sq"]]
+        fits = all(m.shape == weight.shape and m.dtype == weight.dtype for m in moments)
+        _demand(
+            fits and state["step"].numel() == 1 and len(state) == 3, f"the optimizer's state of {name} does not fit"
+        )
+    _demand(len(training["noise"]) == ranks > 0, "it lacks random numbers")
+    for noise in training["noise"]:
+        torch.Generator().set_state(noise["torch"])
+        random.Random().setstate(noise["python"])
+        kind, keys, *places = noise["numpy"]
+        np.random.RandomState().set_state((kind, keys.numpy().astype(np.uint32), *places))
+    _demand(
+        all(isinstance(v, int | float | tuple | list | None) for v in training["group"].values()), "of its optimizer"
+    )
+    for memory in training["memory"]:
+        _demand(memory is None or memory.keys() == {"first", "runs", "changes", "given_up"}, "of its captures")
+    _demand({"seconds", "scheduler", "constraints"} <= training.keys(), "it is incomplete")
+    _demand(
+        {"arguments", "environment", "kl_weights", "best_epoch"} <= config.keys(), "its configuration is incomplete"
+    )
+    _demand("seed" in config["arguments"], "it has no seed")
+
+
+def _demand(fulfilled: bool, complaint: str) -> None:
+    if not fulfilled:
+        raise ValueError(complaint)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Of a tensor that shares its memory with others, which safetensors refuses."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint; what else is in its folder stays."""
+    with suppress(OSError):
+        for path in storage.own_files(folder, _FILES):
+            path.unlink(missing_ok=True)  # the manifest first: what is left is no checkpoint
+        folder.rmdir()
 
 
 def _named(epoch: int, steps: int) -> str:
@@ -220,7 +291,8 @@ def _named(epoch: int, steps: int) -> str:
 
 
 def _line(record: dict[str, float]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
+    # JSON has no nan and no infinity.
+    return json.dumps({name: v if math.isfinite(v) else None for name, v in record.items()}).encode() + b"\n"
 
 
 def _kinds(weights: Mapping[str, Tensor]) -> dict[str, str]:

@@ -264,8 +264,8 @@ class Step:
         params = [self.params[n] for n in numbers]
         kind = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)  # counts are exact to 2^24
         said = torch.tensor([seen, *told, *(n in grads for n in numbers)], dtype=kind, device=self.batches.device)
-        dense = [grads.get(n, torch.zeros_like(p)).to(said) for n, p in zip(numbers, params, strict=True)]
-        said, *dense = self.ranks.sums([said, *(grad * seen if averaged else grad for grad in dense)])
+        dense = [grads[n] if n in grads else torch.zeros_like(p) for n, p in zip(numbers, params, strict=True)]
+        said, *dense = self.ranks.sums([said, *(g.to(said) * seen if averaged else g.to(said) for g in dense)])
         seen_by_all, *counts = said.tolist()
         divisor = seen_by_all if averaged else 1
         summed = {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
-from numbers import Real
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,11 @@ from pvae.graphs import pays
 from pvae.isolation import Program, isolated, resolve_seed
 from pvae.svi import engine, objectives, passes
 from pvae.svi.batches import Batches, Transform
-from pvae.svi.checkpoints import check_plain
 from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
-from pvae.svi.resuming import begun, check_same_run, opened, outside
-from pvae.svi.signals import Stop, heeded
+from pvae.svi.resuming import begun, check_same_run, found, opened, outside
+from pvae.svi.settings import described, folder_path, kl_weights, patience_for, positive, scheduled
+from pvae.svi.signals import heeded
 from pvae.svi.training import Callback, Plan, Training
 from pvae.svi.validation import Validation
 
@@ -132,24 +131,28 @@ def fit(
     Stochastic Variational Inference; for the warm-up, Sønderby et al., 2016, Ladder Variational Autoencoders.
     """
     epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
-    lr, clip_norm = _positive("lr", lr), None if clip_norm is None else _positive("clip_norm", clip_norm)
+    lr, clip_norm = positive("lr", lr), None if clip_norm is None else positive("clip_norm", clip_norm)
     compile, resume = yes_no_or_auto("compile", compile), one_of("resume", resume, ("auto", "never"))
     precision = one_of("precision", precision, engine.PRECISIONS)
-    kl_weights, patience = _kl_weights(kl_weight, epochs), _patience(patience, validation)
-    make_scheduler, schedule = _scheduled(scheduler, lr, checkpoint)
+    weights, patience = kl_weights(kl_weight, epochs), patience_for(patience, validation)
+    path = None if checkpoint is None else folder_path("checkpoint", checkpoint)
+    make_scheduler, schedule = scheduled(scheduler, lr, checkpoint)
     objective, ranks = objectives.resolve(objective), processes.resolve(distributed)
     resolve_seed(seed)
     if callback is not None and not callable(callback):
         raise ArgumentError(f"callback must be a function of one dict, got {callback!r}.")
+    if start is not None and not isinstance(start, FitResult):
+        raise ArgumentError(f"start must be what an earlier fit returned, got {start!r}.")
     if resume == "auto" and checkpoint is None:
         raise ArgumentError("resume='auto' needs a folder to go on from: pass checkpoint=.")
 
-    with heeded() as stop, opened(checkpoint, resume, ranks) as (folder, saved):
+    with heeded() as stop, opened(path, ranks) as folder:
+        saved = found(folder, resume, ranks)
         if saved is not None and seed is None:
             seed = saved.config["arguments"]["seed"]
         seed = ranks.from_first(resolve_seed(seed))
         with ranks.together():
-            pair = Pair.of(model, guide, data, device)
+            pair = Pair.of(model, guide, data, device, objective)
             shared: dict[str, Any] = {"seed": seed, "ranks": ranks, "asked_to_stop": stop}
             batches = pair.batches("data", data, batch_size, transform=transform, **shared)
             held_out = None
@@ -157,89 +160,47 @@ def fit(
                 held_out = pair.batches("validation", validation, batch_size, evaluated=True, **shared)
             verified, state = pair.verified(batches, held_out, seed, start._state if start else None)
         capture = _captures(compile, verified, batches, batch_size, epochs, pair.device)
-        arguments = {
-            "seed": seed,
-            "batch_size": batch_size,
-            "lr": lr,
-            "scheduler": schedule,
-            "clip_norm": clip_norm,
-            "objective": _called(objective),
-            "precision": precision,
-            "transform": _called(transform),
-            "data": batches.fingerprint(),
-        }
-        ranks.agree(**arguments, epochs=epochs, kl_weights=kl_weights, patience=patience, capture=capture)
+        arguments: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "lr": lr, "clip_norm": clip_norm}
+        arguments |= {"scheduler": schedule, "precision": precision}
+        arguments |= {"objective": described(objective), "transform": described(transform)}
+        if path is not None or ranks.count > 1:
+            arguments["data"] = batches.fingerprint()
+            arguments["validation"] = held_out.fingerprint() if held_out else None
+        ranks.agree(**arguments, epochs=epochs, kl_weights=weights, patience=patience, capture=capture)
         if saved is not None:
-            check_same_run(saved, pair, state, arguments, kl_weights, epochs)
+            check_same_run(saved, pair, state, arguments, weights, epochs)
 
         environment = {"device": str(pair.device), "threads": torch.get_num_threads(), "ranks": ranks.count}
         environment |= {"compiled": capture, **storage.versions()}
-        plan = Plan(epochs, kl_weights, patience, arguments, environment)
+        plan = Plan(epochs, weights, patience, arguments, environment)
         with isolated(pair.modules, seed=ranks.seed(seed), device=pair.device, training=True, params=state) as store:
             tensors = begun(pair, store, saved, ranks)
             options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
-            options |= {"weighted": kl_weights is not None, "ranks": ranks}
+            options |= {"weighted": weights is not None, "ranks": ranks}
             step = engine.Step(model, guide, objective, verified, batches, lr=lr, **options)
             evaluate = None
             if held_out is not None:
-                evaluate = Validation(model, guide, pair.modules, held_out, verified, seed, capture, ranks)
+                evaluate = Validation(model, guide, pair.modules, held_out, verified, seed, capture, ranks, stop)
             made = make_scheduler(step.optimizer)
-            training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair.modules, ranks)
+            training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair, ranks)
             if saved is not None:
                 saved.warn_of_another_place(environment)
                 training.restore(saved)
-            if folder is not None:
-                training.check_names()
-                folder.rewrite_history(training.records)
+                del saved  # as large as all that is trained
+            with ranks.together():
+                if folder is not None:
+                    training.check_names()
+                    folder.rewrite_history(training.records)
             try:
                 why = training.run(stop, folder, callback, progress)
             except NumericalError as error:
                 raise _explained(error, training) from None
             finally:
                 step.forget_gradients()
-            result = _result(training, store, pair.device, seed, why, stop)
-        if training.done * (batches.steps or 1) >= _ENOUGH_TO_JUDGE:
+            result = _result(training, pair, store, seed, why)
+        if training.done * (batches.steps or 1) >= _ENOUGH_TO_JUDGE and not stop():
             pair.warn_if_collapsed(held_out or batches, result._state)
-    return result
-
-
-# --- what fit is given ---------------------------------------------------------------------------------------------
-
-
-def _positive(name: str, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
-        raise ArgumentError(f"{name} must be a positive number, got {value!r}.")
-    return float(value)
-
-
-def _kl_weights(kl_weight: Any, epochs: int) -> list[float] | None:
-    """The weight of each epoch, or none where it is always 1."""
-    if not callable(kl_weight) and kl_weight == 1:
-        return None
-    weights: list[Any] = [kl_weight(epoch) if callable(kl_weight) else kl_weight for epoch in range(1, epochs + 1)]
-    for epoch, weight in enumerate(weights, 1):
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= float(weight) < math.inf:
-            where = f" for epoch {epoch}" if callable(kl_weight) else ""
-            raise ArgumentError(f"kl_weight must be a number of at least 0, or give one; got {weight!r}{where}.")
-    return [float(weight) for weight in weights]
-
-
-def _patience(patience: int | None, validation: Data | None) -> int | None:
-    if patience is None:
-        return None
-    if validation is None:
-        raise ArgumentError("patience waits for a better validation ELBO: pass validation=.")
-    return positive_int("patience", patience)
-
-
-def _called(thing: Any) -> str | None:
-    """A name for a callable, or for an objective with its settings."""
-    if thing is None or hasattr(thing, "__qualname__"):
-        return None if thing is None else f"{thing.__module__}.{thing.__qualname__}"
-    plain = {k: v for k, v in sorted(vars(thing).items()) if isinstance(v, bool | int | float | str)}
-    # Pyro's objectives find this out as they run.
-    plain.pop("max_plate_nesting", None)
-    return f"{type(thing).__name__}({', '.join(f'{k}={v!r}' for k, v in plain.items())})"
+        return replace(result, stopped="signal", signal=stop.signal) if stop() else result
 
 
 def _captures(
@@ -252,28 +213,6 @@ def _captures(
     return pays(epochs * steps, 6.0 * sum(p.numel() for p in verified.params) * epochs * num_data, device)
 
 
-def _scheduled(
-    make: Callable[[Optimizer], LRScheduler] | None, lr: float, checkpoint: Any
-) -> tuple[Callable[[Optimizer], LRScheduler | None], str | None]:
-    """What makes the scheduler, tried on an optimizer of nothing, and its description."""
-    if make is None:
-        return lambda optimizer: None, None
-    trial = torch.optim.Adam([torch.zeros(1)], lr)
-    scheduler = make(trial) if callable(make) else make
-    if not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not trial:
-        raise ArgumentError(
-            "scheduler must be a function that makes one of torch's schedulers of an optimizer, such as lambda "
-            f"optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9); got {scheduler!r}."
-        )
-    if checkpoint is not None:
-        check_plain("scheduler", scheduler.state_dict())
-    plain = {k: v for k, v in scheduler.state_dict().items() if k[0] != "_" and isinstance(v, int | float | str)}
-    return make, f"{type(scheduler).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(plain.items()))})"
-
-
-# --- what fit gives back -------------------------------------------------------------------------------------------
-
-
 def _explained(error: NumericalError, training: Training) -> NumericalError:
     last = "There is no checkpoint." if training.last is None else f"The last good checkpoint is {training.last}."
     lr = float(training.step.optimizer.param_groups[0]["lr"])
@@ -283,12 +222,9 @@ def _explained(error: NumericalError, training: Training) -> NumericalError:
     )
 
 
-def _result(
-    training: Training, store: ParamStoreDict, device: torch.device, seed: int, why: str, stop: Stop
-) -> FitResult:
-    params, state = outside(store)
+def _result(training: Training, pair: Pair, store: ParamStoreDict, seed: int, why: str) -> FitResult:
+    params, state = outside(pair, store)
     history = {name: np.array(values) for name, values in training.history.items()}
     captured = training.step.captured
     seconds = captured.seconds if captured else 0.0
-    number = stop.signal if why == "signal" else None
-    return FitResult(history, params, device, seed, seconds, state, why, number, training.last)
+    return FitResult(history, params, pair.device, seed, seconds, state, why, None, training.last)

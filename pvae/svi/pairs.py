@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pvae.checks import Data, as_tensors
-from pvae.errors import CheckpointError
 from pvae.isolation import Program, dtype_of, isolated, modules_of, place, resolve_device
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream, is_stream
 from pvae.svi import objectives
 from pvae.svi.batches import Batches, InMemory, Streamed, Transform
 
-__all__ = ["Pair", "named_tensors"]
+__all__ = ["Pair"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class Pair:
     device: torch.device
 
     @classmethod
-    def of(cls, model: Program, guide: Program, data: Data, device: str | torch.device) -> Pair:
-        """Puts a pair on a device; ``"auto"`` without modules is where the data are."""
-        modules = modules_of(model, guide)
+    def of(cls, model: Program, guide: Program, data: Data, device: str | torch.device, objective: Any = None) -> Pair:
+        """Puts a pair, and what an objective holds, on a device; ``"auto"`` without modules is where the data are."""
+        modules = modules_of(model, guide, *([] if objective is None else [objective]))
         if is_stream(data):
             for module in modules:
                 module.to(resolve_device(device))
@@ -93,26 +92,39 @@ class Pair:
                     "the posterior has collapsed: no latent dimension follows x, since Var_x(E_q[z]) is below 0.01 of "
                     "the prior's variance for each, so that the model makes no use of its latents. Try a warm-up "
                     "(kl_weight=lambda epoch: min(1.0, epoch / 10)), a smaller lr, or a less powerful decoder.",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
 
+    def named_tensors(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What training changes, by names that are the same in every process: modules' states, and bare parameters.
 
-def named_tensors(modules: Sequence[nn.Module], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What training changes, by names that are the same in every process: modules' states, and bare parameters.
+        Args:
+            params: Unconstrained, as the store holds them. Where there are several modules, names begin with the
+                modules' numbers.
+        """
+        tensors: dict[str, Tensor] = {}
+        seen: set[Any] = set()
+        for number, module in enumerate(self.modules):
+            for key, value in module.state_dict(keep_vars=True).items():
+                if not isinstance(value, Tensor) or value.layout is not torch.strided:
+                    continue  # `unnamed` tells of them
+                place_in_memory = (value.data_ptr(), value.shape, value.stride())
+                if place_in_memory not in seen or not value.numel():  # else it is in there under another name
+                    seen.add(place_in_memory)
+                    tensors[key if len(self.modules) == 1 else f"{number}.{key}"] = value
+        return tensors | {f"param/{name}": params[name] for name in self.bare(params)}
 
-    Args:
-        modules: Those found in the programs; where there are several, names begin with their numbers.
-        params: Unconstrained, as the store holds them; those that are modules' own are left out.
-    """
-    tensors: dict[str, Tensor] = {}
-    seen: set[Any] = set()
-    for number, module in enumerate(modules):
-        for key, value in module.state_dict(keep_vars=True).items():
-            name = key if len(modules) == 1 else f"{number}.{key}"
-            if not isinstance(value, Tensor):
-                raise CheckpointError(f"'{name}' cannot be in a checkpoint: it is a {type(value).__name__}, no tensor.")
-            place_in_memory = (value.data_ptr(), value.shape, value.stride())
-            if place_in_memory not in seen or not value.numel():  # else it is in there under another name
-                seen.add(place_in_memory)
-                tensors[name] = value
-    return tensors | {f"param/{name}": value for name, value in params.items() if not isinstance(value, nn.Parameter)}
+    def bare(self, params: Mapping[str, Tensor]) -> list[str]:
+        """The names of parameters that live in no module that was found."""
+        own = {id(p) for module in self.modules for p in module.parameters()}
+        # Pyro's own mark of a module's parameter; such a module may mean another one of that name elsewhere.
+        return [name for name, value in params.items() if id(value) not in own and "$$$" not in name]
+
+    def unnamed(self) -> list[str]:
+        """What modules hold that `named_tensors` leaves out, in words."""
+        states = [(key, value) for module in self.modules for key, value in module.state_dict().items()]
+        return [
+            f"'{key}' is {f'of layout {value.layout}' if isinstance(value, Tensor) else f'a {type(value).__name__}'}"
+            for key, value in states
+            if not isinstance(value, Tensor) or value.layout is not torch.strided
+        ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import NumericalError
-from pvae.svi.batches import InMemory
+from pvae.svi.batches import InMemory, Rows
 from pvae.svi.engine import Step
 
 __all__ = ["CudaEpochs", "Epochs", "epochs"]
@@ -30,7 +30,7 @@ class Epochs:
         total: The loss so far in this epoch, in nats, of this process's parts of the batches.
         seen: Data so far in this epoch, in all of each batch.
         steps: Steps so far in this epoch.
-        stopped: Whether the epoch ended early because a process was asked to stop.
+        stopped: Whether a process was asked to stop; the epoch may have steps left.
         running: Whether the total is known before the epoch's end.
     """
 
@@ -51,21 +51,37 @@ class Epochs:
             NumericalError: As `Step` does; names the step.
         """
         self.step.begin()
-        batches, stop = self.step.batches, False
-        for rows in batches.shuffled(number, self.steps):
+        stop, alone = False, self.step.ranks.count == 1
+        for rows, problem in self._parts(number, alone):
             try:
-                taken = self.step(rows, self.asked_to_stop())
+                taken = self.step(rows, self.asked_to_stop(), problem)
             except NumericalError as error:
                 raise NumericalError(f"step {self.steps + 1}, before its update: {error}") from None
+            if not taken.seen:
+                break  # no process has a batch left
             self.total += taken.loss
             self.seen += taken.seen
             self.steps += 1
             yield taken.seen
-            stop = taken.stop
+            stop = taken.stop or (alone and self.asked_to_stop())
             if stop:
                 break
-        # A loader may have ended early, too, if the signal ended its workers.
-        self.stopped = (stop or self.asked_to_stop()) and self.steps != batches.steps
+        # A loader may have ended early, too, if the signal ended its workers. Several processes stop by what all know.
+        self.stopped = stop or (alone and self.asked_to_stop())
+
+    def _parts(self, number: int, alone: bool) -> Iterator[tuple[Rows | None, Exception | None]]:
+        """This process's parts of the batches. Of several processes, one that has none left, or cannot read it, goes on
+        giving none: it is needed in the others' steps.
+        """
+        batches = iter(self.step.batches.shuffled(number, self.steps))
+        if alone:
+            yield from ((rows, None) for rows in batches)
+        while not alone:
+            try:
+                part = next(batches, None), None
+            except Exception as problem:
+                part = None, problem
+            yield part
 
 
 class CudaEpochs(Epochs):
@@ -113,7 +129,7 @@ class CudaEpochs(Epochs):
             rows = order[(step - 1) * size : step * size]
             wrong = self.step.what_is_wrong(self.batches.take(rows))
             raise NumericalError(f"step {step}, before its update: {wrong}")
-        self.stopped = self.steps != self.batches.steps
+        self.stopped = self.asked_to_stop()
 
     def _pieces(self, order: Tensor) -> Iterator[int]:
         """Takes the steps of an order of the data, and yields how many data it saw at once."""
@@ -154,10 +170,11 @@ class CudaEpochs(Epochs):
             self._one(rows)
 
     def _now(self) -> list[Any]:
-        return [*(p.data_ptr() for p in self.step.params), self.step.optimizer.param_groups[0]["lr"]]
+        group = self.step.optimizer.param_groups[0]
+        return [*(p.data_ptr() for p in self.step.params), group["lr"], group["betas"]]
 
     def _fits(self) -> bool:
-        """Whether the graph's addresses are still those of the parameters, and its learning rate that of now."""
+        """Whether the graph's addresses are still those of the parameters, and its settings those of now."""
         return self._recorded_for == self._now()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,15 @@ from pvae import ranks as processes
 from pvae import storage
 from pvae.checks import Data
 from pvae.errors import ArgumentError, CheckpointError, one_of
-from pvae.isolation import Program, isolated, outside_modules
+from pvae.isolation import Program, isolated
 from pvae.ranks import Ranks
 from pvae.svi.batches import Transform
 from pvae.svi.checkpoints import Folder, Saved
-from pvae.svi.pairs import Pair, named_tensors
+from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
+from pvae.svi.settings import folder_path
 
-__all__ = ["begun", "check_same_run", "load_checkpoint", "opened", "outside"]
+__all__ = ["begun", "check_same_run", "found", "load_checkpoint", "opened", "outside"]
 
 
 def load_checkpoint(
@@ -56,40 +58,51 @@ def load_checkpoint(
             any parameter has moved.
     """
     one_of("which", which, ("last", "best"))
-    folder = Folder(path)
+    folder = Folder(folder_path("path", path))
     saved = folder.newest() if which == "last" else folder.best()
     if saved is None:
-        raise CheckpointError(f"{folder.path} has no checkpoint of that kind, {which!r}.")
+        raise CheckpointError(
+            f"{folder.path} has no checkpoint{' that is the best' if which == 'best' else ''}. Is it what fit was "
+            "given as checkpoint=? During a warm-up of the KL divergence no epoch is the best."
+        )
     pair = Pair.of(model, guide, data, device)
     batches = pair.batches("data", data, 256, transform=transform)
     _, state = pair.verified(batches, None, 0, None)
     _add_unconstrained(saved, state)
-    _raise_differences(saved, saved.differences(named_tensors(pair.modules, state["params"])))
+    _raise_differences(saved, saved.differences(pair.named_tensors(state["params"])))
     with isolated(pair.modules, seed=0, device=pair.device, params=state) as store:
         begun(pair, store, saved, processes.ALONE)
         history = {name: np.array(values) for name, values in saved.history.items()}
-        params, state = outside(store)
+        params, state = outside(pair, store)
     seed = saved.config["arguments"]["seed"]
     return FitResult(history, params, pair.device, seed, 0.0, state, "loaded", checkpoint=saved.folder)
 
 
 @contextmanager
-def opened(path: Any, resume: str, ranks: Ranks) -> Iterator[tuple[Folder | None, Saved | None]]:
-    """The folder, on the first process alone, and what to go on from, on all."""
+def opened(path: Path | None, ranks: Ranks) -> Iterator[Folder | None]:
+    """A block that uses a folder of checkpoints, on the first process alone."""
     with ExitStack() as stack:
-        folder, saved = None, None
+        folder = None
         with ranks.together():
             if path is not None and ranks.first:
                 folder = Folder(path)
-                stack.enter_context(storage.exclusive(folder.path, "trains with these checkpoints"))
-                folder.check_writable()
-                saved = folder.newest()
-                if saved is not None and resume == "never":
-                    raise CheckpointError(
-                        f"{folder.path} holds checkpoints of {saved.epoch} epoch(s). Pass resume='auto' to go on from "
-                        "them, or another folder for a new run."
-                    )
-        yield folder, ranks.from_first(saved)
+                stack.enter_context(storage.exclusive(path, "trains with these checkpoints"))
+                folder.check()
+        yield folder
+
+
+def found(folder: Folder | None, resume: str, ranks: Ranks) -> Saved | None:
+    """What there is to go on from, on all processes."""
+    saved = None
+    with ranks.together():
+        if folder is not None:
+            saved = folder.newest(stacklevel=4)
+            if saved is not None and resume == "never":
+                raise CheckpointError(
+                    f"{folder.path} holds checkpoints of {saved.epoch} epoch(s). Pass resume='auto' to go on from "
+                    "them, or another folder for a new run."
+                )
+    return ranks.from_first(saved)
 
 
 def check_same_run(
@@ -97,15 +110,20 @@ def check_same_run(
 ) -> None:
     """Raises where a checkpoint is not of a run that is called as this one, with all that differs."""
     _add_unconstrained(saved, state)
-    differences = saved.differences(named_tensors(pair.modules, state["params"]), arguments)
+    differences = saved.differences(pair.named_tensors(state["params"]), arguments)
     before = saved.config["kl_weights"]
-    if (kl_weights or [])[: len(before)] != before or bool(before) != bool(kl_weights):
-        differences.append(f"kl_weight was {before or 1.0!r} in its epochs, and is {(kl_weights or 1.0)!r} now")
+    if (before is None) != (kl_weights is None) or (kl_weights or [])[: len(before or [])] != (before or []):
+        differences.append(f"kl_weight was {before or 1.0!r} in its epochs, and is {kl_weights or 1.0!r} now")
+    for name, constraint in saved.training["constraints"].items():
+        now = repr(state["constraints"].get(name))
+        if name in state["params"] and now != constraint:
+            differences.append(f"the constraint of {name} was {constraint} and is {now} now")
     _raise_differences(saved, differences)
-    if saved.epoch > epochs:
+    if saved.epoch + bool(saved.training["steps"]) > epochs:
+        within = f", and is within epoch {saved.epoch + 1}" if saved.training["steps"] else ""
         raise ArgumentError(
-            f"epochs={epochs}, and the checkpoint in {saved.folder} already has {saved.epoch}. Pass at least as many; "
-            "load_checkpoint only loads."
+            f"epochs={epochs}, and the checkpoint in {saved.folder} already has {saved.epoch}{within}. Pass at least "
+            "as many; load_checkpoint only loads."
         )
 
 
@@ -133,18 +151,22 @@ def begun(pair: Pair, store: ParamStoreDict, saved: Saved | None, ranks: Ranks) 
     """Gives all processes the same weights to begin from; returns what names them."""
 
     def tensors() -> dict[str, Any]:
-        return named_tensors(pair.modules, store._params)
+        return pair.named_tensors(store._params)
 
     with torch.no_grad():
         if saved is not None:
             for name, tensor in tensors().items():
-                tensor.copy_(saved.weights[name])
-        buffers = [b for module in pair.modules for b in module.buffers()]
-        ranks.copy_first([*tensors().values(), *buffers])
+                weight = saved.weights[name].to(tensor.device)
+                if not torch.equal(tensor, weight):  # what is expanded cannot be written to, and need not be
+                    tensor.copy_(weight)
+        if ranks.count > 1:
+            ranks.copy_first([*tensors().values(), *(b for module in pair.modules for b in module.buffers())])
     return tensors
 
 
-def outside(store: ParamStoreDict) -> tuple[dict[str, Any], Any]:
+def outside(pair: Pair, store: ParamStoreDict) -> tuple[dict[str, Any], Any]:
     """Parameters that live in no module: their values, and the store's state of them."""
-    state = outside_modules(store)
-    return {name: store[name].detach().clone() for name in state["params"]}, state
+    state = store.get_state()
+    names = pair.bare(state["params"])
+    state = {key: {name: state[key][name] for name in names} for key in ("params", "constraints")}
+    return {name: store[name].detach().clone() for name in names}, state

@@ -45,8 +45,13 @@ def heeded() -> Iterator[Stop]:
     def first(number: int, frame: FrameType | None) -> None:
         stop.signal = number
         restore()
-        logger.warning("%s: finishing this step; once more to stop at once", signal.Signals(number).name)
+        outer: Any = before.get(number)
+        if getattr(outer, "heeds", False):  # of a fit whose callback this one is called in
+            outer(number, frame)
+        else:
+            logger.warning("%s: finishing this step; once more to stop at once", signal.Signals(number).name)
 
+    first.heeds = True  # type: ignore[attr-defined]
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)

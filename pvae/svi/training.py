@@ -12,20 +12,24 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from pvae.errors import CheckpointError
-from pvae.isolation import noise, outside_modules, set_noise
+from pvae.errors import CheckpointError, NumericalError
+from pvae.isolation import noise, set_noise
 from pvae.ranks import Ranks
 from pvae.svi import objectives
-from pvae.svi.checkpoints import Folder, Saved
+from pvae.svi.checkpoints import Folder, Saved, check_weights
+from pvae.svi.pairs import Pair
 from pvae.svi.passes import Epochs
 from pvae.svi.signals import Stop
 from pvae.svi.validation import Validation
 
 __all__ = ["Callback", "Plan", "Training"]
+
+# What of Adam's settings belongs to the place where it runs; schedulers may move all others.
+_FIXED = ("params", "fused", "capturable", "foreach", "differentiable")
 
 Callback = Callable[[dict[str, float]], Any]
 
@@ -70,11 +74,11 @@ class Training:
         validation: Validation | None,
         scheduler: LRScheduler | None,
         tensors: Callable[[], dict[str, Tensor]],
-        modules: Sequence[nn.Module],
+        pair: Pair,
         ranks: Ranks,
     ) -> None:
         self.plan, self.passes, self.validation, self.scheduler = plan, passes, validation, scheduler
-        self.tensors, self.modules, self.ranks = tensors, modules, ranks
+        self.tensors, self.pair, self.ranks = tensors, pair, ranks
         self.step = passes.step
         self.step.names = tensors
         self.curve = "elbo" if objectives.is_elbo(self.step.objective) and not plan.kl_weights else "objective"
@@ -101,8 +105,8 @@ class Training:
     @property
     def best_epoch(self) -> int | None:
         """The epoch with the best validation ELBO, or without validation the best training curve; none yet at first."""
-        values = self.history["validation_elbo" if self.validation else self.curve][self.plan.settled - 1 :]
-        return self.plan.settled + int(np.argmax(values)) if values else None
+        values = np.array(self.history["validation_elbo" if self.validation else self.curve][self.plan.settled - 1 :])
+        return None if np.isnan(values).all() else self.plan.settled + int(np.nanargmax(values))
 
     @property
     def out_of_patience(self) -> bool:
@@ -117,27 +121,37 @@ class Training:
         off = None if progress and self.ranks.first else True
         with tqdm(total=total, initial=initial, unit=" data", unit_scale=True, disable=off) as bar:
             while self.done < self.plan.epochs:
-                if self.out_of_patience:
-                    return "patience"
                 if self.ranks.any(stop()):
                     self._save(folder)
                     return "signal"
-                self._epoch(bar)
-                if self.passes.stopped:
+                if self.out_of_patience:
+                    return "patience"
+                if not self._epoch(bar):
                     self._save(folder)
                     return "signal"
                 with self.ranks.together():
                     if self.ranks.first:
-                        record = {"epoch": self.done, **{name: values[-1] for name, values in self.history.items()}}
-                        if folder is not None:
-                            folder.append_history(record)
-                        if callback is not None:
-                            callback(record)
+                        self._tell(folder, callback)
                 self._save(folder)
         return "signal" if self.ranks.any(stop()) else "epochs"
 
-    def _epoch(self, bar: tqdm) -> None:
-        """Takes the steps of an epoch, from where it stands, and what follows them; or less if asked to stop."""
+    def _tell(self, folder: Folder | None, callback: Callback | None) -> None:
+        record = {"epoch": self.done, **{name: values[-1] for name, values in self.history.items()}}
+        if folder is not None:
+            folder.append_history(record)
+        if callback is not None:
+            before = self._noise()
+            try:
+                callback(record)
+            except Exception:
+                if self.ranks.count == 1:
+                    self._set_noise(before)
+                    self._save(folder)  # the epoch is not lost for it
+                raise
+            self._set_noise(before)  # whatever a callback draws, training goes on alike
+
+    def _epoch(self, bar: tqdm) -> bool:
+        """Takes the steps of an epoch, from where it stands, and what follows them; not all of it if asked to stop."""
         number, epochs = self.done + 1, self.plan.epochs
         start = time.perf_counter() - self.seconds
         lr = self.step.optimizer.param_groups[0]["lr"]
@@ -151,13 +165,17 @@ class Training:
                 bar.set_description(f"epoch {number}/{epochs}, {self.curve} {mean:.2f} nats", False)
         self.seconds = time.perf_counter() - start
         if passes.stopped:
-            return
+            return False
+        self._check_weights()
         # Statistics of batches, such as those of batch normalization, are each process's own.
-        self.ranks.copy_first([b for module in self.modules for b in module.buffers()])
+        self.ranks.copy_first([b for module in self.pair.modules for b in module.buffers()])
         sums = torch.tensor([passes.total], dtype=torch.float64, device=self.step.batches.device)
         values = {self.curve: -self.ranks.sums([sums])[0].item() / passes.seen}
         if self.validation is not None:
-            values["validation_elbo"] = self.validation()
+            held_out = self.validation(number)
+            if held_out is None:
+                return False
+            values["validation_elbo"] = held_out
             bar.set_postfix_str(f"validation {values['validation_elbo']:.2f}")
         if self.plan.kl_weights:
             values["kl_weight"] = self.plan.kl_weights[number - 1]
@@ -171,6 +189,13 @@ class Training:
             self.history[name].append(value)
         self.seconds = 0.0
         passes.begin()
+        return True
+
+    def _check_weights(self) -> None:
+        """The loss shows what a step was given, not what its update came to."""
+        for name, tensor in self.tensors().items():
+            if tensor.requires_grad and not tensor.isfinite().all():
+                raise NumericalError(f"after its last step: {name} is not finite")
 
     def _save(self, folder: Folder | None) -> None:
         """Writes a checkpoint of where it stands; the first process does so for all."""
@@ -183,8 +208,9 @@ class Training:
         self._saved = (self.done, self.passes.steps)
 
     def check_names(self) -> None:
-        """Raises `CheckpointError` where something is trained that has no name in a checkpoint."""
-        known = {id(t) for t in self.tensors().values()}
+        """Raises `CheckpointError` where something is trained or held that a checkpoint cannot hold."""
+        tensors = self.tensors()
+        known = {id(t) for t in tensors.values()}
         for param in self.step.params:
             if id(param) not in known:
                 raise CheckpointError(
@@ -192,10 +218,12 @@ class Training:
                     "to a module that was not found in the model or the guide. Make the module an attribute of what "
                     "holds the program, or a variable that the program uses."
                 )
+        if left_out := self.pair.unnamed():
+            raise CheckpointError(f"what a module holds cannot be in a checkpoint: {'; '.join(left_out)}.")
+        check_weights(tensors)
 
     def saved(self, noises: list[Any], totals: list[float]) -> Saved:
         """All of it, as a checkpoint holds it."""
-        self.check_names()
         tensors = self.tensors()
         places = {id(t): name for name, t in tensors.items()}
         optimizer, store = self.step.optimizer, pyro.get_param_store()
@@ -207,16 +235,16 @@ class Training:
             "seconds": self.seconds,
             "order": [places[id(p)] for p in self.step.params],
             "optimizer": {places[id(p)]: dict(state) for p, state in optimizer.state.items()},
-            "lr": float(optimizer.param_groups[0]["lr"]),
+            "group": {k: v for k, v in optimizer.param_groups[0].items() if k not in _FIXED},
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "noise": noises,
-            "constraints": {n: repr(store._constraints[n]) for n in outside_modules(store)["params"]},
+            "constraints": {name: repr(store._constraints[name]) for name in self.pair.bare(store._params)},
             "memory": [c.memory() if c else None for c in self._captured()],
         }
         config = {
             "arguments": dict(self.plan.arguments),
             "environment": dict(self.plan.environment),
-            "kl_weights": list((self.plan.kl_weights or [])[: self.done + bool(self.passes.steps)]),
+            "kl_weights": self.plan.kl_weights and list(self.plan.kl_weights[: self.done + bool(self.passes.steps)]),
             "best_epoch": self.best_epoch,
             "curve": self.curve,
         }
@@ -228,7 +256,7 @@ class Training:
         names = self.tensors()
         optimizer = self.step.optimizer
         self.step.params = [names[name] for name in training["order"]]
-        optimizer.param_groups[0] |= {"params": list(self.step.params), "lr": training["lr"]}
+        optimizer.param_groups[0] |= {**training["group"], "params": list(self.step.params)}
         counts_there = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
         for name, state in training["optimizer"].items():
             device = names[name].device

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,7 +34,11 @@ class Validation:
         seed: int,
         capture: bool,
         ranks: Ranks,
+        asked_to_stop: Callable[[], bool] = bool,
     ) -> None:
+        self.model, self.guide = model, guide
+        # Where there are other processes, one that ended early would leave them waiting.
+        self.asked_to_stop = asked_to_stop if ranks.count == 1 else bool
         self.modules, self.batches, self.verified, self.ranks = modules, batches, verified, ranks
         self.seed = ranks.seed(seed)
         self.captured: Captured | None = None
@@ -47,16 +53,27 @@ class Validation:
                 self.captured = Captured(loss, "pvae.fit's validation", (model, guide), capture_after=1)
                 self.loss = self.captured
 
-    def __call__(self) -> float:
-        """Returns the ELBO in nats per datum, over the data of all processes."""
+    def __call__(self, epoch: int) -> float | None:
+        """Returns the ELBO in nats per datum, over the data of all processes; nothing if asked to stop meanwhile."""
         total, seen = 0.0, 0
-        with self._isolated():
+        with self.ranks.together(), self._isolated():
             for batch in self.batches.in_order():
-                total += self.loss(*batch).item() * self.verified.share(batch)
+                loss = self.loss(*batch).item() * self.verified.share(batch)
+                if math.isfinite(total) and not math.isfinite(loss):
+                    self._warn(epoch, loss, batch)
+                total += loss
                 seen += len(batch[0])
+                if self.asked_to_stop():
+                    return None
         sums = torch.tensor([total, seen], dtype=torch.float64, device=self.batches.device)
         total, seen = self.ranks.sums([sums])[0].tolist()
         return -total / seen
+
+    def _warn(self, epoch: int, loss: float, batch: tuple[Tensor, ...]) -> None:
+        found = objectives.not_finite(self.model, self.guide, batch)
+        warnings.warn(
+            f"epoch {epoch}: the loss of a batch of validation data is {loss:g}{found and f': {found}'}.", stacklevel=5
+        )
 
     def _isolated(self) -> AbstractContextManager[Any]:
         state: Any = pyro.get_param_store().get_state()
