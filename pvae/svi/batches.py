@@ -183,7 +183,7 @@ class Streamed:
         return self.stream.steps
 
     def shuffled(self, epoch: int, begin: int = 0) -> Iterator[Rows]:
-        """The batches of a pass from one of them on, as they are; a part may have no rows."""
+        """The batches of a pass from one of them on, as they are; fewer where a signal ended the workers, too."""
         batches = self._read(epoch, begin)
         while True:
             try:
@@ -197,16 +197,8 @@ class Streamed:
             yield rows
 
     def in_order(self) -> Iterator[Rows]:
-        """Batches with every datum once among all processes, as they are."""
-        done = 0
-        try:
-            for rows in self._read(0):
-                yield rows
-                done += 1
-        except _LOST:
-            if not self.asked_to_stop():
-                raise
-            yield from self._read(0, done)  # by new workers: what is evaluated is evaluated whole
+        """Batches with every datum once among all processes, as they are; fewer as `shuffled`."""
+        return self.shuffled(0)
 
     def first(self) -> Rows:
         """One batch, transformed; the same on all processes."""

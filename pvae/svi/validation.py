@@ -64,7 +64,9 @@ class Validation:
                 total += loss
                 seen += len(batch[0])
                 if self.asked_to_stop():
-                    return None
+                    break
+        if self.asked_to_stop():  # the batches may have ended early, too
+            return None
         sums = torch.tensor([total, seen], dtype=torch.float64, device=self.batches.device)
         total, seen = self.ranks.sums([sums])[0].tolist()
         return -total / seen
