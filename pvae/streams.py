@@ -171,7 +171,7 @@ class Stream:
         reading = _Noise(self.seed, epoch, generators=[g for g in found if isinstance(g, torch.Generator)])
         with reading.drawn():
             iterator = iter(loader)
-        with _Workers() as workers:
+        with _Workers(loader.num_workers) as workers:
             try:
                 while True:
                     with reading.drawn(), workers.heard():
@@ -271,7 +271,8 @@ class _Workers:
     Else it would be raised wherever the process happens to be, such as in the middle of an update.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.before: Any = None
         self.error: RuntimeError | None = None
         self.reading = False
@@ -295,6 +296,10 @@ class _Workers:
         self.reading = True
         try:
             yield
+        except (EOFError, ConnectionError) as error:
+            if self.count:
+                error.add_note("Has a worker of the DataLoader ended? It may have run out of memory.")
+            raise
         finally:
             self.reading = False
 

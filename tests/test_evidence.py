@@ -789,3 +789,17 @@ def test_intervals_are_the_bias_corrected_normal_ones(estimate):
     lower, upper = estimate.interval(0.95)
     torch.testing.assert_close((lower + upper) / 2, estimate.log_px + estimate.std_error**2 / 2)
     torch.testing.assert_close(upper - lower, 2 * 1.959963984540054 * estimate.std_error)
+
+
+def test_weights_too_large_for_their_precision_are_not_called_reliable():
+    """At 1e20 nats float32 tells weights apart by 1e13 only, so that they look equal; float64 by 1e4."""
+    for dtype, size in ((torch.float32, 1e10), (torch.float64, 1e10), (torch.float32, 1.0)):
+        oracle = linear_gaussian(2, 5, guide_shift=0.5, dtype=dtype)
+        x = torch.zeros(3, 5, dtype=dtype)
+        x[2, 0] = size
+        estimate = pvae.log_evidence(oracle.model, oracle.guide, x)
+        large = size > 1
+        assert estimate.unreliable.tolist() == [False, False, large]
+        assert ("rounded to" in estimate.withheld[2]) == ("rounded to" in estimate.mean_withheld) == large
+        assert ("1 of 3 data are unreliable: log-weights of this size are rounded to" in str(estimate)) == large
+        assert estimate.interval()[0].isnan().tolist() == [False, False, large]

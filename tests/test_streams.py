@@ -43,6 +43,8 @@ from pvae.streams import Stream
 from pvae.svi import engine
 from pvae.testing import linear_gaussian
 
+# Python 3.12 warns of any fork where there are threads.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 # A loader that is left in the middle of a pass hears once more of a worker's end, as it is cleared away.
 kills_workers = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -128,6 +130,8 @@ def batched(data, **options):
     """A loader over a dataset of items; a batch sampler brings its own size."""
     if "batch_sampler" not in options:
         options = {"batch_size": 64, **options}
+    if options.get("num_workers"):
+        options["multiprocessing_context"] = "fork"  # whatever Python's default: datasets here are not all pickled
     return DataLoader(data if isinstance(data, Dataset) else Items(data), **options)
 
 
@@ -856,9 +860,11 @@ def test_a_dataset_that_ends_before_its_length_is_an_error(bits, small_vae):
 
 @kills_workers
 def test_a_worker_that_dies_is_an_error(bits):
+    """It is heard of by a signal, or by the end of what it was sending."""
     data = batched(Raising(bits, 250, lambda: os._exit(3)), num_workers=2)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid\(?s?\)? .*\) exited unexpectedly"):
+    with pytest.raises((RuntimeError, EOFError, ConnectionError)) as error:
         trained(data)
+    assert "worker" in f"{error.value} {getattr(error.value, '__notes__', '')}"
 
 
 def test_a_loader_that_times_out_is_an_error(bits):

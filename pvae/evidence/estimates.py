@@ -311,7 +311,7 @@ def _quantile(level: float, freedom: Tensor) -> Tensor:
 
 
 def _too_coarse(rounding: float) -> str:
-    if rounding <= _MAX_ROUNDING:
+    if rounding <= _MAX_ROUNDING or rounding == float("inf"):  # no weight at all, which k-hat tells
         return ""
     return f"log-weights of this size are rounded to {rounding:.1g} nats; convert model and data to float64"
 

@@ -114,7 +114,7 @@ def log_evidence(
         return draws.summed_each(draws.plan(num_samples, limit, target_std_error), limit)
 
     task = _Task(model, guide, data, chosen, num_samples, seed, device, compile, distributed, progress)
-    parts, seed, shared = task.done(summed, chunk_size)
+    parts, seed, shared, precision = task.done(summed, chunk_size)
     sums = WeightSums.cat(part[0] for part in parts)
     diagnostics = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
     return EvidenceEstimate(
@@ -125,6 +125,7 @@ def log_evidence(
         time.perf_counter() - start,
         target_std_error=target_std_error,
         diagnostics=diagnostics,
+        precision=precision,
     )
 
 
@@ -154,7 +155,7 @@ def log_weights(
     chosen = proposals.resolve(proposal)
     _limit(num_samples, None, None, chosen.replicates or 1)
     task = _Task(model, guide, data, chosen, num_samples, seed, device, compile, distributed, progress)
-    parts, _, _ = task.done(lambda draws: draws.kept(num_samples), chunk_size)
+    parts, *_ = task.done(lambda draws: draws.kept(num_samples), chunk_size)
     return torch.cat(parts, dim=1)
 
 
@@ -172,20 +173,22 @@ class _Task(NamedTuple):
     distributed: bool | str
     progress: bool
 
-    def done(self, work: Callable[[_Draws], T], chunk_size: int | None) -> tuple[list[T], int, bool]:
-        """The work's results for each block of the data, in order; the seed; and whether data shared draws."""
+    def done(self, work: Callable[[_Draws], T], chunk_size: int | None) -> tuple[list[T], int, bool, float]:
+        """The work's results for each block of the data, in order; the seed; if data shared draws; the precision."""
         ranks = processes.resolve(self.distributed)
         seed = ranks.from_first(self.seed)
         ranks.agree(num_samples=self.num_samples, proposal=self.proposal.name)
         size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
         with ranks.together():
-            done, shared = _with_the_memory_there_is(lambda halvings: self._tried(work, size, halvings, ranks, seed))
+            done, shared, precision = _with_the_memory_there_is(
+                lambda halvings: self._tried(work, size, halvings, ranks, seed)
+            )
         parts = sorted((part for parts in ranks.gathered(done) for part in parts), key=itemgetter(0))
-        return [part for _, part in parts], seed, shared
+        return [part for _, part in parts], seed, shared, precision
 
     def _tried(
         self, work: Callable[[_Draws], T], chunk_size: int | None, halvings: int, ranks: Ranks, seed: int
-    ) -> tuple[list[tuple[int, T]], bool]:
+    ) -> tuple[list[tuple[int, T]], bool, float]:
         options: dict[str, Any] = {"others": (self.proposal,), "ranks": ranks, "streams": True}
         with (
             opened(self.model, self.guide, self.data, seed=seed, device=self.device, **options) as session,
@@ -202,7 +205,7 @@ class _Task(NamedTuple):
             for number, block in session.blocks():
                 draws.session = block
                 done.append((number, work(draws)))
-            return done, self.proposal.shares_draws(session.pair)
+            return done, self.proposal.shares_draws(session.pair), session.precision
 
 
 def _with_the_memory_there_is(work: Callable[[int], T]) -> T:

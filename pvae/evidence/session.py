@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pvae.checks import Data, as_tensors, check_supports
 from pvae.errors import NumericalError
 from pvae.evidence.traces import Batch, Pair
-from pvae.isolation import Program, isolated, modules_of, outside_modules, place
+from pvae.isolation import Program, dtype_of, isolated, modules_of, outside_modules, place
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream, is_stream
 
@@ -57,6 +57,13 @@ class Session:
     def num_data(self) -> int:
         """``N``."""
         return len(self.data[0])
+
+    @property
+    def precision(self) -> float:
+        """Machine epsilon of the numbers that densities are computed in."""
+        dtype = dtype_of(modules_of(self.pair.model, self.pair.guide))
+        floating = (t.dtype for t in self.data if t.is_floating_point())
+        return torch.finfo(dtype or next(floating, torch.get_default_dtype())).eps
 
     @property
     def entries(self) -> int:
