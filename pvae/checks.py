@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = [
     "as_tensors",
     "base_distribution",
     "check_pair",
+    "check_signature",
     "check_support",
     "check_supports",
     "density_sites",
@@ -47,7 +49,7 @@ def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
     arrays = arrays if isinstance(arrays, tuple | list) else (arrays,)
     wrong = [type(a).__name__ for a in arrays if not isinstance(a, Tensor | np.ndarray)]
     if wrong or not arrays:
-        came = ", ".join(wrong) or "an empty sequence"
+        came = ", ".join(dict.fromkeys(wrong)) or "an empty sequence"
         raise DataError(f"{name} must be a tensor, a NumPy array or a tuple of them; got {came}.")
     tensors = tuple(_from_numpy(name, a) if isinstance(a, np.ndarray) else torch.as_tensor(a) for a in arrays)
     layouts = [t.layout for t in tensors if t.layout is not torch.strided]
@@ -215,3 +217,19 @@ def base_distribution(distribution: Any) -> Any:
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
     return distribution
+
+
+def check_signature(role: str, program: Callable[..., Any], batch: tuple[Tensor, ...]) -> None:
+    """Raises `ProgramError` where a program cannot be called with the tensors of a batch."""
+    try:
+        signature = inspect.signature(program)
+    except (TypeError, ValueError):  # some callables have none
+        return
+    try:
+        signature.bind(*batch)
+    except TypeError as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in batch)
+        raise ProgramError(
+            f"the {role} cannot be called with a batch, which is {len(batch)} tensor(s), {shapes}: {error}. It takes "
+            f"{signature}. Let it take one argument for each."
+        ) from None

@@ -803,3 +803,8 @@ def test_weights_too_large_for_their_precision_are_not_called_reliable():
         assert ("rounded to" in estimate.withheld[2]) == ("rounded to" in estimate.mean_withheld) == large
         assert ("1 of 3 data are unreliable: log-weights of this size are rounded to" in str(estimate)) == large
         assert estimate.interval()[0].isnan().tolist() == [False, False, large]
+
+
+def test_a_pair_that_takes_another_number_of_tensors_is_told_so(small_vae, bits):
+    with pytest.raises(pvae.ProgramError, match=r"the model cannot be called with a batch, which is 2 tensor\(s\)"):
+        evidence(small_vae, (bits, bits[:, 0]))

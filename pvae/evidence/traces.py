@@ -22,7 +22,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pvae.checks import check_pair, check_supports, density_sites, observed, tensors_of
+from pvae.checks import check_pair, check_signature, check_supports, density_sites, observed, tensors_of
 from pvae.errors import DataError, ProgramError, PVAEError
 from pvae.evidence.families import FAMILIES, PARAMETERS, leaf_of, parameters_of, product
 from pvae.evidence.spaces import Latents, LatentSpace, Layout
@@ -88,6 +88,8 @@ class Pair:
                 "log p(x) is estimated in batches: write a guide that takes a batch, such as an encoder."
             )
         traces = {}
+        check_signature("model", model, data)
+        check_signature("guide", guide, data)
         with pyro.validation_enabled(True):
             for rows in ([0], [0, first_other_row(data)]):
                 batch = tuple(t[rows].to(device) for t in data)
@@ -317,7 +319,7 @@ def _tried(model: Program, guide: Program, batch: Batch) -> dict[str, Sites]:
         guide_trace = poutine.trace(guide).get_trace(*batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
     except (RuntimeError, ValueError) as error:
-        if isinstance(error.__cause__ or error, PVAEError):
+        if isinstance(error.__cause__ or error, PVAEError) or "memory" in str(error):  # of which there may be more
             raise
         raise ProgramError(
             "log p(x) for each datum needs programs that can be run on any number of data; on "

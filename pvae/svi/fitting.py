@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -192,7 +193,9 @@ def fit(
                     training.check_names()
                     folder.rewrite_history(training.records)
             try:
-                why = training.run(stop, folder, callback, progress)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; our error says where it comes from
+                    why = training.run(stop, folder, callback, progress)
             except NumericalError as error:
                 raise _explained(error, training) from None
             finally:

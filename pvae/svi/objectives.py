@@ -7,7 +7,6 @@ nats, summed over the batch, as Pyro's are: so every datum weighs the same in a 
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pvae.checks import base_distribution, check_pair, check_supports, density_sites, observed
+from pvae.checks import base_distribution, check_pair, check_signature, check_supports, density_sites, observed
 from pvae.errors import ArgumentError, NumericalError, ProgramError, PVAEError
 from pvae.isolation import Program
 
@@ -176,7 +175,7 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
         DataError: Data outside the support of their site.
     """
     for role, program in (("model", model), ("guide", guide)):
-        _check_signature(role, program, batch)
+        check_signature(role, program, batch)
     with torch.no_grad(), pyro.validation_enabled(True):
         try:
             model_trace, guide_trace = _traces(model, guide, batch)
@@ -255,21 +254,6 @@ def _traces(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> tuple[
     """The model's trace on the guide's latents, and the guide's."""
     guide_trace = poutine.trace(guide).get_trace(*batch)
     return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch), guide_trace
-
-
-def _check_signature(role: str, program: Program, batch: tuple[Tensor, ...]) -> None:
-    try:
-        signature = inspect.signature(program)
-    except (TypeError, ValueError):  # some callables have none
-        return
-    try:
-        signature.bind(*batch)
-    except TypeError as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in batch)
-        raise ProgramError(
-            f"the {role} cannot be called with a batch, which is {len(batch)} tensor(s), {shapes}: {error}. It takes "
-            f"{signature}. Let it take one argument for each, or choose some of them by transform=."
-        ) from None
 
 
 def _params(sites: Any) -> list[Tensor]:

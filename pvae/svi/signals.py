@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -42,7 +43,14 @@ def heeded() -> Iterator[Stop]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+    process = os.getpid()
+
     def first(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a child that was forked, such as a loader's worker
+            restore()
+            if number != signal.SIGINT:  # of the keyboard's, the parent tells it what to do
+                signal.raise_signal(number)
+            return
         stop.signal = number
         restore()
         outer: Any = before.get(number)
