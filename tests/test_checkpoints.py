@@ -123,12 +123,16 @@ RICH = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, RICH, {"compile": True}, {"compile": True, **RICH}])
-@pytest.mark.parametrize("step", [1, 8, 15, 20])
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        *((step, options) for step in (1, 8, 15, 20) for options in ({}, RICH)),
+        (8, {"compile": True, **RICH}),
+        *(pytest.param(step, {"compile": True}, marks=pytest.mark.slow) for step in (1, 8, 15, 20)),
+    ],
+)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(step, options, bits, tmp_path, interrupt, caller_state):
     """At the first step, within an epoch, at an epoch's end, and at the last step."""
-    if options.get("compile") and step in (1, 20):
-        pytest.skip("covered uncompiled")
     grey = 0.8 * bits + 0.1 if "transform" in options else bits
     whole = pvae.VAE.mlp(6, 2, [8])
     stopped = copy.deepcopy(whole)
@@ -233,6 +237,7 @@ def test_every_kind_of_schedule_goes_on_bit_for_bit(name, bits, tmp_path, interr
     assert_same((other, fit(other, bits, checkpoint=tmp_path, resume="auto", **options)), (whole, reference))
 
 
+@pytest.mark.slow
 def test_a_value_that_changes_each_epoch_goes_on_bit_for_bit(bits, tmp_path):
     """After eight changes a run is no longer captured; one that goes on must know."""
 
