@@ -261,6 +261,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eager": {"compile": False},  # 301 data: the last batch has one, which is fewer than there are processes
     "compiled": {"compile": True},
     "ragged": {"compile": False, "batch_size": 51},  # parts of 26 and 25
+    # A batch of all data, of which only the parts are scaled.
+    "one batch": {"compile": False, "batch_size": 400, "whole": 301, "kl_weight": 1.0},
     # Without a kl_weight, which is in float32, and so then is the plate's scale.
     "subsampled": {"compile": False, "batch_size": 51, "whole": 301, "kl_weight": 1.0},
 }
@@ -539,8 +541,14 @@ def interrupted(rank: int, folder: Path, compile: bool = False) -> dict[str, Any
     return found
 
 
-def test_a_signal_to_one_stops_both_and_they_go_on_bit_for_bit(tmp_path):
-    (first, second), codes = launched("interrupted", tmp_path)
+def interrupted_compiled(rank: int, folder: Path) -> dict[str, Any]:
+    """The same, where the parts of a batch have other shapes, and so other programs, on each process."""
+    return interrupted(rank, folder, compile=True)
+
+
+@pytest.mark.parametrize("case", ["interrupted", pytest.param("interrupted_compiled", marks=pytest.mark.slow)])
+def test_a_signal_to_one_stops_both_and_they_go_on_bit_for_bit(case, tmp_path):
+    (first, second), codes = launched(case, tmp_path)
     assert codes == [0, 0]
     # In the middle of the second epoch, at the same step.
     assert first["stopped"][0] == second["stopped"][0] == "signal"
@@ -586,8 +594,8 @@ def errors(rank: int, folder: Path) -> dict[str, Any]:
     def train(data=x, **options):
         return fit(small(), data, **{"batch_size": 20, "compile": False, **options})
 
-    def evaluate(data=x, **options):
-        return pvae.log_evidence(vae.model, vae.guide, data, **{"num_samples": 30, **options})
+    def evaluate(data=x, model=vae, **options):
+        return pvae.log_evidence(model.model, model.guide, data, **{"num_samples": 30, **options})
 
     (folder / f"file-{rank}").write_text("no folder")
     third = 3 if other else 0
@@ -608,6 +616,8 @@ def errors(rank: int, folder: Path) -> dict[str, Any]:
         "disk": lambda: train(checkpoint=folder / "disk", callback=goes_away),
         "evidence": lambda: evaluate(x * nan if other else x),
         "num_samples": lambda: evaluate(num_samples=30 + rank),
+        "other data": lambda: evaluate(x[: 50 + rank]),
+        "other weights": lambda: evaluate(model=small(rank)),
         "another call": train if other else evaluate,
         "call in a callback": lambda: train(callback=lambda _: evaluate()),
     }
@@ -660,6 +670,8 @@ def test_an_error_on_one_ends_all_and_they_meet_again(tmp_path):
         "disk": (("CheckpointError", "cannot be used"), ("RankError", "rank 0 stopped.*CheckpointError")),
         "evidence": (("RankError", "rank 1 stopped.*DataError"), ("DataError", "nan")),
         "num_samples": (alike, alike),
+        "other data": (alike, alike),
+        "other weights": (alike, alike),
         "another call": (apart, apart),
         "call in a callback": (apart, apart),
     }
@@ -703,6 +715,7 @@ def test_a_dead_process_ends_the_other_and_torchrun_says_so(tmp_path):
 
 
 def preempted(rank: int, folder: Path) -> tuple[str, int | None, str]:
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
     result = fit(small(), some_bits(101), epochs=100_000, checkpoint=folder / "run", compile=False, batch_size=20)
     return result.stopped, result.signal, str(result.checkpoint)
 
@@ -713,6 +726,9 @@ def test_torchrun_passes_a_signal_on_and_waits_for_the_checkpoint(tmp_path):
         while not (history.exists() and history.read_text().count("\n") > 1) and torchrun.poll() is None:
             assert time.monotonic() < end, (tmp_path / "output").read_text()
             time.sleep(0.1)
+        # As some schedulers do, which signal every process of a job.
+        for pid in tmp_path.glob("pid-*"):
+            os.kill(int(pid.read_text()), signal.SIGTERM)
         torchrun.terminate()
 
     (first, second), codes = launched("preempted", tmp_path, torchrun=True, meanwhile=preempt)
@@ -762,7 +778,7 @@ def test_seeds_of_ranks_differ_and_fit_torch():
 
 
 CASES: dict[str, Callable[[int, Path], Any]] = {
-    case.__name__: case for case in (training, evidence, interrupted, errors, killed, preempted)
+    case.__name__: case for case in (training, evidence, interrupted, interrupted_compiled, errors, killed, preempted)
 }
 
 

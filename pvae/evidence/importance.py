@@ -21,7 +21,7 @@ from pvae.errors import ArgumentError, positive_int, yes_no_or_auto
 from pvae.evidence import proposals
 from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
 from pvae.evidence.sampling import Proposal, Sampler
-from pvae.evidence.session import Session, opened
+from pvae.evidence.session import Session, fingerprints, opened
 from pvae.evidence.traces import Batch
 from pvae.evidence.weights import Chunk, WeightSums
 from pvae.graphs import Captured, pays
@@ -177,7 +177,11 @@ class _Task(NamedTuple):
         """The work's results for each block of the data, in order; the seed; if data shared draws; the precision."""
         ranks = processes.resolve(self.distributed)
         seed = ranks.from_first(self.seed)
-        ranks.agree(num_samples=self.num_samples, proposal=self.proposal.name)
+        alike: dict[str, Any] = {"num_samples": self.num_samples, "proposal": self.proposal.name}
+        if ranks.count > 1:
+            with ranks.together():
+                alike |= fingerprints(self.data, self.model, self.guide, self.proposal)
+        ranks.agree(**alike)
         size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
         with ranks.together():
             done, shared, precision = _with_the_memory_there_is(

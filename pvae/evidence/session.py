@@ -13,14 +13,14 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae.checks import Data, as_tensors, check_supports
+from pvae.checks import Data, as_tensors, check_supports, fingerprint
 from pvae.errors import NumericalError
 from pvae.evidence.traces import Batch, Pair
 from pvae.isolation import Program, dtype_of, isolated, modules_of, outside_modules, place
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream, is_stream
 
-__all__ = ["Session", "opened"]
+__all__ = ["Session", "fingerprints", "opened"]
 
 # How much of a dataset to read at once: data, and numbers in all of them.
 _MOST_DATA = 4096
@@ -165,6 +165,17 @@ def opened(
         yield session
         # Another guide, which a proposal brought along, runs only inside of the block.
         _warn_of_initial_values(outside_modules(store)["params"].keys() - known["params"].keys() - untrained)
+
+
+def fingerprints(data: Data, *programs: object) -> dict[str, str]:
+    """What processes that share the data have to have alike: the data, and the weights they are evaluated under."""
+    modules = modules_of(*programs)  # type: ignore[arg-type]
+    tensors = [t for module in modules for t in module.state_dict().values() if isinstance(t, Tensor)]
+    found = {"weights": fingerprint([*tensors, *outside_modules(pyro.get_param_store())["params"].values()])}
+    if not is_stream(data):
+        tensors = as_tensors("data", data)
+        found["data"] = f"{len(tensors[0])} data, {fingerprint(tensors)}"
+    return found
 
 
 def _stream(data: Data, seed: int, ranks: Ranks) -> Stream:

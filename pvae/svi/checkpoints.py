@@ -259,7 +259,7 @@ def _check(saved: Saved) -> None:
     _demand(
         all(isinstance(v, int | float | tuple | list | None) for v in training["group"].values()), "of its optimizer"
     )
-    for memory in training["memory"]:
+    for memory in (memory for memories in training["memory"] for memory in memories):
         _demand(memory is None or memory.keys() == {"first", "runs", "changes", "given_up"}, "of its captures")
     _demand({"seconds", "scheduler", "constraints"} <= training.keys(), "it is incomplete")
     _demand(

@@ -168,8 +168,9 @@ def fit(
             arguments["data"] = batches.fingerprint()
             arguments["validation"] = held_out.fingerprint() if held_out else None
         ranks.agree(**arguments, epochs=epochs, kl_weights=weights, patience=patience, capture=capture)
-        if saved is not None:
-            check_same_run(saved, pair, state, arguments, weights, epochs)
+        with ranks.together():
+            if saved is not None:
+                check_same_run(saved, pair, state, arguments, weights, epochs)
 
         environment = {"device": str(pair.device), "threads": torch.get_num_threads(), "ranks": ranks.count}
         environment |= {"compiled": capture, **storage.versions()}
@@ -178,17 +179,18 @@ def fit(
             tensors = begun(pair, store, saved, ranks)
             options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
             options |= {"weighted": weights is not None, "ranks": ranks}
-            step = engine.Step(model, guide, objective, verified, batches, lr=lr, **options)
-            evaluate = None
-            if held_out is not None:
-                evaluate = Validation(model, guide, pair.modules, held_out, verified, seed, capture, ranks, stop)
-            made = make_scheduler(step.optimizer)
-            training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair, ranks)
-            if saved is not None:
-                saved.warn_of_another_place(environment)
-                training.restore(saved)
-                del saved  # as large as all that is trained
             with ranks.together():
+                step = engine.Step(model, guide, objective, verified, batches, lr=lr, **options)
+                evaluate = None
+                if held_out is not None:
+                    evaluate = Validation(model, guide, pair.modules, held_out, verified, seed, capture, ranks, stop)
+                made = make_scheduler(step.optimizer)
+                training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair, ranks)
+                if saved is not None:
+                    if ranks.first:  # the others' devices have other numbers
+                        saved.warn_of_another_place(environment)
+                    training.restore(saved)
+                    del saved  # as large as all that is trained
                 if folder is not None:
                     training.check_names()
                     folder.rewrite_history(training.records)
@@ -201,9 +203,11 @@ def fit(
             finally:
                 step.forget_gradients()
             result = _result(training, pair, store, seed, why)
-        if training.done * (batches.steps or 1) >= _ENOUGH_TO_JUDGE and not stop():
+        stopped = ranks.any(stop())  # all say the same: they go on alike
+        if training.done * (batches.steps or 1) >= _ENOUGH_TO_JUDGE and not stopped:
             pair.warn_if_collapsed(held_out or batches, result._state)
-        return replace(result, stopped="signal", signal=stop.signal) if stop() else result
+        stopped = stopped or (ranks.count == 1 and stop())
+        return replace(result, stopped="signal", signal=stop.signal) if stopped else result
 
 
 def _captures(

@@ -82,7 +82,9 @@ class Pair:
                 found.append(objectives.verify(self.model, self.guide, those.first(), whole))
                 if isinstance(those, Streamed):
                     those.observed = found[-1].observed
-            return found[0], store.get_state()
+            # A batch of all data does not show that a plate would scale up a smaller one.
+            sizes = (one.subsampled_from for one in found if one.subsampled_from is not None)
+            return found[0]._replace(subsampled_from=next(sizes, None)), store.get_state()
 
     def warn_if_collapsed(self, batches: Batches, params: Mapping[str, Any]) -> None:
         """Says so where no latent dimension follows the data."""

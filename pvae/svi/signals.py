@@ -53,6 +53,9 @@ def heeded() -> Iterator[Stop]:
             return
         stop.signal = number
         restore()
+        if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+            # Some schedulers signal all processes, and torchrun its own once more; it kills those that do not end.
+            signal.signal(number, signal.SIG_IGN)
         outer: Any = before.get(number)
         if getattr(outer, "heeds", False):  # of a fit whose callback this one is called in
             outer(number, frame)
@@ -69,5 +72,5 @@ def heeded() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        if not stop():
+        if not stop() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
             restore()

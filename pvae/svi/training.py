@@ -202,9 +202,11 @@ class Training:
         if self._saved == (self.done, self.passes.steps) or not self.ranks.from_first(folder is not None):
             return
         noises, totals = self.ranks.gathered(self._noise()), self.ranks.gathered(self.passes.total)
+        # Parts of one batch may have other shapes on other processes.
+        memories = self.ranks.gathered([c.memory() if c else None for c in self._captured()])
         with self.ranks.together():
             if folder is not None:
-                self.last = folder.write(self.saved(noises, totals))
+                self.last = folder.write(self.saved(noises, totals, memories))
         self._saved = (self.done, self.passes.steps)
 
     def check_names(self) -> None:
@@ -222,7 +224,7 @@ class Training:
             raise CheckpointError(f"what a module holds cannot be in a checkpoint: {'; '.join(left_out)}.")
         check_weights(tensors)
 
-    def saved(self, noises: list[Any], totals: list[float]) -> Saved:
+    def saved(self, noises: list[Any], totals: list[float], memories: list[Any]) -> Saved:
         """All of it, as a checkpoint holds it."""
         tensors = self.tensors()
         places = {id(t): name for name, t in tensors.items()}
@@ -239,7 +241,7 @@ class Training:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "noise": noises,
             "constraints": {name: repr(store._constraints[name]) for name in self.pair.bare(store._params)},
-            "memory": [c.memory() if c else None for c in self._captured()],
+            "memory": memories,
         }
         config = {
             "arguments": dict(self.plan.arguments),
@@ -264,9 +266,6 @@ class Training:
             optimizer.state[names[name]] = placed
         if self.scheduler is not None and training["scheduler"] is not None:
             self.scheduler.load_state_dict(dict(training["scheduler"]))
-        for captured, memory in zip(self._captured(), training["memory"], strict=True):
-            if captured is not None and memory is not None:
-                captured.recall(memory)
         self.history = {name: list(values) for name, values in saved.history.items() if name in self.history}
         same_ranks = len(training["totals"]) == self.ranks.count
         total = training["totals"][self.ranks.number] if same_ranks else sum(training["totals"]) / self.ranks.count
@@ -275,6 +274,9 @@ class Training:
         self._saved = (self.done, self.passes.steps)
         optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  (what schedulers look for)
         if same_ranks:
+            for captured, memory in zip(self._captured(), training["memory"][self.ranks.number], strict=True):
+                if captured is not None and memory is not None:
+                    captured.recall(memory)
             self._set_noise(training["noise"][self.ranks.number])
 
     def _captured(self) -> list[Any]:
