@@ -187,9 +187,10 @@ def _verified(folder: Path) -> dict[str, bytes]:
     contents = {}
     for name, entry in _manifest(folder)["files"].items():
         path = folder / entry["file"]
-        if not path.is_file():
-            raise DamagedError(f"{path} is missing.")
-        content = contents[name] = path.read_bytes()
+        try:
+            content = contents[name] = path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError):
+            raise DamagedError(f"{path} is missing.") from None
         if len(content) != entry["bytes"]:
             raise DamagedError(f"{path} has {len(content)} bytes, and had {entry['bytes']} when it was written.")
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
