@@ -26,6 +26,7 @@ __all__ = [
     "check_supports",
     "density_sites",
     "fingerprint",
+    "kind",
     "observed",
     "simple_support",
     "tensors_of",
@@ -235,6 +236,11 @@ def check_signature(role: str, program: Callable[..., Any], batch: tuple[Tensor,
             f"the {role} cannot be called with a batch, which is {len(batch)} tensor(s), {shapes}: {error}. It takes "
             f"{signature}. Let it take one argument for each."
         ) from None
+
+
+def kind(tensor: Tensor) -> str:
+    """Dtype and shape in a few letters, such as ``float32[64, 6]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -26,6 +26,7 @@ from pvae.errors import ArgumentError, DataError, DeviceError, PVAEError
 
 __all__ = [
     "Program",
+    "cast",
     "dtype_of",
     "isolated",
     "modules_of",
@@ -119,20 +120,20 @@ def place(
     for module in modules:
         module.to(chosen)
     if dtype := dtype_of(modules):
-        tensors = tuple(_cast(t, dtype) if t.is_floating_point() else t for t in tensors)
+        tensors = tuple(cast(t, dtype) if t.is_floating_point() else t for t in tensors)
     return chosen, tensors
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Gives finite floating-point data another dtype, and raises where they would overflow."""
-    cast = tensor.to(dtype)
+    converted = tensor.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
-    if narrower and not cast.sum(dtype=torch.float64).isfinite():  # cheaper than a mask
+    if narrower and not converted.sum(dtype=torch.float64).isfinite():  # cheaper than a mask
         raise DataError(
             f"the data reach {tensor.abs().max().item():g}, too large for the parameters' {dtype}. Rescale the data, "
             f"or give the parameters their {tensor.dtype}."
         )
-    return cast
+    return converted
 
 
 def dtype_of(modules: Iterable[nn.Module]) -> torch.dtype | None:

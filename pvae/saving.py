@@ -139,12 +139,9 @@ def _kind(tensor: Any) -> str:
 
 def _saved(state: Mapping[str, Tensor]) -> bytes:
     from safetensors import SafetensorError
-    from safetensors.torch import save
 
     try:
-        # Copies: of tensors that share their memory safetensors writes none.
-        copies = {n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in state.items()}
-        return save(copies)
+        return storage.tensors_as_bytes(state)
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise ProgramError(f"its weights cannot be saved: {type(error).__name__}: {error}") from error
 

@@ -18,6 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
 from pvae.errors import CheckpointError
 
 __all__ = [
@@ -31,6 +35,7 @@ __all__ = [
     "own_files",
     "put",
     "read",
+    "tensors_as_bytes",
     "versions",
     "write",
 ]
@@ -112,6 +117,11 @@ def own_files(folder: Path, names: Iterable[str]) -> list[Path]:
     patterns = [MANIFEST, f"*{_TEMPORARY}"]
     patterns += [p for n in names for p in (n, f"{Path(n).stem}-{'[0-9a-f]' * 12}{Path(n).suffix}")]
     return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+
+
+def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as the bytes of a file of safetensors. They are copied: of some that share memory it would write none."""
+    return save({n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()})
 
 
 def holds_set(folder: Path) -> bool:

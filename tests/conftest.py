@@ -9,6 +9,7 @@ from pyro import distributions as dist
 from torch import nn
 
 import pvae
+from pvae.graphs import Captured
 
 torch.set_num_threads(1)  # the tensors are small, and the workers share the cores
 
@@ -61,6 +62,26 @@ class ModulePair(nn.Module):
 @pytest.fixture
 def module_pair() -> ModulePair:
     return ModulePair()
+
+
+@pytest.fixture
+def never_compiled(monkeypatch):
+    """A function that makes a module of pvae capture and never compile: the graphs are the same, and take less time.
+
+    It returns a list, to which all captured functions that are made are added.
+    """
+
+    def of(module):
+        made = []
+
+        def captured(*args, **options):
+            made.append(Captured(*args, **{**options, "compile_after": None}))
+            return made[-1]
+
+        monkeypatch.setattr(module, "Captured", captured)
+        return made
+
+    return of
 
 
 class CallerState:

@@ -37,7 +37,6 @@ from torch.utils.data import (
 
 import pvae
 from pvae.evidence import importance, session
-from pvae.graphs import Captured
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream
 from pvae.svi import engine
@@ -174,16 +173,8 @@ def numbers():
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """Steps that are captured and never compiled: the graphs are the same, and take less time."""
-    made = []
-
-    def captured(*args, **options):
-        made.append(Captured(*args, **{**options, "compile_after": None}))
-        return made[-1]
-
-    monkeypatch.setattr(engine, "Captured", captured)
-    return made
+def made(never_compiled):
+    return never_compiled(engine)
 
 
 # --- a dataset is its tensor ----------------------------------------------------------------------------------------

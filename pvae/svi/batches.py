@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pvae.checks import check_supports, fingerprint
-from pvae.errors import ArgumentError, DataError
+from pvae.errors import ArgumentError
+from pvae.isolation import cast
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream
 
@@ -213,13 +214,8 @@ class Streamed:
             yield moved
 
     def _moved(self, rows: Rows) -> Rows:
-        moved = tuple(t.to(self.device, self.dtype if t.is_floating_point() else None) for t in rows)
-        changed = [t for t, before in zip(moved, rows, strict=True) if t.dtype != before.dtype]
-        if not all(t.isfinite().all() for t in changed):
-            raise DataError(
-                f"the data are too large for the parameters' {self.dtype}. Rescale the data, or give the parameters "
-                "their dtype."
-            )
+        dtype = self.dtype
+        moved = tuple((cast(t, dtype) if dtype and t.is_floating_point() else t).to(self.device) for t in rows)
         if self.transform is None and len(rows[0]):
             check_supports(self.observed, moved)
         return moved

@@ -25,17 +25,30 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pvae import storage
+from pvae.checks import kind
 from pvae.errors import CheckpointError
 
 __all__ = ["Folder", "Saved", "check_plain", "check_weights"]
 
 _NAME = re.compile(r"epoch-(\d{6,})(-step-(\d{7,}))?")
+_HISTORY = "history.jsonl"
 _KEPT = 2
 _FILES = ("weights.safetensors", "training.pt", "history.json", "config.json")
+
+# What reading a file raises that holds something else, and looking for what it ought to hold.
+_NOT_OURS = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Saved:
 
     def differences(self, weights: Mapping[str, Tensor], arguments: Mapping[str, Any] | None = None) -> list[str]:
         """What is not as in another run: names and shapes of weights, and what it was called with."""
-        ours, theirs = _kinds(self.weights), _kinds(weights)
+        ours, theirs = ({name: kind(t) for name, t in those.items()} for those in (self.weights, weights))
         found = [f"only in the checkpoint: {name} {ours[name]}" for name in ours.keys() - theirs.keys()]
         found += [f"not in the checkpoint: {name} {theirs[name]}" for name in theirs.keys() - ours.keys()]
         both = [name for name in ours if name in theirs and ours[name] != theirs[name]]
@@ -81,7 +94,7 @@ class Saved:
         if changed:
             warnings.warn(
                 f"going on from {self.folder}, but not bit for bit as it would have: {'; '.join(changed)}.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -143,7 +156,7 @@ class Folder:
         buffer = io.BytesIO()
         torch.save(dict(saved.training), buffer)
         contents = {
-            "weights.safetensors": save_tensors({name: _copy(t) for name, t in saved.weights.items()}),
+            "weights.safetensors": storage.tensors_as_bytes(saved.weights),
             "training.pt": buffer.getvalue(),
             "history.json": json.dumps(saved.history).encode(),
             "config.json": json.dumps(saved.config, indent=2).encode(),
@@ -201,12 +214,9 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
     """Raises `CheckpointError` where safetensors cannot hold them."""
     for name, tensor in weights.items():
         try:
-            save_tensors({name: tensor.new_empty(0, device="cpu")})
+            storage.tensors_as_bytes({name: tensor.new_empty(0, device="cpu")})
         except (KeyError, ValueError, SafetensorError):
             raise CheckpointError(f"'{name}' cannot be in a checkpoint: its dtype is {tensor.dtype}.") from None
-
-
-_HISTORY = "history.jsonl"
 
 
 def _read(folder: Path) -> Saved:
@@ -222,16 +232,10 @@ def _read(folder: Path) -> Saved:
             folder,
         )
         _check(saved)
-    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, EOFError) as error:
-        raise _not_ours(folder, error) from None
-    except pickle.UnpicklingError as error:
-        raise _not_ours(folder, error) from None
+    except _NOT_OURS as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise storage.DamagedError(f"{folder} holds a file that was not written by pvae.fit: {first_line}") from None
     return saved
-
-
-def _not_ours(folder: Path, error: Exception) -> storage.DamagedError:
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return storage.DamagedError(f"{folder} holds a file that was not written by pvae.fit: {first_line}")
 
 
 def _check(saved: Saved) -> None:
@@ -273,11 +277,6 @@ def _demand(fulfilled: bool, complaint: str) -> None:
         raise ValueError(complaint)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """Of a tensor that shares its memory with others, which safetensors refuses."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
 def _remove(folder: Path) -> None:
     """Removes a checkpoint; what else is in its folder stays."""
     with suppress(OSError):
@@ -293,7 +292,3 @@ def _named(epoch: int, steps: int) -> str:
 def _line(record: dict[str, float]) -> bytes:
     # JSON has no nan and no infinity.
     return json.dumps({name: v if math.isfinite(v) else None for name, v in record.items()}).encode() + b"\n"
-
-
-def _kinds(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in weights.items()}

@@ -22,7 +22,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pvae.checks import base_distribution, check_pair, check_signature, check_supports, density_sites, observed
+from pvae.checks import base_distribution, check_pair, check_signature, check_supports, density_sites, kind, observed
 from pvae.errors import ArgumentError, NumericalError, ProgramError, PVAEError
 from pvae.isolation import Program
 
@@ -190,7 +190,7 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
                 raise NumericalError(
                     f"before the first step, {found}. Bound what its parameters come from, such as a log-scale."
                 ) from None
-            shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in batch)
+            shapes = ", ".join(map(kind, batch))
             raise ProgramError(
                 f"the model and the guide do not run on a batch of {shapes}: {str(error).splitlines()[0]} "
                 "Do the data have the shape and the values that they expect?"

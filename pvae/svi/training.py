@@ -248,7 +248,6 @@ class Training:
             "environment": dict(self.plan.environment),
             "kl_weights": self.plan.kl_weights and list(self.plan.kl_weights[: self.done + bool(self.passes.steps)]),
             "best_epoch": self.best_epoch,
-            "curve": self.curve,
         }
         return Saved({n: t.detach() for n, t in tensors.items()}, training, dict(self.history), config)
 
