@@ -5,6 +5,8 @@ Every error names the argument, file or site, what was expected, what came, and 
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 
 __all__ = [
@@ -19,8 +21,11 @@ __all__ = [
     "RankError",
     "one_of",
     "positive_int",
+    "warn",
     "yes_no_or_auto",
 ]
+
+_OURS = ("pvae", "torch", "pyro", "contextlib", "functools")
 
 
 class PVAEError(Exception):
@@ -57,6 +62,18 @@ class RankError(PVAEError, RuntimeError):
 
 class DatasetError(PVAEError, OSError):
     """A dataset's files are missing, damaged, or cannot be downloaded."""
+
+
+def warn(message: str) -> None:
+    """Issues a ``UserWarning`` that points at the line from which pvae was called, however deep the cause lies."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        frame = frame.f_back
+    space = frame.f_globals
+    # The registry of that module: a second caller of the same function is warned, too.
+    registry = space.setdefault("__warningregistry__", {})
+    name = space.get("__name__", "<unknown>")
+    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, name, registry)
 
 
 def positive_int(name: str, value: object) -> int:

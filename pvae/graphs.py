@@ -15,7 +15,6 @@ import logging
 import random
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pvae.capture import READS_A_NUMBER, Graph, Unfaithful
-from pvae.errors import PVAEError
+from pvae.errors import PVAEError, warn
 from pvae.guards import Guard
 
 __all__ = ["Captured", "pays"]
@@ -192,7 +191,7 @@ class Captured:
                 compiled = graph.compile(inputs)
                 self._compare(compiled, graph, inputs)
         except Exception as error:
-            warnings.warn(f"{self.name} runs captured but uncompiled: {_cause(error)}.", stacklevel=3)
+            warn(f"{self.name} runs captured but uncompiled: {_cause(error)}.")
             compiled = graph
             if "Invalid" in type(error).__name__ or "No working C++ compiler" in str(error):
                 _no_compiler.append(True)  # one warning in a process is enough
@@ -223,7 +222,7 @@ class Captured:
     def _give_up(self, cause: str) -> None:
         self._known.clear()
         self.given_up = True
-        warnings.warn(f"{self.name} runs as plain Pyro, uncaptured: {cause}.", stacklevel=4)
+        warn(f"{self.name} runs as plain Pyro, uncaptured: {cause}.")
 
 
 @dataclass

@@ -10,7 +10,6 @@ import copy
 import random
 import signal
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +28,7 @@ from torch.utils.data import (
 )
 
 from pvae.checks import as_tensors
-from pvae.errors import DataError
+from pvae.errors import DataError, warn
 from pvae.isolation import noise, set_noise
 from pvae.ranks import ALONE, Ranks
 
@@ -230,7 +229,7 @@ class Stream:
 
     def _warn(self, said: Sequence[str]) -> None:
         if said:
-            warnings.warn(f"{self.name}: {'; '.join(said)}.", stacklevel=6)
+            warn(f"{self.name}: {'; '.join(said)}.")
 
 
 class _Noise:

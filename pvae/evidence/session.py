@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.checks import Data, as_tensors, check_supports, fingerprint
-from pvae.errors import NumericalError
+from pvae.errors import NumericalError, warn
 from pvae.evidence.traces import Batch, Pair
 from pvae.isolation import Program, dtype_of, isolated, modules_of, outside_modules, place
 from pvae.ranks import ALONE, Ranks
@@ -186,9 +185,7 @@ def _stream(data: Data, seed: int, ranks: Ranks) -> Stream:
         size = max(1, min(_MOST_DATA, _MOST_ENTRIES // max(t.numel() for t in datum)))
         stream = Stream("data", data, size, seed, ranks, evaluated=True)
     if stream.drawn_by:
-        warnings.warn(
-            f"data: results are in the order in which the loader's {stream.drawn_by} draws the data.", stacklevel=9
-        )
+        warn(f"data: results are in the order in which the loader's {stream.drawn_by} draws the data.")
     return stream
 
 
@@ -203,8 +200,7 @@ def _begun(stream: Stream) -> tuple[Batch, Iterator[tuple[int, Batch]]]:
 
 def _warn_of_initial_values(names: Collection[str]) -> None:
     if names:
-        warnings.warn(
+        warn(
             f"parameters {sorted(names)} have their initial values: the param store holds none of these names. "
             "After pvae.fit, evaluate inside `with result.trained():`.",
-            stacklevel=5,
         )

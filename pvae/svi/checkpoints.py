@@ -14,7 +14,6 @@ import os
 import pickle
 import random
 import re
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from pvae import storage
 from pvae.checks import kind
-from pvae.errors import CheckpointError
+from pvae.errors import CheckpointError, warn
 
 __all__ = ["Folder", "Saved", "check_plain", "check_weights"]
 
@@ -92,9 +91,8 @@ class Saved:
         before = self.config["environment"]
         changed = [f"{k} was {before.get(k)!r} and is {v!r} now" for k, v in environment.items() if before.get(k) != v]
         if changed:
-            warnings.warn(
+            warn(
                 f"going on from {self.folder}, but not bit for bit as it would have: {'; '.join(changed)}.",
-                stacklevel=3,
             )
 
 
@@ -115,7 +113,7 @@ class Folder:
             if _NAME.fullmatch(path.name) and not path.is_dir():
                 raise CheckpointError(f"{path} is in the way of a checkpoint of that name. Use another folder.")
 
-    def newest(self, stacklevel: int = 3) -> Saved | None:
+    def newest(self) -> Saved | None:
         """The newest checkpoint that is whole, or none; says so where it passes over a damaged one. The folder may be
         that of one checkpoint, too.
 
@@ -130,9 +128,7 @@ class Folder:
                 problems.append(str(error))
                 continue
             if problems:
-                warnings.warn(
-                    f"{'; '.join(problems)} Going back to the checkpoint before, {folder}.", stacklevel=stacklevel
-                )
+                warn(f"{'; '.join(problems)} Going back to the checkpoint before, {folder}.")
             return found
         if problems:
             raise CheckpointError(f"no checkpoint in {self.path} is whole. {' '.join(problems)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pvae.errors import NumericalError
+from pvae.errors import NumericalError, warn
 from pvae.graphs import Captured
 from pvae.svi.objectives import ItemsStayTensors, inside_handlers, params_met
 
@@ -121,10 +120,9 @@ class CompiledSVI(SVI):
 
     def _warn_of_structures(self) -> None:
         if not self._warned:
-            warnings.warn(
+            warn(
                 f"CompiledSVI has seen {_MOST_STRUCTURES} kinds of arguments that differ in more than tensors and "
                 "floats, such as an int that counts; further ones run as plain Pyro. Pass tensors or floats.",
-                stacklevel=4,
             )
         self._warned = True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.checks import Data, as_tensors
+from pvae.errors import warn
 from pvae.isolation import Program, dtype_of, isolated, modules_of, place, resolve_device
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream, is_stream
@@ -90,11 +90,10 @@ class Pair:
         """Says so where no latent dimension follows the data."""
         with isolated(self.modules, seed=0, device=self.device, params=params):
             if objectives.inactive(self.model, self.guide, batches.first()):
-                warnings.warn(
+                warn(
                     "the posterior has collapsed: no latent dimension follows x, since Var_x(E_q[z]) is below 0.01 of "
                     "the prior's variance for each, so that the model makes no use of its latents. Try a warm-up "
                     "(kl_weight=lambda epoch: min(1.0, epoch / 10)), a smaller lr, or a less powerful decoder.",
-                    stacklevel=3,
                 )
 
     def named_tensors(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

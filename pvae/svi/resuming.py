@@ -96,7 +96,7 @@ def found(folder: Folder | None, resume: str, ranks: Ranks) -> Saved | None:
     saved = None
     with ranks.together():
         if folder is not None:
-            saved = folder.newest(stacklevel=4)
+            saved = folder.newest()
             if saved is not None and resume == "never":
                 raise CheckpointError(
                     f"{folder.path} holds checkpoints of {saved.epoch} epoch(s). Pass resume='auto' to go on from "

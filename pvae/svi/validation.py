@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +11,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pvae.errors import warn
 from pvae.graphs import Captured
 from pvae.isolation import Program, isolated
 from pvae.ranks import Ranks
@@ -73,9 +73,7 @@ class Validation:
 
     def _warn(self, epoch: int, loss: float, batch: tuple[Tensor, ...]) -> None:
         found = objectives.not_finite(self.model, self.guide, batch)
-        warnings.warn(
-            f"epoch {epoch}: the loss of a batch of validation data is {loss:g}{found and f': {found}'}.", stacklevel=5
-        )
+        warn(f"epoch {epoch}: the loss of a batch of validation data is {loss:g}{found and f': {found}'}.")
 
     def _isolated(self) -> AbstractContextManager[Any]:
         state: Any = pyro.get_param_store().get_state()

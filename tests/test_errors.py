@@ -1,0 +1,81 @@
+"""A warning points at the line that called pvae, from wherever it comes."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer import SVI, Trace_ELBO
+from torch.utils.data import DataLoader, TensorDataset
+
+import pvae
+
+
+def reads_a_number(x):
+    loc = pyro.param("loc", lambda: torch.zeros(()))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0 + 0.0 * x.sum().item()))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def guide(x):
+    scale = pyro.param("scale", lambda: torch.ones(()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 2, scale))
+
+
+def fit_captures_nothing():
+    pvae.fit(reads_a_number, guide, torch.randn(8), epochs=1, compile=True, progress=False)
+
+
+def fit_drops_data():
+    loader = DataLoader(TensorDataset(torch.randn(8, 1)), batch_size=3, drop_last=True)
+    pair = pvae.VAE.mlp(1, 1, [2], "gaussian")
+    pvae.fit(pair.model, pair.guide, loader, epochs=1, progress=False)
+
+
+def evidence_of_initial_values():
+    pvae.log_evidence(reads_a_number, guide, torch.randn(8), num_samples=30)
+
+
+def compiled_svi_captures_nothing():
+    svi = pvae.svi.CompiledSVI(reads_a_number, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+    assert isinstance(svi, SVI)
+    for _ in range(3):
+        svi.step(torch.ones(8))
+
+
+CALLS = {
+    fit_captures_nothing: "uncaptured",
+    fit_drops_data: "drop_last",
+    evidence_of_initial_values: "initial values",
+    compiled_svi_captures_nothing: "uncaptured",
+}
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_a_warning_points_at_the_line_that_called_pvae(call):
+    with pytest.warns(UserWarning, match=CALLS[call]) as caught:
+        call()
+    lines, first = inspect.getsourcelines(call)
+    for warning in caught:
+        assert warning.filename == __file__, warning
+        assert "pvae.fit(" in (line := lines[warning.lineno - first]) or "log_evidence(" in line or ".step(" in line
+
+
+def test_a_second_caller_is_warned_too():
+    def first():
+        pvae.errors.warn("the same words")
+
+    def second():
+        pvae.errors.warn("the same words")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for call in (first, first, second, second):
+            call()
+    assert len(caught) == 2  # once for each line, as Python's filter has it
