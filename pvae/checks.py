@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ __all__ = [
     "as_tensors",
     "base_distribution",
     "check_pair",
+    "check_real",
     "check_signature",
     "check_support",
     "check_supports",
@@ -169,7 +171,9 @@ def tensors_of(value: Tensor, batch: tuple[Tensor, ...]) -> list[int]:
     equal = [
         index
         for index, rows in enumerate(batch)
-        if value.numel() == rows.numel() and torch.equal(value.reshape(-1), rows.reshape(-1).to(value))
+        if value.numel() == rows.numel()
+        and value.is_complex() == rows.is_complex()
+        and torch.equal(value.reshape(-1), rows.reshape(-1).to(value))
     ]
     same = [index for index in equal if batch[index].data_ptr() == value.data_ptr()]
     return same or equal
@@ -213,6 +217,28 @@ def check_pair(model: Mapping[str, Any], guide: Mapping[str, Any], *, strict: bo
     observed = [n for n, site in guide.items() if site["is_observed"] and (strict or not site_is_factor(site))]
     if observed:
         raise ProgramError(f"the guide observes {observed}; only the model can. Does it stand in the model's place?")
+    for name in model.keys() - latent.keys():
+        _check_complex(name, model[name])
+
+
+def check_real(what: str, tensor: Tensor) -> None:
+    """Raises `DataError` where numbers are complex that are taken as real."""
+    if tensor.is_complex():
+        raise DataError(
+            f"{what} takes real numbers, and the data are {tensor.dtype}: their imaginary part would be lost. Pass "
+            "torch.view_as_real(x), whose last dimension holds both parts, and let the model observe that."
+        )
+
+
+def _check_complex(name: str, site: Any) -> None:
+    """Refuses complex data under a density of real numbers, whose log-density is then complex itself, or fails."""
+    value, distribution = site["value"], site["fn"]
+    if not isinstance(value, Tensor) or not value.is_complex():
+        return
+    with suppress(RuntimeError, ValueError, NotImplementedError):
+        if not distribution.log_prob(value).is_complex():
+            return
+    check_real(f"site '{name}', {type(base_distribution(distribution)).__name__},", value)
 
 
 def base_distribution(distribution: Any) -> Any:

@@ -15,7 +15,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import likelihoods, networks, posteriors, priors, saving, storage
-from pvae.checks import check_support
+from pvae.checks import check_real, check_support
 from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, one_of, positive_int
 from pvae.isolation import isolated, resolve_seed
 from pvae.posteriors import DiagonalNormal
@@ -247,6 +247,7 @@ class VAE(nn.Module):
             if len(self.event_shape) == 3 and tuple(x.shape[1:]) == (*self.event_shape[1:], self.event_shape[0]):
                 advice = "Its channels stand last: x.permute(0, 3, 1, 2) puts them first."
             raise DataError(f"x must have shape ({expected}), got {tuple(x.shape)}. {advice}")
+        check_real("x", x)
         return x.to(next(self.parameters(), x))
 
 
