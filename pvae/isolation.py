@@ -19,12 +19,15 @@ import numpy as np
 import pyro
 import torch
 from pyro.params.param_store import ParamStoreDict
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae.errors import ArgumentError, DataError, DeviceError, PVAEError
 
 __all__ = [
+    "OwnParameters",
     "Program",
     "cast",
     "dtype_of",
@@ -203,6 +206,7 @@ def isolated(
         # Data and programs are checked once, up front, so validation in each step would only cost time.
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(store.scope(state))
+        stack.enter_context(OwnParameters())
         stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
         # Programs may hold modules where nobody would look; what runs is what counts.
         stack.enter_context(register_module_forward_pre_hook(set_mode))
@@ -219,6 +223,23 @@ def isolated(
         except PVAEError as error:
             # Pyro's tracer raises a copy with a table of shapes below it; the original says all there is to say.
             raise (error.__cause__ if isinstance(error.__cause__, PVAEError) else error) from None
+
+
+class OwnParameters(Messenger):
+    """Lets the param store hold modules' parameters themselves, in whatever layout.
+
+    Of one that is not contiguous it would keep a contiguous copy, and `pyro.infer.SVI` then moves neither: the program
+    computes with the module's own, and the optimizer is given the copy, which has no gradient.
+    """
+
+    def _pyro_param(self, msg: Any) -> None:
+        name, *offered = msg["args"]
+        value = offered[0] if offered else None
+        if not isinstance(value, nn.Parameter) or value.is_contiguous() or name in pyro.get_param_store():
+            return
+        if transform_to(msg["kwargs"]["constraint"]).inv(value) is value:  # else it is the start of another one
+            state: Any = {"params": {name: value}, "constraints": {name: constraints.real}}
+            pyro.get_param_store().set_state(state)
 
 
 def outside_modules(store: ParamStoreDict) -> Any:

@@ -78,7 +78,9 @@ class Step:
         self.params = list(verified.params)
         self.shared = 0  # so many of them are known to be the same on all processes
         # One fused optimizer for all parameters: pyro.optim makes one for each, which is slower.
-        self.fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.params)
+        self.fused = all(
+            p.is_floating_point() and p.device.type in ("cpu", "cuda") and _is_dense(p) for p in self.params
+        )
         self.optimizer = torch.optim.Adam(
             self.params, lr=lr, fused=self.fused, capturable=capture and batches.device.type == "cuda"
         )
@@ -223,6 +225,8 @@ class Step:
         if late:
             # No group of their own: a scheduler would not know it.
             self.optimizer.param_groups[0]["params"] += late
+            for p in late:
+                p.data = p.data if _is_dense(p) else p.data.contiguous()
             self.params += late
 
     def _over_ranks(
@@ -274,6 +278,11 @@ class Step:
             if present
         }
         return int(seen_by_all), counts[: len(told)], summed
+
+
+def _is_dense(param: Tensor) -> bool:
+    """Whether entries fill one piece of memory, in whatever order: the fused kernel walks through it from its start."""
+    return torch.empty_like(param).stride() == param.stride()
 
 
 class _ProductsAlone(TorchFunctionMode):

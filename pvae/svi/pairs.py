@@ -82,6 +82,9 @@ class Pair:
                 found.append(objectives.verify(self.model, self.guide, those.first(), whole))
                 if isinstance(those, Streamed):
                     those.observed = found[-1].observed
+            for param in found[0].params:
+                if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+                    param.data = param.data.contiguous()  # entries that share memory could not be moved one by one
             # A batch of all data does not show that a plate would scale up a smaller one.
             sizes = (one.subsampled_from for one in found if one.subsampled_from is not None)
             return found[0]._replace(subsampled_from=next(sizes, None)), store.get_state()

@@ -182,7 +182,13 @@ def epochs(step: Step, asked_to_stop: Callable[[], bool] = bool) -> Epochs:
     """The fastest way to run a step over all data: on the GPU if it was captured and the data fit there."""
     batches = step.batches
     alone = step.ranks.count == 1
-    if step.captured is not None and batches.device.type == "cuda" and isinstance(batches, InMemory) and alone:
+    if (
+        step.captured is not None
+        and step.fused
+        and batches.device.type == "cuda"
+        and isinstance(batches, InMemory)
+        and alone
+    ):
         size = sum(t.numel() * t.element_size() for t in batches.tensors)
         if size < torch.cuda.mem_get_info(batches.device)[0] / 2:
             step.batches = batches.on_device()

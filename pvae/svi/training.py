@@ -260,9 +260,11 @@ class Training:
         optimizer.param_groups[0] |= {**training["group"], "params": list(self.step.params)}
         counts_there = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
         for name, state in training["optimizer"].items():
-            device = names[name].device
-            placed = {key: value.to(device if counts_there or key != "step" else "cpu") for key, value in state.items()}
-            optimizer.state[names[name]] = placed
+            param = names[name]
+            # Adam's kernel takes for granted that moments lie in memory as the parameter does.
+            moments = {key: torch.empty_like(param).copy_(state[key]) for key in ("exp_avg", "exp_avg_sq")}
+            step = state["step"].to(param.device if counts_there else "cpu")
+            optimizer.state[param] = {"step": step, **moments}
         if self.scheduler is not None and training["scheduler"] is not None:
             self.scheduler.load_state_dict(dict(training["scheduler"]))
         self.history = {name: list(values) for name, values in saved.history.items() if name in self.history}
