@@ -16,7 +16,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,22 +38,26 @@ logger = logging.getLogger("pvae")
 _MOST_GRAPHS = 32
 _MOST_CHANGES = 8
 
+# Seconds that compiling one set of shapes takes where nothing is in the compiler's cache on disk: 4 to 7 on a quiet CPU.
+# What pays for more than that does not lose much on a busy one.
+_COMPILING = {"cpu": 10.0, "cuda": 25.0}
+
 _no_compiler: list[bool] = []
 
 
 def pays(runs: int, operations: float, device: torch.device) -> bool:
-    """Whether capturing and compiling a function saves more time than it takes.
+    """Whether compiling a function for one set of shapes saves more time than it takes.
 
     A rule without a clock, so that the same call does the same thing each time. Pyro's handlers cost about 2.5 ms a
-    run, and a CPU does twice as much work in a second when compiled. Compiling takes some 6 s, more on a GPU.
+    run, and a CPU does twice as much work in a second when compiled.
 
     Args:
         runs: How often it will be run.
         operations: Multiplications and additions in all of them.
         device: Where.
     """
-    on_cpu = device.type == "cpu"
-    return runs * 2.5e-3 + (operations / 4e11 if on_cpu else 0.0) > (7.0 if on_cpu else 25.0)
+    saved = runs * 2.5e-3 + (operations / 4e11 if device.type == "cpu" else 0.0)
+    return saved > _COMPILING.get(device.type, 25.0)
 
 
 @dataclass
@@ -65,8 +69,11 @@ class Captured:
         name: What to call it in messages.
         sees: Programs with all else that the function depends on: parameters, other tensors and plain values.
         capture_after: So many runs of the function itself, for each set of shapes, come before it is captured.
-        compile_after: So many runs of a graph come before it is compiled; ``None`` for never.
+        compile_after: So many runs of a graph come before it is compiled; ``None`` for never, and ``"auto"`` for as
+            many as would have paid for it.
         compile_first: Whether the graph for the first set of shapes, likely the common one, is compiled at once.
+        compiling: Makes the block in which a graph is compiled. What it raises, no `Exception`, ends compiling and
+            the call, with nothing changed.
         looks: Whether it looks for changes before each run; else `look` is to be called where there may be any.
         tolerances: How far results of function, graph and compiled graph may be apart, relative to their norm: for
             single numbers, and for other tensors. Gradients jump where rounding takes a unit across its kink.
@@ -79,8 +86,9 @@ class Captured:
     name: str
     sees: tuple[Any, ...]
     capture_after: int = 0
-    compile_after: int | None = 100
+    compile_after: int | str | None = "auto"
     compile_first: bool = True
+    compiling: Callable[[], AbstractContextManager[Any]] = nullcontext
     looks: bool = True
     tolerances: tuple[float, float] = (1e-5, 1e-4)
     captures: int = 0
@@ -114,12 +122,21 @@ class Captured:
                 return self.function(*inputs)
         graph: Any = known.graph
         self._first = self._first or known.name
-        after = 0 if self._first == known.name and self.compile_first and self.compile_after else self.compile_after
-        if not known.compiled and after is not None and known.graph_runs >= after:
+        if not known.compiled and self._is_to_be_compiled(known, graph, inputs):
             graph = known.graph = self._compile(graph, inputs)
             known.compiled = True
         known.graph_runs += 1
         return graph(*inputs)
+
+    def _is_to_be_compiled(self, known: _Known, graph: Graph, inputs: Sequence[Tensor]) -> bool:
+        after = self.compile_after
+        if after is None or (self.compile_first and self._first == known.name):
+            return after is not None
+        if isinstance(after, int):
+            return known.graph_runs >= after
+        tensors = [*inputs, *graph.held]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return pays(known.graph_runs, known.graph_runs * graph.operations, device)
 
     @property
     def compiled(self) -> bool:
@@ -188,7 +205,8 @@ class Captured:
         start = time.perf_counter()
         try:
             with _undone(inputs, self.guard.tensors):
-                compiled = graph.compile(inputs)
+                with self.compiling():
+                    compiled = graph.compile(inputs)
                 self._compare(compiled, graph, inputs)
         except Exception as error:
             warn(f"{self.name} runs captured but uncompiled: {_cause(error)}.")

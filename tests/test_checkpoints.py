@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,8 @@ from torch import nn
 from torch.distributions import constraints
 
 import pvae
-from pvae import storage
+from pvae import graphs, storage
+from pvae.capture import Graph
 from pvae.svi import engine, load_checkpoint
 from pvae.svi.checkpoints import Folder
 from pvae.svi.validation import Validation
@@ -167,8 +169,9 @@ def test_every_kind_of_pair_goes_on_bit_for_bit(name, bits, tmp_path, interrupt)
     assert_same((loaded, load_checkpoint(tmp_path, loaded.model, loaded.guide, bits)), (whole, reference))
 
 
-def test_shapes_are_compiled_when_they_would_have_been(bits, tmp_path):
-    """A ragged last batch is compiled once it has come 100 times, and the bits change then."""
+def test_shapes_are_compiled_when_they_would_have_been(bits, tmp_path, monkeypatch):
+    """A ragged last batch is compiled once it has come often enough, here 100 times, and the bits change then."""
+    monkeypatch.setitem(graphs._COMPILING, "cpu", 0.25)
     options = {"compile": True, "validation": bits[:70], "epochs": 104}
     whole = pvae.VAE.mlp(6, 2, [8])
     stopped = copy.deepcopy(whole)
@@ -177,6 +180,27 @@ def test_shapes_are_compiled_when_they_would_have_been(bits, tmp_path):
     assert fit(stopped, bits[:150], checkpoint=tmp_path, **options, **stop_at).stopped == "signal"
     other = pvae.VAE.mlp(6, 2, [8])
     assert_same((other, fit(other, bits[:150], checkpoint=tmp_path, resume="auto", **options)), (whole, reference))
+
+
+def test_a_signal_ends_compiling_at_once_and_nothing_is_lost(bits, tmp_path, monkeypatch):
+    options = {"compile": True, "validation": bits[:70], "epochs": 2}
+    whole = ModulePair()
+    stopped = copy.deepcopy(whole)
+    reference = fit(whole, bits, **options)
+
+    def slow(self, inputs):
+        torch.rand(3)  # noise of its own, which must not count
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Graph, "compile", slow)
+        start = time.perf_counter()
+        result = fit(stopped, bits, checkpoint=tmp_path, **options)
+    assert time.perf_counter() - start < 30
+    assert (result.stopped, len(result.history["seconds"])) == ("signal", 0)
+    other = ModulePair()
+    assert_same((other, fit(other, bits, checkpoint=tmp_path, resume="auto", **options)), (whole, reference))
 
 
 def test_more_epochs_go_on_from_a_run_that_ended(bits, tmp_path):

@@ -4,6 +4,9 @@ import random
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyro
@@ -12,6 +15,8 @@ import torch
 from pyro import distributions as dist
 from torch import nn
 
+from pvae import graphs
+from pvae.capture import Graph
 from pvae.errors import DataError
 from pvae.graphs import Captured, pays
 
@@ -221,6 +226,47 @@ def test_captured_and_compiled_after_so_many_runs():
     assert run.seconds > 0
 
 
+def test_other_shapes_are_compiled_when_that_would_have_paid(monkeypatch):
+    monkeypatch.setattr(Graph, "compile", lambda self, inputs: replace(self, run=partial(self.module)))
+    monkeypatch.setitem(graphs._COMPILING, "cpu", 0.1)  # 40 runs of 2.5 ms
+    net = Net().eval()
+    run = captured(net, compile_after="auto")
+    for shape, runs in ((5, 1), (3, 40)):
+        for _ in range(runs):
+            run(torch.randn(shape, 4))
+    assert [known.compiled for known in run._known.values()] == [True, False]
+    for _ in range(2):
+        run(torch.randn(3, 4))
+    assert [known.compiled for known in run._known.values()] == [True, True]
+
+
+def test_operations_are_those_of_the_products():
+    x, net = torch.randn(5, 4), nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 3, padding=1))
+    graph = Graph.of(net, (x,))
+    assert graph.operations == 2 * 5 * 4 * 3 + 2 * 5 * 2 * 3 * 3
+
+
+def test_compiling_that_is_ended_from_outside_leaves_all_as_it_was():
+    class Ended(BaseException):
+        pass
+
+    @contextmanager
+    def ended():
+        torch.rand(1)
+        raise Ended
+        yield
+
+    net, x = Net().eval(), torch.randn(5, 4)
+    run = captured(net, compile_after=0, compiling=ended)
+    before = torch.get_rng_state()
+    with pytest.raises(Ended):
+        run(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    run.compiling = nullcontext
+    assert_same(*both(run, net, x))
+    assert run.compiled
+
+
 def test_graphs_of_many_shapes_are_not_all_kept():
     net = Net().eval()
     run = captured(net)
@@ -231,8 +277,6 @@ def test_graphs_of_many_shapes_are_not_all_kept():
 
 def test_no_compiler_means_uncompiled_with_one_warning(monkeypatch):
     import torch._inductor.compile_fx as module
-
-    from pvae import graphs
 
     monkeypatch.setattr(graphs, "_no_compiler", [])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class Step:
         clip_norm: The most that the norm of all gradients together may be; longer ones are shortened to it.
         weighted: Whether latents' log-densities get a weight, `kl_weight`, which the caller sets.
         ranks: The processes that take the step together.
+        compiling: As for `Captured`.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Step:
         clip_norm: float | None = None,
         weighted: bool = False,
         ranks: Ranks = ALONE,
+        compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.guide, self.objective, self.verified = model, guide, objective, verified
         self.batches, self.precision, self.clip_norm, self.ranks = batches, precision, clip_norm, ranks
@@ -89,7 +91,8 @@ class Step:
         if capture:
             sees = (model, guide, objective, batches.transform)
             tolerances = (1e-5, 0.05) if precision == "float32" else (0.01, 0.2)
-            self.captured = Captured(self._loss_and_grads, "pvae.fit's step", sees, looks=False, tolerances=tolerances)
+            options: dict[str, Any] = {"looks": False, "tolerances": tolerances, "compiling": compiling}
+            self.captured = Captured(self._loss_and_grads, "pvae.fit's step", sees, **options)
 
     def __call__(self, rows: Rows | None, stop: bool = False, error: Exception | None = None) -> Taken:
         """Takes one step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -178,12 +179,15 @@ def fit(
         with isolated(pair.modules, seed=ranks.seed(seed), device=pair.device, training=True, params=state) as store:
             tensors = begun(pair, store, saved, ranks)
             options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
-            options |= {"weighted": weights is not None, "ranks": ranks}
+            # Where there are other processes, one that ended early would leave them waiting.
+            compiling = stop.interrupting if ranks.count == 1 else nullcontext
+            options |= {"weighted": weights is not None, "ranks": ranks, "compiling": compiling}
             with ranks.together():
                 step = engine.Step(model, guide, objective, verified, batches, lr=lr, **options)
                 evaluate = None
                 if held_out is not None:
-                    evaluate = Validation(model, guide, pair.modules, held_out, verified, seed, capture, ranks, stop)
+                    those = (model, guide, pair.modules, held_out, verified, seed, capture, ranks, stop, compiling)
+                    evaluate = Validation(*those)
                 made = make_scheduler(step.optimizer)
                 training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair, ranks)
                 if saved is not None:

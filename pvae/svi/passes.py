@@ -7,7 +7,7 @@ CUDA graph, and a pass goes by without the host waiting for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from pvae.errors import NumericalError
 from pvae.svi.batches import InMemory, Rows
 from pvae.svi.engine import Step
+from pvae.svi.signals import Interrupted
 
 __all__ = ["CudaEpochs", "Epochs", "epochs"]
 
@@ -55,6 +56,8 @@ class Epochs:
         for rows, problem in self._parts(number, alone):
             try:
                 taken = self.step(rows, self.asked_to_stop(), problem)
+            except Interrupted:
+                break
             except NumericalError as error:
                 raise NumericalError(f"step {self.steps + 1}, before its update: {error}") from None
             if not taken.seen:
@@ -117,12 +120,13 @@ class CudaEpochs(Epochs):
         self.good.zero_()
         size, before = self.batches.batch_size, self.steps
         order = self.batches.order(number).to(self.batches.device)
-        for count in self._pieces(order[before * size :]):
-            self.seen += count
-            self.steps = -(-self.seen // size)
-            yield count
-            if self.asked_to_stop():
-                break
+        with suppress(Interrupted):
+            for count in self._pieces(order[before * size :]):
+                self.seen += count
+                self.steps = -(-self.seen // size)
+                yield count
+                if self.asked_to_stop():
+                    break
         self.total = self.sum.item()
         if self.bad.item():
             step = before + int(self.good.item()) + 1

@@ -11,9 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Stop", "heeded"]
+__all__ = ["Interrupted", "Stop", "heeded"]
 
 logger = logging.getLogger("pvae")
+
+
+class Interrupted(BaseException):
+    """Work that the process was asked to stop, and that can be thrown away."""
 
 
 class Stop:
@@ -24,6 +28,18 @@ class Stop:
     """
 
     signal: int | None = None
+    raises = False
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """A block that a signal ends at once, by `Interrupted`: for work that takes long and moves nothing."""
+        self.raises = True
+        try:
+            if self():
+                raise Interrupted
+            yield
+        finally:
+            self.raises = False
 
     def __call__(self) -> bool:
         """Whether it was asked."""
@@ -61,6 +77,8 @@ def heeded() -> Iterator[Stop]:
             outer(number, frame)
         else:
             logger.warning("%s: finishing this step; once more to stop at once", signal.Signals(number).name)
+        if stop.raises:
+            raise Interrupted
 
     first.heeds = True  # type: ignore[attr-defined]
     if threading.current_thread() is threading.main_thread():

@@ -17,6 +17,7 @@ from pvae.isolation import Program, isolated
 from pvae.ranks import Ranks
 from pvae.svi import objectives
 from pvae.svi.batches import Batches
+from pvae.svi.signals import Interrupted
 
 __all__ = ["Validation"]
 
@@ -35,6 +36,7 @@ class Validation:
         capture: bool,
         ranks: Ranks,
         asked_to_stop: Callable[[], bool] = bool,
+        compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.guide = model, guide
         # Where there are other processes, one that ended early would leave them waiting.
@@ -50,7 +52,9 @@ class Validation:
         self.loss = loss
         if capture:
             with self._isolated():
-                self.captured = Captured(loss, "pvae.fit's validation", (model, guide), capture_after=1)
+                # Few runs an epoch, without gradients: it is compiled in the longest runs alone.
+                options: dict[str, Any] = {"capture_after": 1, "compile_first": False, "compiling": compiling}
+                self.captured = Captured(loss, "pvae.fit's validation", (model, guide), **options)
                 self.loss = self.captured
 
     def __call__(self, epoch: int) -> float | None:
@@ -58,7 +62,10 @@ class Validation:
         total, seen = 0.0, 0
         with self.ranks.together(), self._isolated():
             for batch in self.batches.in_order():
-                loss = self.loss(*batch).item() * self.verified.share(batch)
+                try:
+                    loss = self.loss(*batch).item() * self.verified.share(batch)
+                except Interrupted:
+                    return None
                 if math.isfinite(total) and not math.isfinite(loss):
                     self._warn(epoch, loss, batch)
                 total += loss
