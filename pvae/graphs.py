@@ -38,8 +38,8 @@ logger = logging.getLogger("pvae")
 _MOST_GRAPHS = 32
 _MOST_CHANGES = 8
 
-# Seconds that compiling one set of shapes takes where nothing is in the compiler's cache on disk: 4 to 7 on a quiet CPU.
-# What pays for more than that does not lose much on a busy one.
+# Seconds that compiling one set of shapes takes with an empty cache on disk. A quiet CPU needs 4 to 7; what pays for
+# more does not lose much on a busy one.
 _COMPILING = {"cpu": 10.0, "cuda": 25.0}
 
 _no_compiler: list[bool] = []
