@@ -154,11 +154,13 @@ class Captured:
         self._first, self._recalled = memory["first"], dict(memory["runs"])
         self._changes, self.given_up = memory["changes"], memory["given_up"]
 
-    def look(self) -> None:
-        """Forgets all graphs if anything that the function can see has changed."""
+    def look(self) -> bool:
+        """Forgets all graphs if anything that the function can see has changed, and says whether it has."""
         changed = self.guard.changed()
-        if changed or not all(known.graph is None or known.graph.fits() for known in self._known.values()):
+        fits = all(known.graph is None or known.graph.fits() for known in self._known.values())
+        if changed or not fits:
             self._begin_anew(changed)
+        return bool(changed) or not fits
 
     def _begin_anew(self, changed: str) -> None:
         self._known.clear()
@@ -230,8 +232,8 @@ class Captured:
             same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities too
             difference = (ours.detach().double() - theirs.detach().double()).masked_fill(same, 0.0)
             tolerance = self.tolerances[ours.numel() > 1]
-            # A result may be nothing but the rounding of others.
-            if not torch.linalg.vector_norm(difference).item() <= tolerance * (norm + 1e-6 * max(norms)):
+            # A result may be nothing but the rounding of others, as a gradient whose terms cancel.
+            if not torch.linalg.vector_norm(difference).item() <= tolerance * norm + 1e-6 * max(norms):
                 raise Unfaithful(
                     "its results are not those of its graph: it may draw random numbers by Python or NumPy, or depend "
                     "on something that cannot be seen"

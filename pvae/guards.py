@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pvae.isolation import reached
 
@@ -22,7 +27,10 @@ __all__ = ["Guard"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _MISSING = object()
+_VALUES = (*_PLAIN, set, frozenset, range, slice, weakref.ref, torch.device, torch.dtype)  # `==` says all of them
 _LARGE = 100  # entries of a container, above which it is taken for data
+_SMALL = 2**13  # bytes of an array or a tensor, above which it is taken for data
+_MOST_COMPARED = 1000  # parts of two values
 _MODULES_OWN = frozenset(vars(nn.Module()))
 _KNOWN = frozenset({"torch", "pyro", "numpy", "pvae", *sys.stdlib_module_names})
 
@@ -56,20 +64,60 @@ class Guard:
         self.tensors = list({id(t): t for t in found if isinstance(t, Tensor)}.values())
         """Parameters, buffers and other tensors within reach."""
         self._tensors = [_state(t) for t in self.tensors]
-        self._arrays = [(a, a.copy()) for a in found if isinstance(a, np.ndarray) and a.nbytes <= 2**13]
+        self._arrays = [(a, a.copy()) for a in found if isinstance(a, np.ndarray) and a.nbytes <= _SMALL]
 
     def changed(self) -> str:
         """The first thing found that is not as it was, such as ``"Decoder.beta"``; empty if there is none."""
         for owner, namespace, entries, size in self._watched:
             for key, value in entries.items():
                 now = namespace.get(key, _MISSING)
-                if now is not value and not (isinstance(value, _PLAIN) and type(now) is type(value) and now == value):
+                if now is not value and not _same(value, now, {}):
                     return f"{owner}.{key}"
             if size is not None and len(namespace) != size:
                 return f"{owner}.{next((key for key in namespace if key not in entries), '')}"
         if self._tensors != [_state(t) for t in self.tensors]:
             return "requires_grad or a hook of a parameter"
         return "" if all(np.array_equal(a, before) for a, before in self._arrays) else "a NumPy array"
+
+
+def _same(before: Any, now: Any, compared: dict[tuple[int, int], Any]) -> bool:
+    """Whether what was put in a value's place is of the same kind and made of the same parts.
+
+    Parameters are equal to none but themselves, as gradients go to them; so are data, which are large, and tensors that
+    are changed in place, as a captured program would go on changing the one that it holds.
+    """
+    if now is before or (id(before), id(now)) in compared:
+        return True
+    if type(now) is not type(before) or len(compared) >= _MOST_COMPARED:
+        return False
+    compared[id(before), id(now)] = before, now  # which ends cycles, and keeps both alive, so that ids are theirs
+    if isinstance(before, _VALUES):
+        return before == now
+    if isinstance(before, Tensor):
+        constant = not any(t.requires_grad or t.is_inference() or t._version for t in (before, now))
+        alike = (now.shape, now.dtype, now.device) == (before.shape, before.dtype, before.device)
+        return constant and alike and before.nbytes <= _SMALL and torch.equal(before, now)
+    if isinstance(before, np.ndarray):
+        return before.nbytes <= _SMALL and before.dtype == now.dtype and np.array_equal(before, now)
+    ours, theirs = _apart(before), _apart(now)
+    return len(ours) == len(theirs) > 0 and all(
+        list(a) == list(b) and all(_same(a[key], b[key], compared) for key in a)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _apart(thing: Any) -> list[dict[Any, Any]]:
+    """All that a value is made of, by name; nothing if that cannot be known."""
+    if inspect.isfunction(thing):
+        own = {"code": thing.__code__, "defaults": thing.__defaults__, "attributes": vars(thing)}
+        return [own, *(watched.entries for watched in _variables(thing))]
+    if inspect.ismethod(thing):
+        return [{"of": thing.__self__, "function": thing.__func__}]
+    if isinstance(thing, partial):
+        return [{"function": thing.func, "args": thing.args, "keywords": thing.keywords, "attributes": vars(thing)}]
+    if isinstance(thing, list | tuple | dict) or type(thing).__new__ is object.__new__:  # nothing hidden in C
+        return [watched.entries for watched in _watch(thing)]
+    return []
 
 
 def _state(tensor: Tensor) -> tuple[bool, int]:
@@ -101,7 +149,7 @@ def _inside(thing: Any) -> list[Any]:
     inside: list[Any] = []
     if isinstance(thing, nn.Module):
         inside += thing.modules()
-        inside += [value for name, value in vars(thing).items() if name not in _MODULES_OWN]
+        inside += [value for name, value in _attributes(thing).items() if name not in _MODULES_OWN]
     elif inspect.isfunction(thing):
         if _ours(thing):
             inside += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
@@ -110,7 +158,7 @@ def _inside(thing: Any) -> list[Any]:
         inside += thing.values() if isinstance(thing, dict) else thing
     elif not isinstance(thing, type | ModuleType):
         inside += [getattr(thing, name, None) for name in _slots(thing)]
-        inside += getattr(thing, "__dict__", {}).values()
+        inside += _attributes(thing).values()
     if not isinstance(thing, type | ModuleType) and not inspect.isroutine(thing):
         inside += [v for cls in type(thing).__mro__ if _ours(cls) for n, v in vars(cls).items() if _public(n)]
     inside = [getattr(v, "__func__", v) if isinstance(v, staticmethod | classmethod) else v for v in inside]
@@ -133,7 +181,9 @@ def _watch(thing: Any) -> list[_Watched]:
         watched += [_Watched(owner, space, dict(space), len(space)) for space in spaces]
     namespace = getattr(thing, "__dict__", None)
     if isinstance(namespace, dict):
-        watched.append(_Watched(owner, namespace, dict(namespace), len(namespace)))
+        space = _Inputs(thing) if isinstance(thing, AutoGuide | Transform) else namespace
+        entries = _attributes(thing)
+        watched.append(_Watched(owner, space, entries, len(entries)))
     if names := _slots(thing):
         slots = _Slots(thing)
         watched.append(_Watched(owner, slots, {name: slots.get(name, _MISSING) for name in names}, None))
@@ -168,9 +218,36 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
+def _attributes(thing: Any) -> dict[str, Any]:
+    """An object's attributes, without those that a run makes anew before it looks at them."""
+    attributes = getattr(thing, "__dict__", {})
+    if isinstance(thing, AutoGuide):  # plates, whose random indices differ, made of others of its attributes
+        return {name: value for name, value in attributes.items() if name != "plates"}
+    if isinstance(thing, Transform):  # what it last returned, used only where it is asked the very same again
+        made = ("_cached_", "_inv") if type(thing).inv is Transform.inv else "_cached_"
+        return {name: value for name, value in attributes.items() if not name.startswith(made)}
+    return dict(attributes)
+
+
 def _slots(thing: Any) -> list[str]:
     slots = [vars(cls).get("__slots__", ()) for cls in type(thing).__mro__ if _ours(cls)]
     return [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
+
+
+class _Inputs:
+    """An object's attributes by name, without those that a run makes anew."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __len__(self) -> int:
+        return len(_attributes(self.thing))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_attributes(self.thing))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return vars(self.thing).get(name, default)
 
 
 class _Slots:

@@ -126,10 +126,104 @@ def test_evaluate_loss_takes_no_step(bits):
     assert all(isinstance(loss, float) for loss in ours)
 
 
-def test_gradients_of_parameters_are_not_left_behind(bits):
-    pair = ModulePair()
-    run(CompiledSVI, pair, calls(*[bits] * 4))
-    assert all(p.grad is None for p in pair.parameters())
+class Labelled(nn.Module):
+    """Data of which some have a label, with a loss of its own, as in Pyro's semi-supervised VAE."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.classifier = nn.Linear(6, 4), nn.Linear(6, 1)
+        self.decoder, self.unregistered = nn.Linear(2, 6), nn.Linear(1, 1)
+
+    def model(self, x, y=None):
+        pyro.module("labelled", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            logits = self.decoder(z) + self.unregistered(self.classifier(x))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(self, x, y=None):
+        pyro.module("encoder", self.encoder)
+        pyro.module("classifier", self.classifier)
+        with pyro.plate("data", len(x)):
+            loc, raw = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+    def labels(self, x, y=None):
+        for name in ("encoder", "classifier", "unregistered"):
+            pyro.module(name, getattr(self, name))
+        with pyro.plate("data", len(x)):
+            if y is not None:
+                pyro.sample("y", dist.Bernoulli(logits=self.classifier(x).squeeze(-1)), obs=y)
+
+    def nothing(self, x, y=None):
+        pass
+
+
+def alternating(cls, bits, optim, between):
+    """What two losses of one module come to, step by step, that share an optimizer: losses, gradients, parameters."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    pair, shared = Labelled(), optim()
+    whole = cls(pair.model, pair.guide, shared, Trace_ELBO())
+    labels = cls(pair.labels, pair.nothing, shared, Trace_ELBO())
+    seen = []
+    for step, x in enumerate((*bits.split(60), *bits.split(60), *bits.split(60))):
+        y = x[:, 0] if step % 3 == 0 else None
+        between(pair, x)
+        for svi in (whole, labels):
+            grads = [None if p.grad is None else p.grad.clone() for p in pair.parameters()]
+            seen.append((svi.step(x, y), grads))
+    return seen, [p.detach().clone() for p in pair.parameters()], (whole, labels)
+
+
+def left_by_the_caller(pair, x):
+    pair.classifier(x).mean().backward()
+
+
+def forgotten(pair, x):
+    pair.zero_grad()
+
+
+@pytest.mark.parametrize("between", [lambda *_: None, left_by_the_caller, forgotten], ids=["", "left", "forgotten"])
+@pytest.mark.parametrize(
+    "optim",
+    [
+        lambda: Adam({"lr": 0.02, "betas": (0.95, 0.999)}),
+        lambda: ClippedAdam({"lr": 0.02, "clip_norm": 0.1, "lrd": 0.9}),
+        lambda: SGD({"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.01}),
+    ],
+    ids=["Adam", "ClippedAdam", "momentum"],
+)
+def test_two_losses_with_one_optimizer_of_which_one_is_often_without_gradients(optim, between, bits):
+    ours, our_params, svis = alternating(CompiledSVI, bits, optim, between)
+    theirs, their_params, _ = alternating(SVI, bits, optim, between)
+    assert [svi.captures for svi in svis] == [2, 2]
+    for (our_loss, our_grads), (their_loss, their_grads) in zip(ours, theirs, strict=True):
+        assert our_loss == pytest.approx(their_loss, rel=1e-5)
+        for our_grad, their_grad in zip(our_grads, their_grads, strict=True):
+            assert (our_grad is None) == (their_grad is None)
+            if our_grad is not None:
+                torch.testing.assert_close(our_grad, their_grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(our_params, their_params, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_a_step_meets_and_does_not_use(bits):
+    """Their momentum moves them on, as with Pyro; and what no step used has no gradient."""
+
+    class Halves(ParamPair):
+        def model(self, x, *, use):
+            halves = [pyro.param(name, torch.zeros(())) for name in ("first", "second", "never")]
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(halves[use], 1.0), obs=x)
+
+        def guide(self, x, *, use):
+            pass
+
+    batches = [((bits[:, 0],), {"use": step % 2}) for step in range(12)]
+    svi = assert_like_pyro(Halves, batches)
+    assert svi.captures == 2
+    assert pyro.param("never").unconstrained().grad is None
+    assert pyro.param("first").unconstrained().grad == 0
 
 
 def faults(bits):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 from torch import nn
 
 import pvae
@@ -81,11 +84,12 @@ def set_in_a_table(p):
 
 
 def replace_a_tensor(p):
-    p.schedule.weight = torch.ones(2)
+    p.schedule.weight = torch.zeros(2)
 
 
 def replace_an_object(p):
     p.schedule = Schedule()
+    p.schedule.beta = 0.5
 
 
 CHANGES = [
@@ -161,6 +165,66 @@ def test_looking_is_cheap():
     assert sum(len(watched.entries) for watched in guard._watched) < 500
 
 
+def same_values(p):
+    """Made anew, and equal in all that a program can tell."""
+    p.schedule = Schedule()
+    p.schedule.table = {"a": 1, "b": [1, 2]}
+    p.schedule.weight = torch.ones(2)
+    p.net[1].hook = functools.partial(uses_a_global, x=[1, 2])
+    p.plate = pyro.plate("data", 5, dim=-1)
+    p.device, p.names, p.law = torch.device("cpu"), {"a", "b"}, dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+    p.scaled = (lambda beta: lambda x: beta * x)(p.beta)
+    p.law.itself = p.law  # a cycle
+
+
+DIFFERENCES = {
+    "a partial's argument": lambda p: setattr(p.net[1], "hook", functools.partial(uses_a_global, x=[1, 3])),
+    "a plate's size": lambda p: setattr(p, "plate", pyro.plate("data", 6, dim=-1)),
+    "a plate's place": lambda p: setattr(p, "plate", pyro.plate("data", 5, dim=-2)),
+    "a tensor in place": lambda p: p.schedule.weight.add_(1),
+    "deep inside": lambda p: p.schedule.table["b"].append(3),
+    "a variable closed over": lambda p: setattr(p, "scaled", (lambda beta: lambda x: beta * x)(2.0)),
+    "a distribution": lambda p: setattr(p, "law", dist.Normal(0.0, 2.0).expand([2]).to_event(1)),
+    "another order": lambda p: setattr(p.schedule, "table", {"b": [1, 2], "a": 1}),
+    "another class": lambda p: setattr(p.schedule, "table", collections.OrderedDict(a=1, b=[1, 2])),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_what_is_made_anew_and_equal_has_not_changed(difference):
+    program = Program()
+    same_values(program)
+    guard = Guard(program.model)
+    for _ in range(3):
+        same_values(program)
+        assert guard.changed() == ""
+    DIFFERENCES[difference](program)
+    assert guard.changed()
+
+
+def test_tensors_that_programs_change_are_equal_to_none_but_themselves():
+    """What a captured program does to the one it holds would not be done to the new one."""
+    program = Program()
+    program.schedule.weight.mul_(1)
+    guard = Guard(program.model)
+    program.schedule.weight = program.schedule.weight.clone()
+    assert guard.changed() == "Schedule.weight"
+    guard.renew()
+    program.net[0].weight = nn.Parameter(program.net[0].weight.detach().clone())
+    assert guard.changed()
+
+
+def test_what_transforms_remember_is_no_change():
+    program = Program()
+    transform = program.transform = dist.transforms.planar(2)
+    guard = Guard(program.model)
+    transform.log_abs_det_jacobian(x := torch.randn(4, 2), transform(x))
+    assert isinstance(transform.inv, dist.transforms.Transform)
+    assert guard.changed() == ""
+    program.transform.beta = 2.0
+    assert guard.changed() == "Planar.beta"
+
+
 # --- what a review found ------------------------------------------------------------------------------------------
 
 
@@ -197,7 +261,7 @@ HOLDER_CHANGES = {
     "shadowing a class's attribute": lambda h: setattr(h, "beta", 2.0),
     "a class's attribute": lambda h: setattr(Base, "beta", 2.0),
     "an empty list": lambda h: h.empty.append(1.0),
-    "a dict replaced": lambda h: setattr(h, "nested", {"a": {"b": [1.0, 2.0]}}),
+    "a dict replaced": lambda h: setattr(h, "nested", {"a": {"b": [1.0, 3.0]}}),
     "deep in a dict": lambda h: h.nested["a"]["b"].__setitem__(0, 2.0),
     "an object in a list": lambda h: setattr(h.objects[0], "beta", 2.0),
     "slots": lambda h: setattr(h.settings, "beta", 2.0),

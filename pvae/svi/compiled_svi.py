@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro.infer import SVI
+from pyro.infer.util import zero_grads
 from pyro.ops.provenance import detach_provenance
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -71,7 +72,8 @@ class CompiledSVI(SVI):
     @property
     def captures(self) -> int:
         """How many tensor programs were captured; if this goes on growing, something changes from step to step."""
-        return sum(run.captured.captures for run in (*self._gradients.values(), *self._losses.values()))
+        runs = (*self._gradients.values(), *self._losses.values())
+        return sum(run.captures + run.captured.captures for run in runs)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes one step and returns the loss, as `pyro.infer.SVI.step` does.
@@ -84,19 +86,20 @@ class CompiledSVI(SVI):
         if run is None or not run.is_ready(given):
             return _by_pyro(super().step, run, given, args, kwargs)
         assert isinstance(run, _Gradients)
-        loss, finite, grads = run.captured(*given.tensors)
+        loss, finite, grads, met = run.captured(*given.tensors)
         values = pytree.tree_map(Tensor.item, loss)
         if not finite:
             raise NumericalError(
                 f"the loss is {values}, and it or a gradient is not finite; nothing was updated. Try a smaller "
                 "learning rate, and look at the data: Pyro's validation sees only the first step with a set of shapes."
             )
-        moved = {run.params[number]: grad for number, grad in grads.items()}
-        for param, grad in moved.items():
-            param.grad = grad
-        self.optim(list(moved))
-        for param in moved:
-            param.grad = None
+        # As of Pyro's: gradients are added to those that are there, and zeros are left of those that were used.
+        for number, grad in grads.items():
+            param = run.params[number]
+            param.grad = grad if param.grad is None else param.grad + grad
+        params = [run.params[number] for number in met]
+        self.optim(params)
+        zero_grads(params)
         return values
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,32 +146,41 @@ class _Run(ABC):
     tolerances = (1e-5, 1e-4)
 
     def __init__(self, svi: CompiledSVI, structure: Any, *, first: bool) -> None:
-        self.svi, self.structure, self.first = svi, structure, first
+        self.svi, self.structure, self.first, self.captures = svi, structure, first, 0
         self._forget()
 
     def _forget(self) -> None:
         self.params: list[Tensor] = []
         self.stored: dict[str, Tensor] = {}
         self.shapes: set[Any] = set()
-        self.captured = Captured(
-            self.evaluate, self.name, self.svi._sees, compile_first=self.first, tolerances=self.tolerances
-        )
+        options: Any = {"compile_first": self.first, "tolerances": self.tolerances, "looks": False}
+        self.captured = Captured(self.evaluate, self.name, self.svi._sees, **options)
 
     def is_ready(self, given: _Arguments) -> bool:
-        """Whether Pyro has run once with such shapes, on the parameters that there are now."""
+        """Whether Pyro has run once with such shapes, on the parameters and all else that there is now."""
         now = dict(pyro.get_param_store().named_parameters())
         if any(now.get(name) is not param for name, param in self.stored.items()):
+            self.captures += self.captured.captures
             self._forget()
-        return given.shapes in self.shapes and not self.captured.given_up
+        if given.shapes not in self.shapes or self.captured.given_up:
+            return False
+        if self.captured.look():
+            self.shapes.clear()
+        return bool(self.shapes)
 
     def saw(self, given: _Arguments, params: list[Tensor]) -> None:
         """Takes note of a run of Pyro's: its shapes, its parameters, and their places in the param store."""
+        if not self.shapes:
+            self.captured.guard.renew()  # what the first run has made
         if len(self.shapes) < 1000:
             self.shapes.add(given.shapes)
+        self._add(params)
+        known = {id(p) for p in self.params}
+        self.stored = {name: p for name, p in pyro.get_param_store().named_parameters() if id(p) in known}
+
+    def _add(self, params: Iterable[Tensor]) -> None:
         known = {id(p) for p in self.params}
         self.params += [p for p in params if id(p) not in known]
-        known |= {id(p) for p in params}
-        self.stored = {name: p for name, p in pyro.get_param_store().named_parameters() if id(p) in known}
 
     @abstractmethod
     def evaluate(self, *tensors: Tensor) -> Any:
@@ -176,31 +188,38 @@ class _Run(ABC):
 
 
 class _Gradients(_Run):
-    """Loss, whether all is finite, and gradients by their parameters' number."""
+    """Loss, whether all is finite, gradients by their parameters' number, and the numbers of those that it met."""
 
     name = "CompiledSVI.step"
     tolerances = (1e-5, 0.05)
 
-    def evaluate(self, *tensors: Tensor) -> tuple[Any, Tensor, dict[int, Tensor]]:
+    def evaluate(self, *tensors: Tensor) -> tuple[Any, Tensor, dict[int, Tensor], dict[int, tuple[()]]]:
         args, kwargs = _put_together(self.structure, tensors)
+        # Others than those that Pyro meets may get a gradient, too, which waits for whoever moves them.
+        self._add(t for t in self.captured.guard.tensors if t.requires_grad and t.is_leaf)
+        left = [(param, param.grad) for param in self.params]
         for param in self.params:
             param.grad = None
         try:
             with params_met() as params, pyro.validation_enabled(False), ItemsStayTensors():
                 loss = self.svi.loss_and_grads(self.svi.model, self.svi.guide, *args, **kwargs)
-            known = {id(p) for p in self.params}
-            self.params += [p for p in params if id(p) not in known]
+            self._add(params)
             grads = {number: p.grad for number, p in enumerate(self.params) if p.grad is not None}
         finally:
             for param in self.params:
                 param.grad = None
+            for param, grad in left:
+                param.grad = grad
+        met = {id(param) for param in params}
+        met = {number: () for number, param in enumerate(self.params) if id(param) in met}
         loss = _detached(loss)
-        sums = [grad.double().sum() for grad in grads.values()]
         # An infinite loss with finite gradients is left to Pyro's objectives: one of them is infinite always.
-        finite = torch.stack([*sums, loss.new_zeros(())] if isinstance(loss, Tensor) else sums).isfinite().all()
-        for part in pytree.tree_leaves(loss):
+        parts = pytree.tree_leaves(loss)
+        sums = [grad.double().sum() for number, grad in grads.items() if number in met]
+        finite = torch.stack([*sums, parts[0].new_zeros((), dtype=torch.float64)]).isfinite().all()
+        for part in parts:
             finite = finite & ~part.isnan().any()
-        return loss, finite, grads
+        return loss, finite, grads, met
 
 
 class _Losses(_Run):

