@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -250,9 +249,8 @@ class _Draws:
         def one(batch: Batch, size: int) -> tuple[WeightSums, dict[str, Tensor]]:
             sampler = self.proposal.on(self.session.pair, batch)
             replicates = [
-                reduce(lambda sums, chunk: sums.add(chunk[1]), chunks, WeightSums.of(first, limit))
+                _summed(chunks, limit, sampler.shares)
                 for _, chunks in groupby(self._chunks(sampler, num_samples, size), key=itemgetter(0))
-                for _, first in [next(chunks)]
             ]
             sums = WeightSums.of_replicates(replicates) if self.proposal.replicates else replicates[0]
             return sums.cpu(), {name: value.cpu() for name, value in sampler.diagnostics.items()}
@@ -289,7 +287,7 @@ class _Draws:
 
         def one(batch: Batch, size: int) -> Tensor:
             sampler = self.proposal.on(self.session.pair, batch)
-            return torch.cat([c.log_weights.double().cpu() for _, c in self._chunks(sampler, num_samples, size)])
+            return torch.cat([c.log_weights.double().cpu() for *_, c in self._chunks(sampler, num_samples, size)])
 
         return torch.cat(self._each_batch(one, num_samples), dim=1)
 
@@ -299,19 +297,23 @@ class _Draws:
         size, draws = _chunk_shape(total, num_samples, self.session, self.proposal, self.chunk_size)
         return self.session.each_batch(lambda batch: function(batch, draws), size, rows)
 
-    def _chunks(self, sampler: Sampler, num_samples: int, size: int) -> Iterator[tuple[int, Chunk]]:
-        """Log-weights ``(k, n)`` as they are drawn, with their sums, each with the number of its replicate."""
+    def _chunks(self, sampler: Sampler, num_samples: int, size: int) -> Iterator[tuple[int, int, Chunk]]:
+        """Log-weights ``(k, n)`` as they are drawn, with their sums, and the numbers of their replicate and stratum."""
         each = num_samples // self.replicates
         for replicate in range(self.replicates):
             sampler.restart()
             for done in range(0, each, size):
-                chunk = self._chunk(sampler, min(size, each - done))
-                yield replicate, chunk
-                self.bar.update(chunk.log_weights.numel())
+                for stratum, chunk in self._strata(sampler, min(size, each - done)):
+                    yield replicate, stratum, chunk
+                    self.bar.update(chunk.log_weights.numel())
+
+    def _strata(self, sampler: Sampler, num_samples: int) -> Iterator[tuple[int, Chunk]]:
+        if sampler.tensors is None or not self.capture:
+            yield from ((i, Chunk.of(part)) for i, part in enumerate(sampler.strata(num_samples)) if len(part))
+        else:
+            yield 0, self._chunk(sampler, num_samples)
 
     def _chunk(self, sampler: Sampler, num_samples: int) -> Chunk:
-        if sampler.tensors is None or not self.capture:
-            return Chunk.of(sampler.log_weights(num_samples))
         if num_samples not in self.captured:
             split = len(sampler.batch)
 
@@ -336,6 +338,14 @@ class _Draws:
                 torch.cuda.set_rng_state(before[1], device)
             chunk = Chunk.of(sampler.log_weights(num_samples))
         return chunk
+
+
+def _summed(chunks: Iterable[tuple[int, int, Chunk]], limit: int, shares: Sequence[float]) -> WeightSums:
+    """The sums over the chunks of a replicate."""
+    sums: dict[int, WeightSums] = {}
+    for _, stratum, chunk in chunks:
+        sums[stratum] = sums[stratum].add(chunk) if stratum in sums else WeightSums.of(chunk, limit)
+    return WeightSums.of_strata([sums[stratum] for stratum in sorted(sums)], shares)
 
 
 def _default_chunk_size(session: Session, proposal: Proposal) -> int:

@@ -192,10 +192,19 @@ class _Mixture(Density):
     base: Density
     share: float
     place: float  # uniform at first, so that each draw is one of the mixture
+    from_prior: int = 0  # of the last draws, how many came from the prior: they come last
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return 1 - self.share, self.share
+
+    def strata(self, num_samples: int) -> tuple[Tensor, ...]:
+        log_weights = self.log_weights(num_samples)
+        return log_weights.split([num_samples - self.from_prior, self.from_prior])
 
     def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
         self.place += self.share * num_samples
-        from_prior = math.floor(self.place)
+        self.from_prior = from_prior = math.floor(self.place)
         self.place -= from_prior
         parts, log_base = [], []
         if num_samples > from_prior:

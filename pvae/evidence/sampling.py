@@ -36,6 +36,15 @@ class Sampler(ABC):
     def log_weights(self, num_samples: int) -> Tensor:
         """Returns ``log w`` of fresh draws, with ``E[w] = p(x)``, nats, shape ``(K, N)``."""
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the draws, the share of each stratum: a part whose number of draws is not left to chance."""
+        return (1.0,)
+
+    def strata(self, num_samples: int) -> tuple[Tensor, ...]:
+        """Returns `log_weights` cut into the strata, ``(K_j, N)`` each."""
+        return (self.log_weights(num_samples),)
+
     def restart(self) -> None:  # noqa: B027 (only replicates have something to begin anew)
         """Begins the next replicate."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import torch
@@ -176,6 +176,39 @@ class WeightSums:
         counts = torch.full_like(total.num_samples, len(replicates))
         variance = _log_variance(counts, sums.logsumexp(0), (2 * sums).logsumexp(0))
         return replace(total, log_variance=variance, freedom=torch.full_like(variance, len(replicates) - 1.0))
+
+    @classmethod
+    def of_strata(cls, strata: Sequence[WeightSums], shares: Sequence[float]) -> WeightSums:
+        """The sums over the parts of a mixture whose numbers of draws were not left to chance.
+
+        ``sum_j share_j mean_j(w)``: only the scatter within each part is error, not how far apart their means are. It is
+        known from as many draws as count in that part, so it has degrees of freedom (Satterthwaite's, of ``ESS_j - 1``
+        each). Where a share of K is less than one draw, or a part has had none, the draws are those of the mixture.
+
+        Args:
+            strata: The sums of each part, of the same data.
+            shares: Their shares of the draws, which add up to 1; ``K share`` rounded up or down have been made.
+
+        Source: Owen and Zhou, 2000, Safe and Effective Importance Sampling.
+        """
+        total = int(sum(part.num_samples[0] for part in strata))
+        if len(strata) < len(shares) or total * min(shares) < 1:
+            return reduce(WeightSums.merge, strata)
+        sizes = [int(part.num_samples[0]) for part in strata]
+        scaled = [part._times(math.log(s * total / k)) for part, s, k in zip(strata, shares, sizes, strict=True)]
+        pooled = reduce(WeightSums.combine, scaled)
+        if len(strata) == 1:
+            return pooled
+        spread = sum((2 * part.log_variance - 2 * pooled.log_variance).exp() / (part.ess - 1) for part in scaled)
+        return replace(
+            pooled, freedom=(1 / torch.as_tensor(spread)).nan_to_num(torch.inf, posinf=torch.inf).clamp(min=1)
+        )
+
+    def _times(self, log_factor: float) -> WeightSums:
+        """The sums of weights that are so much larger; what is known of the logs themselves stays."""
+        moved = {name: getattr(self, name) + log_factor for name in ("log_sum", "floor")}
+        moved |= {name: getattr(self, name) + 2 * log_factor for name in ("log_sum_squares", "log_variance")}
+        return replace(self, **moved, candidates=tuple(block + log_factor for block in self.candidates))
 
     def combine(self, other: WeightSums) -> WeightSums:
         """As `merge`, for sums whose draws came about in different ways: their variances are added, not pooled.
