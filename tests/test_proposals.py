@@ -108,12 +108,12 @@ def test_claimed_errors_are_those_of_repetition(proposal, num_samples):
 
 
 def test_the_priors_claimed_error_is_that_of_repetition():
-    """Its draws are shared by the data, so another seed each time: 150 have an error of 6%, 0.75 to 1.25 is 4 sigma."""
+    """Its draws are shared by the data, so another seed each time: 60 have an error of 9%; 3.5 sigma."""
     oracle = linear_gaussian(2, 6, noise=1.0)
     x = oracle.sample(1)
-    estimates = [evidence(oracle, x, "prior", 1000, seed=seed) for seed in range(150)]
+    estimates = [evidence(oracle, x, "prior", 1000, seed=seed) for seed in range(60)]
     claimed = torch.cat([e.std_error for e in estimates]).square().mean().sqrt()
-    assert 0.75 < torch.cat([e.log_px for e in estimates]).std() / claimed < 1.25
+    assert 0.7 < torch.cat([e.log_px for e in estimates]).std() / claimed < 1.35
 
 
 def test_a_guide_that_is_right_leaves_a_mixture_no_error():

@@ -287,7 +287,12 @@ class _Draws:
 
         def one(batch: Batch, size: int) -> Tensor:
             sampler = self.proposal.on(self.session.pair, batch)
-            return torch.cat([c.log_weights.double().cpu() for *_, c in self._chunks(sampler, num_samples, size)])
+            # One block from the start: small ones, made between large ones that go, would keep the heap from shrinking.
+            kept, done = torch.empty(num_samples, len(batch[0]), dtype=torch.float64), 0
+            for *_, (w, *_) in self._chunks(sampler, num_samples, size):
+                kept[done : done + len(w)] = w
+                done += len(w)
+            return kept
 
         return torch.cat(self._each_batch(one, num_samples), dim=1)
 

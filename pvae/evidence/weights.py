@@ -76,7 +76,7 @@ class WeightSums:
         squares_log: ``sum_k (log w_k - mean_log)^2``, shape ``(N,)``.
         log_variance: Log of the estimated variance of ``sum_k w_k``, shape ``(N,)``; nan for ``K = 1``.
         freedom: Degrees of freedom of that estimate, shape ``(N,)``: ``inf`` for independent draws, ``R - 1`` from R
-            replicates.
+            replicates, fewer than draws from strata.
         candidates: Blocks of log-weights, ``(M, N)`` each, among which the largest ``capacity`` are, in no order;
             ``-inf`` fills up.
         floor: No log-weight at or below this is wanted any more, shape ``(N,)``.
@@ -181,9 +181,9 @@ class WeightSums:
     def of_strata(cls, strata: Sequence[WeightSums], shares: Sequence[float]) -> WeightSums:
         """The sums over the parts of a mixture whose numbers of draws were not left to chance.
 
-        ``sum_j share_j mean_j(w)``: only the scatter within each part is error, not how far apart their means are. It is
-        known from as many draws as count in that part, so it has degrees of freedom (Satterthwaite's, of ``ESS_j - 1``
-        each). Where a share of K is less than one draw, or a part has had none, the draws are those of the mixture.
+        ``sum_j share_j mean_j(w)``: only the scatter within each part is error, not how far apart their means are. It
+        is known from as many draws as count in that part, ``ESS_j``, and has Satterthwaite's degrees of freedom. Where
+        a share of K is less than one draw, or a part has had none, the draws are those of the mixture.
 
         Args:
             strata: The sums of each part, of the same data.
@@ -200,9 +200,8 @@ class WeightSums:
         if len(strata) == 1:
             return pooled
         spread = sum((2 * part.log_variance - 2 * pooled.log_variance).exp() / (part.ess - 1) for part in scaled)
-        return replace(
-            pooled, freedom=(1 / torch.as_tensor(spread)).nan_to_num(torch.inf, posinf=torch.inf).clamp(min=1)
-        )
+        freedom = (1 / torch.as_tensor(spread)).nan_to_num(torch.inf, posinf=torch.inf)
+        return replace(pooled, freedom=freedom.clamp(min=1.0))
 
     def _times(self, log_factor: float) -> WeightSums:
         """The sums of weights that are so much larger; what is known of the logs themselves stays."""
