@@ -22,7 +22,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 def peak(proposal: str, num_samples: int) -> float:
     """Megabytes."""
-    code = PEAK.format(proposal=proposal, num_samples=num_samples)
+    return run(PEAK.format(proposal=proposal, num_samples=num_samples))
+
+
+def run(code: str) -> float:
+    """What a program prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
@@ -34,3 +38,21 @@ def test_peak_memory_does_not_grow_with_the_draws(proposal):
     few, many = peak(proposal, 1000), peak(proposal, 100_000)
     print(f"{proposal}: {few:.0f} MB with 1,000 draws, {many:.0f} MB with 100,000")
     assert many < few + 120  # all weights would be 800 MB
+
+
+KEPT = """
+import resource
+import torch, pvae
+torch.set_num_threads(1)
+vae = pvae.VAE.mlp(784, latent_dim=2, hidden=[400])
+proposal = pvae.evidence.proposals.Refined(steps=1)
+pvae.log_weights(vae.model, vae.guide, torch.zeros(250, 784), num_samples={num_samples}, proposal=proposal)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+def test_kept_weights_take_their_own_memory_and_no_more():
+    """Of 40 chunks of 16 MB each but 2 MB of weights are kept; small pieces kept between them would hold on to all."""
+    few, many = (run(KEPT.format(num_samples=num_samples)) for num_samples in (21, 840))
+    assert many < few + 300
