@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions.mixture import MaskedConstraint
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 from pvae.errors import ProgramError
 
-__all__ = ["LatentSpace", "Latents", "Layout", "Site"]
+__all__ = ["LatentSpace", "Latents", "Layout", "Site", "inner_support"]
 
 
 @dataclass(eq=False)
@@ -151,17 +152,27 @@ class LatentSpace:
         return self.sites
 
 
+def inner_support(support: Any) -> Any:
+    """What a support asks of a single entry or vector, below ``to_event`` and, where all components agree, mixtures."""
+    if isinstance(support, constraints.independent | constraints.MixtureSameFamilyConstraint):
+        return inner_support(support.base_constraint)
+    if isinstance(support, MaskedConstraint):
+        components = inner_support(support.constraint0), inner_support(support.constraint1)
+        return components[0] if components[0] is components[1] else support
+    return support
+
+
 def _summed(log_det: Tensor) -> Tensor:
     return log_det.flatten(2).sum(-1).double() if log_det.dim() > 2 else log_det.double()
 
 
 def _site(name: str, support: Any, values: Tensor, refusal: str) -> Site:
     shape = values.shape[2:]
-    inner = support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
+    inner = inner_support(support)
     advice = "Use proposal='guide', 'prior' or 'defensive', which take any latents."
-    if support.is_discrete:
+    if support is None:
+        refusal = "does not say what its support is"
+    elif support.is_discrete:
         refusal = "is discrete"
     if refusal:
         return Site(shape, shape, None, f"site '{name}' {refusal}, and this proposal moves real numbers. {advice}")

@@ -27,14 +27,17 @@ from pvae.errors import DataError, ProgramError, PVAEError
 from pvae.evidence.families import FAMILIES, PARAMETERS, leaf_of, parameters_of, product
 from pvae.evidence.spaces import Latents, LatentSpace, Layout
 from pvae.evidence.trials import (
-    check_density,
+    check_densities,
     check_names,
     data_dim,
     first_other_row,
+    latent_of,
     normal_moments,
+    observed_of,
     other_support,
     plates_of,
     refusal,
+    support_of,
 )
 from pvae.isolation import Program
 
@@ -96,7 +99,7 @@ class Pair:
                 traces[len(rows)] = _tried(model, guide, batch)
         check_names(traces[1]["model"], traces[2]["model"])
         check_pair(traces[2]["model"], traces[2]["guide"], strict=True)
-        check_density(traces[2]["guide"])
+        check_densities(**traces[2])
         found = tuple(observed(traces[2]["model"], batch))
         check_supports(found, data)
         dim = data_dim(traces[1], traces[2])
@@ -117,13 +120,13 @@ class Pair:
     @cached_property
     def has_other_supports(self) -> bool:
         """Whether data have supports that a single entry does not show, such as a Binomial's or one-hots'."""
-        sites = _observed(self._run(self.model, self.trial, 1)).values()
+        sites = observed_of(self._run(self.model, self.trial, 1)).values()
         return any(other_support(site) is not None for site in sites)
 
     def check_data(self, batch: Batch) -> None:
         """Raises `DataError` where observed data lie outside of their support, where `has_other_supports`."""
         latents, _ = self.draw_guide(batch, 1)
-        for name, site in _observed(self._run(self.model, batch, 1, latents)).items():
+        for name, site in observed_of(self._run(self.model, batch, 1, latents)).items():
             support = other_support(site)
             bad = torch.zeros(1) if support is None else ~support.check(site["value"])
             if bad.any():
@@ -134,9 +137,9 @@ class Pair:
     @cached_property
     def space(self) -> LatentSpace:
         """The latents as vectors of real numbers."""
-        sites = _latent(self._run(self.model, self.trial, 3))
+        sites = latent_of(self._run(self.model, self.trial, 3))
         values = self._gathered(sites, 3)
-        supports = {name: (site["fn"].support, values[name]) for name, site in sites.items()}
+        supports = {name: (support_of(site), values[name]) for name, site in sites.items()}
         return LatentSpace.of(supports, {name: refusal(site) for name, site in sites.items()})
 
     def draw_guide(self, batch: Batch, num_samples: int) -> tuple[Latents, Tensor]:
@@ -148,7 +151,7 @@ class Pair:
         """Draws latents from the prior, afresh for each datum; their densities come with them."""
         sites = self._run(self.model, batch, num_samples)
         densities = self._densities(sites, batch, num_samples)
-        return Latents(self._gathered(_latent(sites), num_samples), num_samples, densities)
+        return Latents(self._gathered(latent_of(sites), num_samples), num_samples, densities)
 
     def log_qz(self, batch: Batch, latents: Latents) -> Tensor:
         """Returns the guide's log q(z|x) at some latents, shape ``(K, N)``.
@@ -179,7 +182,7 @@ class Pair:
 
         Where `shares_prior`: the K latents are decoded once, and the rest is `pvae.evidence.families.product`.
         """
-        (site,) = _observed(self._shared_run(batch, num_samples)).values()
+        (site,) = observed_of(self._shared_run(batch, num_samples)).values()
         return self._product(site, exact=exact)
 
     def guide_moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -207,7 +210,7 @@ class Pair:
         Raises:
             ProgramError: An observed site's data are no tensor of the batch as it is.
         """
-        observed = _observed(self._run(self.model, batch, 1))
+        observed = observed_of(self._run(self.model, batch, 1))
         sites = self._run(poutine.uncondition(self.model), batch, 1)
         drawn = self._gathered(sites, 1)
         simulated = list(batch)
@@ -219,9 +222,16 @@ class Pair:
                     f"{'none' if not same else 'more than one'} of the data tensors as it is; their shapes are "
                     f"{[tuple(t.shape) for t in batch]}."
                 )
-            simulated[same[0]] = drawn.pop(name)[0].reshape(batch[same[0]].shape).to(batch[same[0]])
+            draw, like = drawn.pop(name)[0], batch[same[0]]
+            if draw.numel() != like.numel():
+                raise ProgramError(
+                    f"cannot simulate data: a draw of site '{name}' has shape {tuple(draw.shape)}, and the data that "
+                    f"it observes {tuple(like.shape)}, which broadcast. Give its distribution the data's shape, such "
+                    "as by expanding a parameter to it."
+                )
+            simulated[same[0]] = draw.reshape(like.shape).to(like)
         latents, data = Latents(drawn, 1), tuple(simulated)
-        again = self._log_density(_observed(self._run(self.model, data, 1, latents)), data, 1)
+        again = self._log_density(observed_of(self._run(self.model, data, 1, latents)), data, 1)
         if not torch.allclose(
             again, self._log_density({name: sites[name] for name in observed}, batch, 1), rtol=1e-4, atol=1e-4
         ):
@@ -244,13 +254,13 @@ class Pair:
         with plate:
             sites = density_sites(poutine.trace(program).get_trace(*batch).nodes)
         if latents is not None:
-            check_names(_latent(sites).keys(), latents.values.keys())
+            check_names(latent_of(sites).keys(), latents.values.keys())
         return sites
 
     @cached_property
     def _dims(self) -> dict[str, tuple[int, int]]:
         """How many dimensions a latent's event has, and how many its plates."""
-        sites = _latent(density_sites(poutine.trace(self.model).get_trace(*self.trial).nodes))
+        sites = latent_of(density_sites(poutine.trace(self.model).get_trace(*self.trial).nodes))
         return {name: (len(site["fn"].event_shape), len(site["fn"].batch_shape)) for name, site in sites.items()}
 
     def _gathered(self, sites: Sites, num_samples: int) -> dict[str, Tensor]:
@@ -258,7 +268,7 @@ class Pair:
         return {name: gather(s["value"], len(s["fn"].event_shape), num_samples) for name, s in sites.items()}
 
     def _densities(self, sites: Sites, batch: Batch, num_samples: int) -> tuple[Tensor, Tensor]:
-        latent, observed = _latent(sites), _observed(sites)
+        latent, observed = latent_of(sites), observed_of(sites)
         return self._log_density(latent, batch, num_samples), self._log_density(observed, batch, num_samples)
 
     def _log_density(self, sites: Sites, batch: Batch, num_samples: int) -> Tensor:
@@ -270,7 +280,9 @@ class Pair:
 
     def _shared_run(self, batch: Batch, num_samples: int) -> Sites:
         """Runs the model on a batch with K latents that were drawn for its first datum."""
-        latents = self._gathered(_latent(self._run(self.model, tuple(t[:1] for t in batch), num_samples)), num_samples)
+        latents = self._gathered(
+            latent_of(self._run(self.model, tuple(t[:1] for t in batch), num_samples)), num_samples
+        )
         return self._run(self.model, batch, num_samples, Latents(latents, num_samples))
 
     def _product(self, site: Any, *, exact: bool = True) -> Tensor:
@@ -286,7 +298,7 @@ class Pair:
             sites = self._shared_run(self.trial, 3)
         except (RuntimeError, ValueError, IndexError):  # the model wants one latent for each datum
             return False
-        observed = list(_observed(sites).values())
+        observed = list(observed_of(sites).values())
         if len(observed) != 1 or not all(self._is_shared(site) for site in sites.values()):
             return False
         (site,) = observed
@@ -386,11 +398,3 @@ def _as_trace(values: dict[str, Tensor]) -> poutine.Trace:
     for name, value in values.items():
         trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
     return trace
-
-
-def _latent(sites: Sites) -> Sites:
-    return {name: site for name, site in sites.items() if not site["is_observed"]}
-
-
-def _observed(sites: Sites) -> Sites:
-    return {name: site for name, site in sites.items() if site["is_observed"]}

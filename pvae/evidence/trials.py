@@ -8,25 +8,37 @@ from typing import Any
 import torch
 from pyro import distributions as dist
 from torch import Tensor
-from torch.distributions import constraints
 
 from pvae.checks import base_distribution, simple_support
 from pvae.errors import ProgramError
 from pvae.evidence.families import leaf_of
-from pvae.evidence.spaces import Layout
+from pvae.evidence.spaces import Layout, inner_support
 
 __all__ = [
-    "check_density",
+    "check_densities",
     "check_names",
     "data_dim",
     "first_other_row",
+    "latent_of",
     "normal_moments",
+    "observed_of",
     "other_support",
     "plates_of",
     "refusal",
+    "support_of",
 ]
 
 _CIRCULAR = ("VonMises", "VonMises3D", "SineBivariateVonMises", "SineSkewed")  # torch calls their support real
+
+
+def latent_of(sites: Mapping[str, Any]) -> dict[str, Any]:
+    """The sites that are drawn."""
+    return {name: site for name, site in sites.items() if not site["is_observed"]}
+
+
+def observed_of(sites: Mapping[str, Any]) -> dict[str, Any]:
+    """The sites that are given."""
+    return {name: site for name, site in sites.items() if site["is_observed"]}
 
 
 def plates_of(site: Any) -> list[Any]:
@@ -51,11 +63,18 @@ def other_support(site: Any) -> Any:
 
     None elsewhere: a support of real numbers may depend on the latents, and then data outside of it are no mistake.
     """
-    support = inner = site["fn"].support
-    while isinstance(inner, constraints.independent):
-        inner = inner.base_constraint
-    known = simple_support(site["fn"]) is not None
-    return None if known or not (support.is_discrete or inner.event_dim) else support
+    support = support_of(site)
+    if support is None or simple_support(site["fn"]) is not None:
+        return None
+    return support if support.is_discrete or inner_support(support).event_dim else None
+
+
+def support_of(site: Any) -> Any:
+    """The support of a site's distribution; none where that does not say."""
+    try:
+        return site["fn"].support
+    except NotImplementedError:
+        return None
 
 
 def check_names(here: Collection[str], there: Collection[str]) -> None:
@@ -75,14 +94,22 @@ def first_other_row(data: tuple[Tensor, ...]) -> int:
     return int(differs.double().argmax())
 
 
-def check_density(guide: Mapping[str, Any]) -> None:
-    """Raises `ProgramError` where a guide has point masses."""
+def check_densities(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
+    """Raises `ProgramError` where the guide has point masses, or a distribution cannot be used inside of a plate."""
     points = sorted(name for name, site in guide.items() if isinstance(base_distribution(site["fn"]), dist.Delta))
     if points:
         raise ProgramError(
             f"the guide has a point mass at {points}: a Delta has no density to weigh draws by. Use a guide with a "
             "density, such as a Normal."
         )
+    for name, site in (*model.items(), *guide.items()):
+        try:
+            site["fn"].log_prob(site["value"])
+        except (AssertionError, NotImplementedError) as error:
+            raise ProgramError(
+                f"site '{name}' ({type(base_distribution(site['fn'])).__name__}) gives no density inside of a plate "
+                f"over the data: {error or type(error).__name__}. Use a distribution that has one for each datum."
+            ) from error
 
 
 def normal_moments(site: Any, layout: Layout) -> tuple[Tensor, Tensor] | None:
