@@ -165,8 +165,8 @@ class EvidenceEstimate:
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """A confidence interval for log p(x) of each datum.
 
-        ``corrected -+ z std_error``: the second-order bias of the logarithm is added back, without which such an
-        interval covers too little. z is a normal quantile, or a Student-t's where the error comes from a few
+        ``corrected -+ (z std_error + rounding)``: the second-order bias of the logarithm is added back, without which
+        such an interval covers too little. z is a normal quantile, or a Student-t's where the error comes from a few
         replicates. Withheld (nan) where `unreliable` or with fewer than 20 effective samples, as no interval is honest
         there; `withheld` has the reasons.
 
@@ -176,7 +176,7 @@ class EvidenceEstimate:
         Returns:
             Lower and upper ends, nats per datum, each of shape ``(N,)``.
         """
-        half = _quantile(level, self.sums.freedom) * self.std_error
+        half = _quantile(level, self.sums.freedom) * self.std_error + self.rounding
         centre = self.corrected.masked_fill(torch.tensor([bool(reason) for reason in self.withheld]), torch.nan)
         return centre - half, centre + half
 
@@ -214,7 +214,8 @@ class EvidenceEstimate:
         """A confidence interval for the mean of log p(x) over these data: its Monte Carlo error, not that of the choice
         of data.
 
-        The mean of `corrected`, ``-+ z mean_std_error``. Withheld (nan) where `mean_withheld` says why.
+        The mean of `corrected`, ``-+ (z mean_std_error + rounding)``: roundings may all be to one side. Withheld (nan)
+        where `mean_withheld` says why.
 
         Args:
             level: Coverage aimed at, between 0 and 1.
@@ -226,6 +227,7 @@ class EvidenceEstimate:
         variances = self.std_error.square()
         freedom = variances.sum().square() / (variances.square() / self.sums.freedom).sum()
         half = _quantile(level, freedom.nan_to_num(torch.inf, posinf=torch.inf)).item() * self.mean_std_error
+        half += self.rounding.mean().item()
         if self.mean_withheld:
             return float("nan"), float("nan")
         centre = self.corrected.mean().item()

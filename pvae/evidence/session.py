@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.checks import Data, as_tensors, check_supports, fingerprint
-from pvae.errors import NumericalError, warn
+from pvae.errors import NumericalError, ProgramError, warn
 from pvae.evidence.traces import Batch, Pair
 from pvae.isolation import Program, dtype_of, isolated, modules_of, outside_modules, place
 from pvae.ranks import ALONE, Ranks
@@ -154,7 +154,7 @@ def opened(
         tensors = as_tensors("data", data)
     chosen, tensors = place(modules, tensors, device)
     known = outside_modules(pyro.get_param_store())
-    with isolated(modules, seed=ranks.seed(seed), device=chosen, params=known) as store:
+    with _half_precision_told(), isolated(modules, seed=ranks.seed(seed), device=chosen, params=known) as store:
         pair = Pair.of(model, guide, tensors, chosen)
         untrained = outside_modules(store)["params"].keys() - known["params"].keys()
         _warn_of_initial_values(untrained)
@@ -164,6 +164,20 @@ def opened(
         yield session
         # Another guide, which a proposal brought along, runs only inside of the block.
         _warn_of_initial_values(outside_modules(store)["params"].keys() - known["params"].keys() - untrained)
+
+
+@contextmanager
+def _half_precision_told() -> Iterator[None]:
+    """Says what to do where torch lacks an operation for numbers of 16 bits."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if not any(f"not implemented for '{kind}'" in str(error) for kind in ("Half", "BFloat16")):
+            raise
+        raise ProgramError(
+            f"the pair computes in numbers of 16 bits, and torch says: {str(error).splitlines()[0]}. Convert the "
+            "modules and the data with .float()."
+        ) from error
 
 
 def fingerprints(data: Data, *programs: object) -> dict[str, str]:

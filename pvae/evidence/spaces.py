@@ -91,12 +91,15 @@ class Site:
         unconstrained: The same for the real numbers in its place.
         transform: From real numbers to the support; none where the support is all real numbers.
         refusal: Why there is no such transform; empty if there is.
+        half: The dtype of 16 bits that programs see this latent in, if they do. The vector has 32: there is no linear
+            algebra for less, and a draw's density is that of the draw before it was rounded.
     """
 
     shape: torch.Size
     unconstrained: torch.Size
     transform: Transform | None
     refusal: str = ""
+    half: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class LatentSpace:
         parts: list[Tensor] = []
         log_det = torch.zeros((), dtype=torch.float64)
         for name, site in self._checked().items():
-            z = u = latents.values[name]
+            z = u = latents.values[name] if site.half is None else latents.values[name].float()
             if site.transform is not None:
                 u = torch.as_tensor(site.transform.inv(z))
                 log_det = log_det.to(z.device) + _summed(site.transform.log_abs_det_jacobian(u, z))
@@ -141,6 +144,8 @@ class LatentSpace:
             values[name] = one if site.transform is None else site.transform(one)
             if site.transform is not None:
                 log_det = log_det.to(u.device) + _summed(site.transform.log_abs_det_jacobian(one, values[name]))
+            if site.half is not None:
+                values[name] = values[name].to(site.half)
         return Latents(values, len(u)), log_det
 
     def _checked(self) -> dict[str, Site]:
@@ -167,7 +172,7 @@ def _summed(log_det: Tensor) -> Tensor:
 
 
 def _site(name: str, support: Any, values: Tensor, refusal: str) -> Site:
-    shape = values.shape[2:]
+    shape, half = values.shape[2:], values.dtype if values.dtype in (torch.float16, torch.bfloat16) else None
     inner = inner_support(support)
     advice = "Use proposal='guide', 'prior' or 'defensive', which take any latents."
     if support is None:
@@ -177,7 +182,7 @@ def _site(name: str, support: Any, values: Tensor, refusal: str) -> Site:
     if refusal:
         return Site(shape, shape, None, f"site '{name}' {refusal}, and this proposal moves real numbers. {advice}")
     if inner is constraints.real:
-        return Site(shape, shape, None)
+        return Site(shape, shape, None, half=half)
     bounds = {key: getattr(inner, key) for key in ("lower_bound", "upper_bound") if hasattr(inner, key)}
     numbers = {key: torch.as_tensor(value).flatten() for key, value in bounds.items()}
     if any((value != value[0]).any() for value in numbers.values()):
@@ -191,4 +196,4 @@ def _site(name: str, support: Any, values: Tensor, refusal: str) -> Site:
     except NotImplementedError:
         refusal = f"the support of site '{name}', {inner}, is not known to be that of some real numbers. {advice}"
         return Site(shape, shape, None, refusal)
-    return Site(shape, torch.Size(transform.inverse_shape(shape)), transform)
+    return Site(shape, torch.Size(transform.inverse_shape(shape)), transform, half=half)

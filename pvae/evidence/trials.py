@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def check_densities(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
         )
     for name, site in (*model.items(), *guide.items()):
         try:
-            site["fn"].log_prob(site["value"])
+            with suppress(ValueError):  # values outside of the support are told of elsewhere
+                site["fn"].log_prob(site["value"])
         except (AssertionError, NotImplementedError) as error:
             raise ProgramError(
                 f"site '{name}' ({type(base_distribution(site['fn'])).__name__}) gives no density inside of a plate "
@@ -123,6 +125,7 @@ def normal_moments(site: Any, layout: Layout) -> tuple[Tensor, Tensor] | None:
     scale = leaf.stddev if type(leaf) is dist.Normal else leaf.scale_tril
     loc = layout.gather(leaf.loc, event_dim, 3)
     scale = layout.gather(scale, event_dim + scale.dim() - leaf.loc.dim(), 3)
+    loc, scale = (t.float() if t.dtype.itemsize == 2 else t for t in (loc, scale))  # as `LatentSpace` has vectors
     if not (torch.equal(loc, loc[:1].expand_as(loc)) and torch.equal(scale, scale[:1].expand_as(scale))):
         return None
     if type(leaf) is dist.Normal:
