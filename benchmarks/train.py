@@ -22,7 +22,7 @@ from torch import Tensor
 
 import pvae
 from pvae.isolation import isolated, resolve_device
-from pvae.svi import CompiledSVI, engine, objectives
+from pvae.svi import CompiledSVI, bounds, engine, objectives
 from pvae.svi.batches import InMemory
 from pvae.svi.passes import epochs
 
@@ -119,7 +119,7 @@ def pvae_fit(vae: pvae.VAE, x: Tensor, batch_size: int, *, compile: bool, precis
     vae, batches = copy.deepcopy(vae), InMemory((x,), batch_size, x.device)
     with isolated([vae], seed=0, device=x.device):
         verified = objectives.verify(vae.model, vae.guide, batches.first(), batches.tensors)
-    objective = objectives.resolve(None)
+    objective = bounds.resolve(None)
     step = engine.Step(vae.model, vae.guide, objective, verified, batches, lr=LR, precision=precision, capture=compile)
     passes, numbers = epochs(step), count(1)
 

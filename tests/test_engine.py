@@ -24,7 +24,7 @@ from torch import nn
 import pvae
 from pvae.errors import NumericalError
 from pvae.isolation import isolated
-from pvae.svi import engine, objectives
+from pvae.svi import bounds, engine, objectives
 from pvae.svi import passes as passes_
 from pvae.svi.batches import InMemory
 
@@ -105,7 +105,7 @@ CASES = {
 
 
 def step_of(pair, x, *, capture, objective=None, **options):
-    objective = objectives.resolve(objective)
+    objective = bounds.resolve(objective)
     batches = InMemory((x,), 64, torch.device("cpu"), options.pop("transform", None))
     verified = objectives.verify(pair.model, pair.guide, batches.first(), None)
     step = engine.Step(pair.model, pair.guide, objective, verified, batches, capture=capture, **{"lr": 1e-2, **options})

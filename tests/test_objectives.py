@@ -14,7 +14,7 @@ from pyro.infer import (
 )
 
 import pvae
-from pvae.svi import objectives
+from pvae.svi import bounds, objectives
 
 
 def test_which_objectives_are_the_elbo():
@@ -26,9 +26,9 @@ def test_which_objectives_are_the_elbo():
 
 
 def test_default_objective():
-    assert type(objectives.resolve(None)) is Trace_ELBO
+    assert type(bounds.resolve(None)) is Trace_ELBO
     elbo = Trace_ELBO()
-    assert objectives.resolve(elbo) is elbo
+    assert bounds.resolve(elbo) is elbo
 
 
 def test_verify_finds_the_parameters_of_both_programs(module_pair, bits):
@@ -64,4 +64,4 @@ def test_loss_and_gradients_are_pyros(module_pair, bits):
     assert loss == Trace_ELBO().loss_and_grads(module_pair.model, module_pair.guide, bits)
     assert all(torch.equal(p.grad, ours[id(p)]) for p in params)
     with pytest.raises(pvae.ArgumentError, match="objective"):
-        objectives.resolve(3)
+        bounds.resolve(3)

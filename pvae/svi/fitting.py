@@ -21,7 +21,7 @@ from pvae.checks import Data
 from pvae.errors import ArgumentError, NumericalError, one_of, positive_int, yes_no_or_auto
 from pvae.graphs import pays
 from pvae.isolation import Program, isolated, resolve_seed
-from pvae.svi import engine, objectives, passes
+from pvae.svi import bounds, engine, objectives, passes
 from pvae.svi.batches import Batches, Transform
 from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
@@ -89,16 +89,19 @@ def fit(
             summed over the batch.
         kl_weight: Multiplies the KL divergence of the guide from the prior: a number (beta), or a function of the
             epoch, from 1 on, for a warm-up: ``lambda epoch: min(1.0, epoch / 10)``. The history then has
-            ``"objective"`` instead of ``"elbo"``; the validation ELBO has no weight.
-        patience: Ends training after so many epochs without a better validation ELBO, counted from where ``kl_weight``
+            ``"objective"`` instead of ``"elbo"``; the validation bound has no weight. Latents that are summed out in the
+            model cannot be weighed.
+        patience: Ends training after so many epochs without a better validation bound, counted from where ``kl_weight``
             no longer changes.
         seed: Fixes shuffling and noise: same seed, same machine, same versions, same bits. ``None`` for a fresh one.
         objective: One of Pyro's ELBO objects, a callable ``(model, guide, *batch) -> loss`` in nats summed over the
-            batch, or ``None`` for ``Trace_ELBO()``.
+            batch, or ``None`` for ``Trace_ELBO()``, and for ``TraceEnum_ELBO()`` where latents are marked for
+            enumeration. How deep plates are nested is found out; the object need not be told.
         device: ``"auto"`` (the GPU where there is one), ``"cpu"``, ``"cuda"`` or a ``torch.device``. Data are moved
             batch by batch, so put them there first if they fit.
-        validation: Data as above, final (``transform`` is not applied); their ELBO is taken after each epoch, in eval
-            mode, with the same noise each time.
+        validation: Data as above, final (``transform`` is not applied). After each epoch their bound is taken, in eval
+            mode, with the same noise each time: minus the loss of ``objective`` itself, so of ``RenyiELBO`` its own
+            bound and not the ELBO. A callable may be no bound; with one it is the ELBO, of one draw.
         start: An earlier result to go on from. It is needed only for parameters that ``pyro.param`` made, which
             otherwise start from their initial values; modules go on from where they are.
         checkpoint: A folder for this run's checkpoints, written after each epoch; the last two and the best are kept,
@@ -139,7 +142,8 @@ def fit(
     weights, patience = kl_weights(kl_weight, epochs), patience_for(patience, validation)
     path = None if checkpoint is None else folder_path("checkpoint", checkpoint)
     make_scheduler, schedule = scheduled(scheduler, lr, checkpoint)
-    objective, ranks = objectives.resolve(objective), processes.resolve(distributed)
+    ranks = processes.resolve(distributed)
+    bounds.resolve(objective)
     resolve_seed(seed)
     if callback is not None and not callable(callback):
         raise ArgumentError(f"callback must be a function of one dict, got {callback!r}.")
@@ -161,6 +165,7 @@ def fit(
             if validation is not None:
                 held_out = pair.batches("validation", validation, batch_size, evaluated=True, **shared)
             verified, state = pair.verified(batches, held_out, seed, start._state if start else None)
+            objective = pair.objective(objective, verified, batches, state, weighted=weights is not None)
         capture = _captures(compile, verified, batches, batch_size, epochs, pair.device)
         arguments: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "lr": lr, "clip_norm": clip_norm}
         arguments |= {"scheduler": schedule, "precision": precision}
@@ -176,7 +181,9 @@ def fit(
         environment = {"device": str(pair.device), "threads": torch.get_num_threads(), "ranks": ranks.count}
         environment |= {"compiled": capture, **storage.versions()}
         plan = Plan(epochs, weights, patience, arguments, environment)
-        with isolated(pair.modules, seed=ranks.seed(seed), device=pair.device, training=True, params=state) as store:
+        lent = bounds.nested(objective, verified)
+        isolation: Any = {"seed": ranks.seed(seed), "device": pair.device, "training": True, "params": state}
+        with isolated(pair.modules, **isolation) as store, lent:
             tensors = begun(pair, store, saved, ranks)
             options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
             # Where there are other processes, one that ended early would leave them waiting.
@@ -186,8 +193,8 @@ def fit(
                 step = engine.Step(model, guide, objective, verified, batches, lr=lr, **options)
                 evaluate = None
                 if held_out is not None:
-                    those = (model, guide, pair.modules, held_out, verified, seed, capture, ranks, stop, compiling)
-                    evaluate = Validation(*those)
+                    about: Any = (pair.modules, held_out, verified, seed, capture, ranks, stop, compiling)
+                    evaluate = Validation(model, guide, bounds.bound(objective, verified), *about)
                 made = make_scheduler(step.optimizer)
                 training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair, ranks)
                 if saved is not None:

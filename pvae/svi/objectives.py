@@ -8,7 +8,7 @@ nats, summed over the batch, as Pyro's are: so every datum weighs the same in a 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,10 +34,9 @@ __all__ = [
     "inside_handlers",
     "is_elbo",
     "loss_and_grads",
+    "loss_of",
     "not_finite",
     "params_met",
-    "resolve",
-    "validation_loss",
     "verify",
 ]
 
@@ -50,22 +49,18 @@ class Verified(NamedTuple):
     params: list[Tensor]  # unconstrained, as an optimizer moves them
     observed: list[Any]  # as `pvae.checks.observed` finds them
     subsampled_from: int | None  # the size that a plate scales each batch up to; None where no plate does
+    summed: tuple[str, ...] = ()  # latents that are enumerated in the model and are not in the guide
+    enumerated: tuple[str, ...] = ()  # latents that are enumerated in the guide
+    nesting: int = 0  # how many dimensions plates take
+
+    @property
+    def marked(self) -> list[str]:
+        """All latents that are to be enumerated."""
+        return [*self.summed, *self.enumerated]
 
     def share(self, batch: tuple[Tensor, ...]) -> float:
         """What to multiply a batch's loss by, to undo the scale of a plate that subsamples."""
         return 1.0 if self.subsampled_from is None else len(batch[0]) / self.subsampled_from
-
-
-def resolve(objective: Objective | None) -> Objective:
-    """The objective itself, or Pyro's ``Trace_ELBO`` with one particle for ``None``."""
-    if objective is None:
-        return Trace_ELBO()
-    if not callable(objective):
-        raise ArgumentError(
-            "objective must be one of Pyro's ELBO objects, a callable (model, guide, *batch) -> loss, or None for "
-            f"Trace_ELBO; got {objective!r}."
-        )
-    return objective
 
 
 def is_elbo(objective: Objective) -> bool:
@@ -157,9 +152,9 @@ _TORCH = str(Path(torch.__file__).parent)
 _VALIDATES = torch.distributions.distribution.__file__
 
 
-def validation_loss(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Tensor:
-    """Minus the ELBO of one batch, in nats summed over it, whatever the objective of training is."""
-    return torch.as_tensor(Trace_ELBO().loss(model, guide, *batch), dtype=torch.float64, device=batch[0].device)
+def loss_of(elbo: Any, model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Tensor:
+    """An ELBO object's loss of one batch, in nats summed over it."""
+    return torch.as_tensor(elbo.loss(model, guide, *batch), dtype=torch.float64, device=batch[0].device)
 
 
 def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> Verified:
@@ -199,7 +194,8 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
                 "Do the data have the shape and the values that they expect?"
             ) from error
     sites: dict[str, Any] = {**guide_trace.nodes, **model_trace.nodes}
-    check_pair(density_sites(model_trace.nodes), density_sites(guide_trace.nodes), strict=False)
+    latent, proposed = density_sites(model_trace.nodes), density_sites(guide_trace.nodes)
+    check_pair(latent, proposed, strict=False)
     _check_names(sites)
     found = observed(model_trace.nodes, batch)
     check_supports(found, batch if data is None else data)
@@ -211,7 +207,22 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
         )
     plates = {plate for site in model_trace.nodes.values() for plate in site.get("cond_indep_stack", ())}
     subsampled = (p.full_size for p in plates if p.size == len(batch[0]) and p.full_size != p.size)
-    return Verified(params, found, next(subsampled, None))
+    dims = [p.dim for site in sites.values() for p in site.get("cond_indep_stack", ()) if p.vectorized]
+    enumerated = tuple(name for name, site in proposed.items() if site["infer"].get("enumerate"))
+    depth = -min(dims, default=0)
+    return Verified(params, found, next(subsampled, None), _summed(latent, proposed), enumerated, depth)
+
+
+def _summed(latent: Mapping[str, Any], proposed: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the latents that are to be summed out in the model."""
+    summed = [name for name, site in latent.items() if not site["is_observed"] and name not in proposed]
+    for name in summed:
+        if (mark := latent[name]["infer"]["enumerate"]) != "parallel":
+            raise ProgramError(
+                f"latent '{name}' is only in the model, and marked {mark!r} for enumeration: there Pyro sums out "
+                "'parallel' ones alone. Mark it infer={'enumerate': 'parallel'}, or draw it in the guide too."
+            )
+    return tuple(summed)
 
 
 def not_finite(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> str:

@@ -14,7 +14,7 @@ from pvae.errors import warn
 from pvae.isolation import Program, dtype_of, isolated, modules_of, place, resolve_device
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream, is_stream
-from pvae.svi import objectives
+from pvae.svi import bounds, objectives
 from pvae.svi.batches import Batches, InMemory, Streamed, Transform
 
 __all__ = ["Pair"]
@@ -87,7 +87,28 @@ class Pair:
                     param.data = param.data.contiguous()  # entries that share memory could not be moved one by one
             # A batch of all data does not show that a plate would scale up a smaller one.
             sizes = (one.subsampled_from for one in found if one.subsampled_from is not None)
-            return found[0]._replace(subsampled_from=next(sizes, None)), store.get_state()
+            depth = max(one.nesting for one in found)
+            return found[0]._replace(subsampled_from=next(sizes, None), nesting=depth), store.get_state()
+
+    def objective(
+        self,
+        asked: objectives.Objective | None,
+        verified: objectives.Verified,
+        batches: Batches,
+        params: Mapping[str, Any],
+        *,
+        weighted: bool,
+    ) -> objectives.Objective:
+        """What the pair is trained by: what was asked for, where it can, or the ELBO.
+
+        Raises:
+            ProgramError: As `bounds.resolve` and `bounds.try_out` do.
+        """
+        objective = bounds.resolve(asked, verified, weighted=weighted)
+        if verified.marked:
+            with isolated(self.modules, seed=0, device=self.device, params=params):
+                bounds.try_out(objective, self.model, self.guide, batches.first(), verified)
+        return objective
 
     def warn_if_collapsed(self, batches: Batches, params: Mapping[str, Any]) -> None:
         """Says so where no latent dimension follows the data."""

@@ -1,4 +1,4 @@
-"""The ELBO of held-out data."""
+"""The bound of held-out data: what training maximises, at weight 1."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ __all__ = ["Validation"]
 
 
 class Validation:
-    """The ELBO of held-out data, in eval mode and with the same noise each time."""
+    """Minus an ELBO object's own loss of held-out data, in eval mode and with the same noise each time."""
 
     def __init__(
         self,
         model: Program,
         guide: Program,
+        bound: Any,
         modules: Sequence[nn.Module],
         batches: Batches,
         verified: objectives.Verified,
@@ -47,18 +48,18 @@ class Validation:
 
         def loss(*batch: Tensor) -> Tensor:
             with objectives.ItemsStayTensors() if capture else nullcontext():
-                return objectives.validation_loss(model, guide, batch)
+                return objectives.loss_of(bound, model, guide, batch)
 
         self.loss = loss
         if capture:
             with self._isolated():
                 # Few runs an epoch, without gradients: it is compiled in the longest runs alone.
                 options: dict[str, Any] = {"capture_after": 1, "compile_first": False, "compiling": compiling}
-                self.captured = Captured(loss, "pvae.fit's validation", (model, guide), **options)
+                self.captured = Captured(loss, "pvae.fit's validation", (model, guide, bound), **options)
                 self.loss = self.captured
 
     def __call__(self, epoch: int) -> float | None:
-        """Returns the ELBO in nats per datum, over the data of all processes; nothing if asked to stop meanwhile."""
+        """Returns the bound in nats per datum, over the data of all processes; nothing if asked to stop meanwhile."""
         total, seen = 0.0, 0
         with self.ranks.together(), self._isolated():
             for batch in self.batches.in_order():
