@@ -89,8 +89,8 @@ def fit(
             summed over the batch.
         kl_weight: Multiplies the KL divergence of the guide from the prior: a number (beta), or a function of the
             epoch, from 1 on, for a warm-up: ``lambda epoch: min(1.0, epoch / 10)``. The history then has
-            ``"objective"`` instead of ``"elbo"``; the validation bound has no weight. Latents that are summed out in the
-            model cannot be weighed.
+            ``"objective"`` instead of ``"elbo"``; the validation bound has no weight. Latents that are summed out in
+            the model cannot be weighed.
         patience: Ends training after so many epochs without a better validation bound, counted from where ``kl_weight``
             no longer changes.
         seed: Fixes shuffling and noise: same seed, same machine, same versions, same bits. ``None`` for a fresh one.
