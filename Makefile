@@ -8,13 +8,16 @@ ifneq ($(words $(VENV)),1)
 $(error VENV must be one path without spaces, got "$(VENV)")
 endif
 
-.PHONY: help demo test test-all lint types docs bench clean
+.PHONY: help demo readme test test-all lint types docs bench clean
 
 help:  ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(VENV)/.demo  ## train on MNIST (or digits), print the table, write figures and report.json to results/
 	$(BIN)/python examples/mnist_svi.py --output-dir results
+
+readme: $(VENV)/.demo  ## run the demo on MNIST, and write its picture and numbers into README.md
+	$(BIN)/python docs/readme.py
 
 test: $(VENV)/.test  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow"

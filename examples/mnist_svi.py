@@ -1,4 +1,4 @@
-"""Train a VAE on MNIST by SVI, estimate log p(x) three ways, and show why the guide beats the prior.
+"""Train a VAE on MNIST by SVI, estimate log p(x) three ways, and show what guide and prior find of it.
 
     python examples/mnist_svi.py                  # MNIST if it can be had, else scikit-learn's digits
     python examples/mnist_svi.py --cuda           # everything on the GPU
@@ -6,41 +6,62 @@
     torchrun --nproc-per-node=2 examples/mnist_svi.py     # two processes share each batch, and the test images
     python examples/mnist_svi.py --help
 
-Prints one table and writes report.json and four figures to the output folder. Ctrl-C, or SIGTERM, ends training after
-the step at hand, with exit code 130 or 143.
+Prints one table and writes report.json and four figures to the output folder; that it can is tried before training.
+Ctrl-C, or SIGTERM, ends training after the step at hand, with exit code 130 or 143.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
-import platform
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import pvae
+from pvae import storage
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
 FIRST = os.environ.get("RANK", "0") == "0"  # the one that prints and writes
 PRIOR_FACTOR = 100  # how many times the guide's samples the prior gets for its second try
+REPETITIONS = 20  # of the estimates in the last figure
+FIGURES = ("learning_curve", "reconstructions", "samples", "guide_and_prior")
+ROWS = {
+    "guide": "log p(x) by the guide",
+    "refined": "  refined for each image",
+    "prior": "log p(x) by the prior",
+    f"prior_{PRIOR_FACTOR}x": f"  with {PRIOR_FACTOR} times the samples",
+}
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A type of argument: a whole number within these bounds."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text[:20]) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        if int(text[:20]) > most:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at most {most}, got {text[:20]!r}")
+        return int(text)
+
+    return number
+
+
+count = whole(1, 2**31 - 1)
+width = whole(1, 2**14)  # a square matrix of that size takes 1 GiB
+seed = whole(0, 2**63 - 1)
 
 
 def rate(text: str) -> float:
@@ -52,13 +73,6 @@ def rate(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
-
-
-def seed(text: str) -> int:
-    """A whole number of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -87,26 +101,26 @@ def arguments() -> argparse.ArgumentParser:
     )
     add("--likelihood", choices=list(pvae.likelihoods.NAMED), default="bernoulli", help="p(x|z) (default: bernoulli)")
     add("--network", choices=["mlp", "conv"], default="mlp", help="kind of both networks (default: mlp)")
-    add("--latent-dim", type=positive, default=50, metavar="D", help="dimensions of z (default: 50)")
-    add("--hidden", type=positive, nargs="+", metavar="H", help="widths of hidden layers (default: 400, for conv 256)")
+    add("--latent-dim", type=width, default=50, metavar="D", help="dimensions of z (default: 50)")
+    add("--hidden", type=width, nargs="+", metavar="H", help="widths of hidden layers (default: 400, for conv 256)")
     add(
         "--epochs",
-        type=positive,
+        type=count,
         metavar="E",
         help="passes over the training data (default: 10 for MNIST, 200 for digits)",
     )
-    add("--batch-size", type=positive, default=256, metavar="B", help="images in a batch (default: 256)")
+    add("--batch-size", type=count, default=256, metavar="B", help="images in a batch (default: 256)")
     add("--lr", type=rate, default=1e-3, help="Adam's learning rate (default: 0.001)")
     add(
         "--num-samples",
-        type=positive,
+        type=count,
         default=1000,
         metavar="K",
         help=f"samples for each image (default: 1000); the prior then gets {PRIOR_FACTOR} K as well",
     )
     add(
         "--num-eval",
-        type=positive,
+        type=count,
         default=1000,
         metavar="N",
         help="test images to estimate log p(x) of (default: 1000)",
@@ -153,9 +167,9 @@ def above(estimate: pvae.EvidenceEstimate) -> float:
     return math.nan if estimate.khat.isnan().any() else (estimate.khat > 0.7).double().mean().item()
 
 
-def summary(estimate: pvae.EvidenceEstimate) -> dict[str, float | int | None]:
-    """What the report says of one estimate. JSON has no nan and no infinity: they become null."""
-    numbers = {
+def summary(estimate: pvae.EvidenceEstimate) -> dict[str, Any]:
+    """What the report says of one estimate."""
+    return {
         "mean": estimate.mean,
         "std_error": estimate.mean_std_error,
         "data_std_error": estimate.data_std_error,
@@ -165,96 +179,160 @@ def summary(estimate: pvae.EvidenceEstimate) -> dict[str, float | int | None]:
         "khat_above_0.7": above(estimate),
         "seconds": estimate.seconds,
     }
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
-def table(rows: list[tuple[str, pvae.EvidenceEstimate]]) -> str:
+def as_json(report: Mapping[str, Any]) -> str:
+    """The report as text. JSON has no nan and no infinity: they become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(report), indent=2, allow_nan=False) + "\n"
+
+
+def estimates(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The report's numbers of each estimate, null read as nan."""
+    numbers = report["log_px"]
+    return {name: {k: math.nan if v is None else v for k, v in numbers[name].items()} for name in ROWS}
+
+
+def table(report: Mapping[str, Any]) -> str:
     """The ELBO, then a line for each estimate, flagged where k-hat says that most of it cannot be trusted."""
-    guide = rows[0][1]
-    elbo_std_error = guide.elbo_std_error.norm().item() / guide.num_data
     head = f"{'nats per datum':28}  samples     mean  std error      ESS   k-hat  k-hat > 0.7  seconds"
     lines = [head, "-" * len(head)]
-    lines.append(f"{'ELBO':28}{guide.num_samples:9}{guide.elbo.mean().item():9.2f}{elbo_std_error:11.3f}")
-    for name, e in rows:
-        bad = above(e)
+    every = estimates(report)
+    elbo, elbo_std_error = report["elbo_of_evaluated"], report["elbo_of_evaluated_std_error"]
+    lines.append(f"{'ELBO':28}{every['guide']['num_samples']:9}{elbo:9.2f}{elbo_std_error:11.3f}")
+    for name, e in every.items():
+        bad = e["khat_above_0.7"]
         lines.append(
-            f"{name:28}{e.num_samples:9}{e.mean:9.2f}{e.mean_std_error:11.3f}{e.ess.median().item():9.1f}"
-            f"{e.khat.median().item():8.2f}{bad:13.0%}{e.seconds:9.1f}" + "  <- only a lower bound" * (bad > 0.5)
+            f"{ROWS[name]:28}{e['num_samples']:9}{e['mean']:9.2f}{e['std_error']:11.3f}{e['ess_median']:9.1f}"
+            f"{e['khat_median']:8.2f}{bad:13.0%}{e['seconds']:9.1f}" + "  <- only a lower bound" * (bad > 0.5)
         )
     return "\n".join(lines)
 
 
-def sentence(
-    guide: pvae.EvidenceEstimate,
-    refined: pvae.EvidenceEstimate,
-    prior: pvae.EvidenceEstimate,
-    long_prior: pvae.EvidenceEstimate,
-) -> str:
+def sentence(report: Mapping[str, Any]) -> str:
     """What the table shows, in plain words and only as far as it shows it."""
-    gap, long_gap = guide.mean - prior.mean, guide.mean - long_prior.mean
+    guide, refined, prior, long_prior = estimates(report).values()
+
+    def below_guide(e: Mapping[str, float]) -> float:
+        """Nats; 0 where they are within two standard errors."""
+        gap = guide["mean"] - e["mean"]
+        return 0.0 if abs(gap) < max(0.05, 2 * math.hypot(guide["std_error"], e["std_error"])) else gap
+
+    gap, long_gap, gain = below_guide(prior), below_guide(long_prior), -below_guide(refined)
     counted = (
-        f"about {guide.ess.median().item():.0f} of the guide's {guide.num_samples} samples counted for an image, "
-        f"and {prior.ess.median().item():.0f} of the prior's"
+        f"about {guide['ess_median']:.0f} of the guide's {guide['num_samples']} samples counted for an image, "
+        f"and {prior['ess_median']:.0f} of the prior's"
     )
-    gain = refined.mean - guide.mean
-    found = f"finds {gain:.2f} nats more than the guide" if gain >= 0.05 else "finds the same as the guide"
-    fitted = f"A Gaussian fitted to each image {found}, with {refined.ess.median().item():.0f} samples that count."
-    if gap < 0.05:
+    more = f"{abs(gain):.2f} nats {'more' if gain > 0 else 'less'} than"
+    found = f"finds {more if gain else 'the same as'} the guide"
+    fitted = f"A Gaussian fitted to each image {found}, with {refined['ess_median']:.0f} samples that count."
+    if gap == 0:
         return f"Guide and prior agree, but {counted}. {fitted}"
-    rest = f"still misses {long_gap:.1f}" if long_gap >= 0.05 else "catches up"
+    if gap < 0:
+        return f"The prior finds {-gap:.2f} nats more of log p(x) than the guide: {counted}. {fitted}"
+    why = ", because" if guide["ess_median"] > prior["ess_median"] else ":"
+    rest = f"still misses {long_gap:.1f}" if long_gap > 0 else "catches up"
     return (
-        f"The guide finds {gap:.1f} nats more of log p(x) than the prior, because {counted}; "
+        f"The guide finds {gap:.1f} nats more of log p(x) than the prior{why} {counted}; "
         f"with {PRIOR_FACTOR} times as many, the prior {rest}. {fitted}"
     )
 
 
-def draw_figures(vae: pvae.VAE, result: pvae.FitResult, x: torch.Tensor, args: argparse.Namespace) -> None:
-    """Writes the four figures. ``x`` are the evaluated test images; the last figure is about the first of them."""
-    import matplotlib
+def origin(report: Mapping[str, Any]) -> str:
+    """The run that a figure is of; it is kept in its file."""
+    return f"{report['dataset']}, {report['binarization']}, seed {report['seed']}, ELBO {report['elbo']:.6f}"
 
-    matplotlib.use("Agg")  # files only: works without a screen
+
+def draw_figures(
+    vae: pvae.VAE, result: pvae.FitResult, x: torch.Tensor, place: int, report: dict, folder: Path
+) -> bool:
+    """Writes the four figures, the last one about image ``place`` of ``x``; says why where one fails, and goes on."""
     import matplotlib.pyplot as plt
 
-    def save(name: str) -> None:
-        plt.savefig(args.output_dir / f"{name}.png", dpi=150)
-        plt.close("all")
+    def draw_reconstructions() -> None:
+        _, ax = plt.subplots(figsize=(8, 2.2), layout="constrained")
+        pvae.plots.reconstructions(x[:10], vae.reconstruct(x[:10]), ax)
 
-    pvae.plots.learning_curve(result.history)
-    save("learning_curve")
+    def draw_samples() -> None:
+        _, ax = plt.subplots(figsize=(5, 5.3), layout="constrained")
+        images = vae.sample(64, seed=report["seed"], mean=True)
+        pvae.plots.images(images, ax).set_title("E[x | z] for z from the prior")
 
-    few = x[:10]
-    _, ax = plt.subplots(figsize=(8, 2.2), layout="constrained")
-    pvae.plots.reconstructions(few, vae.reconstruct(few), ax)
-    save("reconstructions")
+    most = min(10 * report["log_px"]["guide"]["num_samples"], 10_000)
+    compare = partial(draw_guide_and_prior, vae, x[place : place + 1], most, report["seed"])
+    curve = partial(pvae.plots.learning_curve, result.history)
+    failed = False
+    for name, draw in zip(FIGURES, (curve, draw_reconstructions, draw_samples, compare), strict=True):
+        try:
+            draw()
+            picture = io.BytesIO()
+            plt.savefig(picture, format="png", dpi=200, metadata={"Comment": origin(report)})
+            storage.put(folder / f"{name}.png", picture.getvalue())
+        except Exception as error:  # one figure is not worth the others
+            failed = True
+            print(f"error: no {name}.png: {error}", file=sys.stderr)
+        finally:
+            plt.close("all")
+    return not failed
 
-    _, ax = plt.subplots(figsize=(5, 5.3), layout="constrained")
-    pvae.plots.images(vae.sample(64, seed=args.seed, mean=True), ax).set_title("E[x | z] for z from the prior")
-    save("samples")
 
-    one = x[:1]
+def draw_guide_and_prior(vae: pvae.VAE, x: torch.Tensor, num_samples: int, seed: int) -> None:
+    """Draws where samples for one image fall, how well they explain it, and what estimates they make, repeatedly."""
+    import matplotlib.pyplot as plt
 
     def draws(proposal: str) -> torch.Tensor:
-        options = {"num_samples": 20_000, "seed": args.seed, "device": x.device, "distributed": False}
-        return pvae.log_weights(vae.model, vae.guide, one, proposal=proposal, **options)[:, 0]
+        options = {"num_samples": num_samples * REPETITIONS, "seed": seed, "device": x.device, "distributed": False}
+        every = pvae.log_weights(vae.model, vae.guide, x, proposal=proposal, **options)
+        return every.reshape(REPETITIONS, num_samples).T
 
     weights = {"prior": draws("prior"), "guide": draws("guide")}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    pvae.plots.latent_plane(latent_samples(vae, one, args.seed), axes[0])
-    pvae.plots.weight_histogram(weights, axes[1])
+    # As narrow as a phone, so that the letters stay large on one.
+    figure, axes = plt.subplots(3, 1, figsize=(4.5, 10.5), height_ratios=[1.2, 1, 1.1], layout="constrained")
+    points, dims = latent_samples(vae, x, seed)
+    pvae.plots.latent_plane(points, axes[0])
+    axes[0].set(xlabel=f"latent dimension {dims[0]}", ylabel=f"latent dimension {dims[1]}")
+    pvae.plots.images(x, axes[0].inset_axes((0.02, 0.74, 0.24, 0.24)))
+    pvae.plots.weight_histogram({name: w.flatten() for name, w in weights.items()}, axes[1])
     pvae.plots.running_estimate(weights, axes[2], elbo=weights["guide"].mean().item())
-    figure.suptitle("Why the guide beats the prior: one test image, 20,000 samples from each")
-    pvae.plots.images(one, axes[0].inset_axes((0.02, 0.74, 0.24, 0.24)))
-    save("why_the_guide_beats_the_prior")
+    axes[2].set_title(f"What they say log p(x) is:\nmedian and middle 80% of {REPETITIONS} repetitions")
+    figure.suptitle(headline(weights), fontweight="bold")
 
 
-def latent_samples(vae: pvae.VAE, x: torch.Tensor, seed: int, num_samples: int = 1000) -> dict[str, torch.Tensor]:
-    """Draws of z from prior and guide, in the two dimensions where the guide is narrowest: where x says most."""
+def headline(log_weights: Mapping[str, torch.Tensor]) -> str:
+    """Which estimate from all K draws is higher, where the bands of repetitions, shape ``(K, R)``, lie apart."""
+    num_samples = len(log_weights["guide"])
+    levels = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+    def at_the_end(name: str) -> list[float]:
+        estimate = log_weights[name].logsumexp(0) - math.log(num_samples)
+        return estimate.quantile(levels, interpolation="nearest").tolist()
+
+    (low, guide, high), (prior_low, prior, prior_high) = at_the_end("guide"), at_the_end("prior")
+    more = f"{abs(guide - prior):.1f} nats more from {num_samples:,} samples"
+    if low > prior_high:
+        return f"Why the guide beats the prior:\n{more}"
+    if prior_low > high:
+        return f"Here the prior beats the guide:\n{more}"
+    return f"Guide and prior agree\nfrom {num_samples:,} samples"
+
+
+def latent_samples(
+    vae: pvae.VAE, x: torch.Tensor, seed: int, num_samples: int = 1000
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Draws of z from prior and guide in the two dimensions where the guide is narrowest: where x says most."""
     with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed)
         qz = vae.encode(x)
         dims = qz.stddev[0].argsort()[[0, min(1, vae.latent_dim - 1)]]  # the same one twice if there is only one
         prior, guide = vae.prior().sample((num_samples,)), qz.sample((num_samples,))[:, 0]
-    return {"prior": prior[:, dims], "guide": guide[:, dims]}
+    return {"prior": prior[:, dims], "guide": guide[:, dims]}, dims.tolist()
 
 
 @contextlib.contextmanager
@@ -288,11 +366,35 @@ def load_in_turn(args: argparse.Namespace) -> pvae.datasets.Dataset:
     return data
 
 
+def ready(folder: Path) -> None:
+    """Tries what the end of a run needs, so that no work is done which cannot be kept."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # files only: works without a screen
+        import matplotlib.pyplot
+    except Exception as error:  # a broken installation fails in many ways
+        raise pvae.PVAEError(f"to draw takes matplotlib, which cannot be imported: {error}.") from error
+    probe = folder / ".probe.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.put(probe, os.urandom(2**20))  # more than the report and the figures take
+    except OSError as error:
+        raise pvae.ArgumentError(f"--output-dir: {folder} cannot be made: {error}. Choose another.") from error
+    except pvae.CheckpointError as error:
+        raise pvae.ArgumentError(f"--output-dir: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    for path in (folder / name for name in ("report.json", *(f"{figure}.png" for figure in FIGURES))):
+        if path.is_dir():
+            raise pvae.ArgumentError(f"--output-dir: {path} is a folder, where a file will be written. Move it away.")
+
+
 def run(args: argparse.Namespace) -> int:
     """Trains, estimates, reports and draws; returns the exit code."""
     device = torch.device("cuda", torch.cuda.current_device()) if args.cuda else torch.device("cpu")
-    if FIRST:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
     data = load_in_turn(args)
     epochs = args.epochs or (10 if data.name == "mnist" else 200)
 
@@ -305,9 +407,9 @@ def run(args: argparse.Namespace) -> int:
     options = {"transform": data.transform, "epochs": epochs, "batch_size": args.batch_size, "lr": args.lr}
     options |= {"precision": args.precision, "checkpoint": args.checkpoint}
     options |= {"resume": "auto" if args.checkpoint else "never"}
-    start = time.perf_counter()
+    before = time.perf_counter()
     result = pvae.fit(vae.model, vae.guide, train_x, validation=test_x, seed=args.seed, device=device, **options)
-    train_seconds = time.perf_counter() - start
+    train_seconds = time.perf_counter() - before
     if result.stopped == "signal":
         kept = f"; {result.checkpoint} holds it, and the same command goes on from there" if args.checkpoint else ""
         print(f"stopped by a signal after {len(result.history['seconds'])} of {epochs} epochs{kept}")
@@ -319,21 +421,9 @@ def run(args: argparse.Namespace) -> int:
     chosen = torch.randperm(len(test_x), generator=torch.Generator().manual_seed(args.seed))[: args.num_eval]
     x = test_x[chosen.to(device)]
     print(f"log p(x) of {len(x)} test images:\n")
-
-    def evidence(proposal: str, factor: int = 1) -> pvae.EvidenceEstimate:
-        k = factor * args.num_samples
-        return pvae.log_evidence(
-            vae.model, vae.guide, x, num_samples=k, proposal=proposal, seed=args.seed, device=device, progress=True
-        )
-
-    guide, refined = evidence("guide"), evidence("refined")
-    prior, long_prior = evidence("prior"), evidence("prior", PRIOR_FACTOR)
-    rows = [("log p(x) by the guide", guide), ("  refined for each image", refined), ("log p(x) by the prior", prior)]
-    print(table([*rows, (f"  with {PRIOR_FACTOR} times the samples", long_prior)]))
-    print("\n" + textwrap.fill(sentence(guide, refined, prior, long_prior), 100))
-    if not FIRST:
-        return 0
-
+    found = evidence(vae, x, args)
+    gap, place = (found["guide"].log_px - found["prior"].log_px).nanmedian(0)
+    guide = found["guide"]
     report = {
         "dataset": data.name,
         "binarization": data.binarization,
@@ -350,35 +440,64 @@ def run(args: argparse.Namespace) -> int:
         "device": torch.cuda.get_device_name(device) if args.cuda else "cpu",
         "threads": torch.get_num_threads(),
         "processes": PROCESSES,
-        "versions": {"python": platform.python_version()}
-        | {p: version(p) for p in ("pvae", "torch", "pyro-ppl", "numpy")},
+        "versions": storage.versions() | {"pvae": pvae.__version__},
         "precision": args.precision,
         "train_seconds": train_seconds,
         "compile_seconds": result.compile_seconds,
+        "seconds": time.perf_counter() - start,
         "elbo": elbo,
         "elbo_of_evaluated": guide.elbo.mean().item(),
-        "log_px": {
-            "guide": summary(guide),
-            "refined": summary(refined),
-            "prior": summary(prior),
-            f"prior_{PRIOR_FACTOR}x": summary(long_prior),
-        },
+        "elbo_of_evaluated_std_error": guide.elbo_std_error.norm().item() / guide.num_data,
+        "log_px": {name: summary(estimate) for name, estimate in found.items()},
+        "median_gap": {"test_image": chosen[place].item(), "nats": gap.item()},
         "history": {name: values.tolist() for name, values in result.history.items()},
     }
-    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    draw_figures(vae, result, x, args)
-    print(f"\nreport.json and figures are in {args.output_dir}/")
-    return 0
+    if not FIRST:
+        return 0
+    kept = keep(report, args.output_dir)
+    print(table(report))
+    print("\n" + textwrap.fill(sentence(report), 100), flush=True)
+    kept &= draw_figures(vae, result, x, int(place), report, args.output_dir)
+    if kept:
+        print(f"\nreport.json and figures are in {args.output_dir}/")
+    return 0 if kept else 1
+
+
+def evidence(vae: pvae.VAE, x: torch.Tensor, args: argparse.Namespace) -> dict[str, pvae.EvidenceEstimate]:
+    """The estimates of the table, by the names of its rows."""
+
+    def of(proposal: str, factor: int = 1) -> pvae.EvidenceEstimate:
+        options = {"num_samples": factor * args.num_samples, "proposal": proposal, "progress": True}
+        return pvae.log_evidence(vae.model, vae.guide, x, seed=args.seed, device=x.device, **options)
+
+    found = of("guide"), of("refined"), of("prior"), of("prior", PRIOR_FACTOR)
+    return dict(zip(ROWS, found, strict=True))
+
+
+def keep(report: Mapping[str, Any], folder: Path) -> bool:
+    """Writes report.json, or prints it where that cannot be done: minutes or days of work are in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.put(folder / "report.json", as_json(report).encode())
+    except (pvae.PVAEError, OSError) as error:
+        print(f"error: no report.json: {error}\n{as_json(report)}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the example; exits with 2 for a bad command line or a missing GPU, with 1 for any other error of pvae, and
-    with 130 or 143 where training was stopped by a signal.
+    """Runs the example; exits with 2 for a bad command line, a missing GPU or results that could not be kept, with 1
+    for any other error of pvae, and with 130 or 143 where training was stopped by a signal.
     """
     parser = arguments()
     args = parser.parse_args(argv)
     if args.cuda and not torch.cuda.is_available():
         parser.exit(2, f"{parser.prog}: error: --cuda: no CUDA device was found; leave it out to run on the CPU\n")
+    try:
+        if FIRST:
+            ready(args.output_dir)
+    except pvae.PVAEError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     try:
         with processes(args):
             return run(args)

@@ -61,17 +61,37 @@ def test_running_estimate_is_the_log_mean_of_the_first_weights():
     curve = ax.lines[0].get_ydata()
     assert curve[0] == pytest.approx(w[0].item())
     assert curve[-1] == pytest.approx(w.double().exp().mean().log().item())
-    assert ax.get_legend_handles_labels()[1] == [f"guide: {curve[-1]:.1f}", "ELBO: -1.0"]
+    assert ax.get_legend_handles_labels()[1] == [f"guide: {curve[-1]:.1f} at K = 50", "ELBO: -1.0"]
+    assert not ax.collections, "one run has no band"
+
+
+def test_running_estimate_of_repetitions_is_their_median_in_a_band():
+    w = torch.randn(40, 21, dtype=torch.float64)
+    ax = plots.running_estimate({"prior": w}, share=0.8)
+    each = torch.stack([run.logcumsumexp(0) for run in w.T], 1) - torch.arange(1.0, 41).double().log()[:, None]
+    ordered = each.sort(1).values.numpy()
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), ordered[:, 10])  # 10 of 21 are above, 10 below
+    corners = ax.collections[0].get_paths()[0].vertices
+    np.testing.assert_allclose([corners[:, 1].min(), corners[:, 1].max()], [ordered[:, 2].min(), ordered[:, 18].max()])
+    assert ax.get_legend_handles_labels()[1] == [f"prior: {ordered[-1, 10]:.1f} at K = 40"]
+
+
+def test_running_estimate_where_the_first_draws_explain_nothing():
+    w = torch.tensor([[-torch.inf, -1.0], [-2.0, -torch.inf], [-1.0, -1.0]]).double()
+    ax = plots.running_estimate({"prior": w, "guide": w[:, 1]})
+    assert np.isfinite(ax.lines[0].get_ydata()[1:]).all()
+    ax.figure.canvas.draw()  # without a warning, which would fail
 
 
 def test_weight_histogram_counts_every_weight():
     weights = {"prior": torch.randn(1000) - 5, "guide": torch.randn(500)}
     ax = plots.weight_histogram(weights)
     assert [sum(bar.get_height() for bar in bars) for bars in ax.containers] == pytest.approx([1, 1])
+    assert ax.get_legend_handles_labels()[1] == ["prior: 1,000 samples", "guide: 500 samples"]
     plots.weight_histogram({"guide": torch.zeros(10)})  # all equal: still a histogram
 
 
 def test_latent_plane_draws_every_point():
     ax = plots.latent_plane({"prior": torch.randn(30, 2), "guide": torch.randn(20, 2, requires_grad=True)})
     assert [len(c.get_offsets()) for c in ax.collections] == [30, 20]
-    assert ax.get_legend_handles_labels()[1] == ["prior", "guide"]
+    assert ax.get_legend_handles_labels()[1] == ["prior: 30 samples", "guide: 20 samples"]

@@ -1,0 +1,99 @@
+"""Puts the picture and the numbers of one run on MNIST into the README.
+
+    python docs/readme.py            # runs the example, and keeps its report.json and its picture under docs/
+    python docs/readme.py --kept     # writes the README anew from what is kept
+
+MNIST is read from the folder that PVAE_DATA names, or downloaded. What is written stands between two comments of the
+README each; the rest of it is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "mnist_svi.py"
+README = ROOT / "README.md"
+REPORT = ROOT / "docs" / "results" / "report.json"
+PICTURE = ROOT / "docs" / "images" / "guide_and_prior.png"
+
+sys.path.insert(0, str(EXAMPLE.parent))
+import mnist_svi as example  # noqa: E402
+
+
+def picture(report: Mapping[str, Any]) -> str:
+    """The picture, and what it is of."""
+    k, of = report["log_px"]["guide"]["num_samples"], report["median_gap"]
+    alt = "Where samples fall, how well they explain an image, and what they say log p(x) is"
+    caption = (
+        f"*A VAE trained for {report['epochs']} epochs, and the one of {report['num_eval']:,} MNIST test images "
+        f"(number {of['test_image']:,}) whose estimates of log p(x) by guide and prior, {k:,} samples each, are apart "
+        f"by the median: {of['nats']:.1f} nats.*"
+    )
+    return f'<img src="{PICTURE.relative_to(ROOT)}" width="450" alt="{alt}">\n\n{filled(caption)}'
+
+
+def numbers(report: Mapping[str, Any]) -> str:
+    """The table, and what is to be read from it."""
+    e, versions = example.estimates(report), report["versions"]
+    guide, refined, prior, long_prior = (e[name]["mean"] for name in example.ROWS)
+    run = (
+        f"(Seed {report['seed']}, {report['num_eval']:,} test images, torch {versions['torch']}, Pyro "
+        f"{versions['pyro-ppl']}, {report['threads']} threads: {report['train_seconds']:.0f} s of training, "
+        f"{report['seconds']:.0f} s in all. The ELBO of all {report['num_test']:,} test images is "
+        f"{report['elbo']:.2f}.)"
+    )
+    low, heavy, fine = refined - guide, e["guide"]["khat_above_0.7"], 1 - e["refined"]["khat_above_0.7"]
+    reading = (
+        f"The guide adds {guide - report['elbo_of_evaluated']:.1f} nats to the ELBO. The prior misses "
+        f"{guide - prior:.0f} of the guide's, and {guide - long_prior:.0f} with a hundred times the samples. And k-hat "
+        f"says what the small standard errors do not: the guide's weights have a heavy tail for {heavy:.0%} of the "
+        f"images, so its number is a lower bound with an unknown error. It is at least {low:.1f} nats low. A Gaussian "
+        f"fitted to each image has a k-hat that can be trusted for {fine:.0%} of them. How such numbers compare with "
+        f"annealed importance sampling is in the [benchmarks](docs/benchmarks.md)."
+    )
+    said = textwrap.fill(example.sentence(report), 100)
+    return f"```text\n{example.table(report)}\n\n{said}\n```\n\n{filled(run)}\n\n{filled(reading)}"
+
+
+def filled(text: str) -> str:
+    """A paragraph in the README's width; a link stays on one line."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def rendered(readme: str, report: Mapping[str, Any]) -> str:
+    """The README with the blocks that a report decides."""
+    for name, text in (("picture", picture(report)), ("numbers", numbers(report))):
+        start, end = f"<!-- {name}: written by docs/readme.py -->\n", f"<!-- end of {name} -->\n"
+        if not readme.count(start) == readme.count(end) == 1:
+            raise SystemExit(f"{README.name} must have one line {start.strip()!r}, and one {end.strip()!r} below it.")
+        before, rest = readme.split(start)
+        readme = f"{before}{start}{text}\n{end}{rest.split(end)[1]}"
+    return readme
+
+
+def main() -> None:
+    """Runs the example, unless the kept run is asked for, and writes the README."""
+    parser = argparse.ArgumentParser(description="Put the picture and the numbers of one run on MNIST into the README.")
+    parser.add_argument("--kept", action="store_true", help="of the run whose report.json is kept, not of a new one")
+    if not parser.parse_args().kept:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(EXAMPLE), "--dataset", "mnist", "--output-dir", folder]
+            subprocess.run(command, check=True)
+            for path in (REPORT, PICTURE):
+                path.parent.mkdir(exist_ok=True)
+                shutil.copyfile(Path(folder) / path.name, path)
+    README.write_text(rendered(README.read_text(), json.loads(REPORT.read_text())))
+
+
+if __name__ == "__main__":
+    main()

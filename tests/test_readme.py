@@ -1,0 +1,83 @@
+"""The README shows what the kept run reported, and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The script that writes the README."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "docs" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def report(made):
+    return json.loads(made.REPORT.read_text())
+
+
+def test_the_readme_is_what_the_report_gives(made, report):
+    assert made.README.read_text() == made.rendered(made.README.read_text(), report)
+
+
+def test_another_report_changes_both_blocks_and_nothing_else(made, report):
+    before = made.README.read_text()
+    after = made.rendered(before, {**report, "seed": 7, "median_gap": {"test_image": 123, "nats": 45.6}})
+    assert "(number 123)" in after
+    assert "45.6 nats.*" in after
+    assert "(Seed 7," in after
+    assert made.rendered(after, report) == before
+
+
+def test_the_table_has_a_row_for_each_estimate_with_the_reports_numbers(made, report):
+    lines = made.README.read_text().splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("nats per datum"))
+    columns = ["nats per datum", "samples", "mean", "std error", "ESS", "k-hat", "k-hat > 0.7", "seconds"]
+    assert [part.strip() for part in lines[head].split("  ") if part.strip()] == columns
+    elbo, *rows = lines[head + 2 : head + 2 + 1 + len(made.example.ROWS)]
+    assert elbo.split() == ["ELBO", "1000", f"{report['elbo_of_evaluated']:.2f}", elbo.split()[-1]]
+    assert list(made.example.ROWS) == list(report["log_px"])
+    for row, (name, title) in zip(rows, made.example.ROWS.items(), strict=True):
+        assert row.startswith(title)
+        values = row.removeprefix(title).split()
+        e = report["log_px"][name]
+        keys = ["num_samples", "mean", "std_error", "ess_median", "khat_median"]
+        assert [float(v) for v in values[:5]] == pytest.approx([e[key] for key in keys], rel=0.01, abs=0.006)
+        assert values[5] == f"{e['khat_above_0.7']:.0%}"
+        assert ("only a lower bound" in row) == (e["khat_above_0.7"] > 0.5)
+
+
+def test_the_picture_is_of_the_same_run(made, report):
+    with Image.open(made.PICTURE) as picture:
+        assert picture.text["Comment"] == made.example.origin(report)
+        assert picture.height > 2 * picture.width, "one panel above another, for a phone"
+    assert str(made.PICTURE.relative_to(ROOT)) in made.README.read_text()
+
+
+def test_what_the_prose_calls_it_holds(report):
+    """The words around the numbers: low, heavy, misses, can be trusted."""
+    guide, refined, prior, long_prior = (report["log_px"][name] for name in report["log_px"])
+    assert report["dataset"] == "mnist"
+    assert report["binarization"] == "dynamic"
+    assert long_prior["num_samples"] == 100 * prior["num_samples"]
+    assert guide["mean"] - report["elbo_of_evaluated"] > 1
+    assert prior["mean"] < long_prior["mean"] < guide["mean"] - 10
+    assert guide["khat_above_0.7"] > 0.9
+    assert refined["mean"] - guide["mean"] > 10 * refined["std_error"]
+    assert refined["khat_above_0.7"] < 0.5
+    assert 0 < report["median_gap"]["nats"] < 2 * (guide["mean"] - prior["mean"])
+
+
+def test_a_readme_without_a_block_is_refused(made, report):
+    with pytest.raises(SystemExit, match="must have one line '<!-- picture"):
+        made.rendered("# pvae", report)
