@@ -35,9 +35,9 @@ def picture(report: Mapping[str, Any]) -> str:
     k, of = report["log_px"]["guide"]["num_samples"], report["median_gap"]
     alt = "Where samples fall, how well they explain an image, and what they say log p(x) is"
     caption = (
-        f"*A VAE trained for {report['epochs']} epochs, and the one of {report['num_eval']:,} MNIST test images "
-        f"(number {of['test_image']:,}) whose estimates of log p(x) by guide and prior, {k:,} samples each, are apart "
-        f"by the median: {of['nats']:.1f} nats.*"
+        f"*MNIST test image {of['test_image']:,}, for a VAE trained for {report['epochs']} epochs. The median one: "
+        f"of {report['num_eval']:,} test images half have estimates by guide and prior, {k:,} samples each, that are "
+        f"further apart than its {of['nats']:.1f} nats.*"
     )
     return f'<img src="{PICTURE.relative_to(ROOT)}" width="450" alt="{alt}">\n\n{filled(caption)}'
 
@@ -46,20 +46,22 @@ def numbers(report: Mapping[str, Any]) -> str:
     """The table, and what is to be read from it."""
     e, versions = example.estimates(report), report["versions"]
     guide, refined, prior, long_prior = (e[name]["mean"] for name in example.ROWS)
+    threads, seconds = report["threads"], report["seconds"]
+    busy = ", on a machine that was busy with other work" if report["cpu_seconds"] < 0.8 * seconds else ""
     run = (
         f"(Seed {report['seed']}, {report['num_eval']:,} test images, torch {versions['torch']}, Pyro "
-        f"{versions['pyro-ppl']}, {report['threads']} threads: {report['train_seconds']:.0f} s of training, "
-        f"{report['seconds']:.0f} s in all. The ELBO of all {report['num_test']:,} test images is "
-        f"{report['elbo']:.2f}.)"
+        f"{versions['pyro-ppl']}, {threads} thread{'s' * (threads > 1)} of the CPU: {report['train_seconds']:.0f} s of "
+        f"training and {seconds:.0f} s in all, {report['cpu_seconds']:.0f} s of the CPU's time{busy}. The ELBO of all "
+        f"{report['num_test']:,} test images is {report['elbo']:.2f}.)"
     )
     low, heavy, fine = refined - guide, e["guide"]["khat_above_0.7"], 1 - e["refined"]["khat_above_0.7"]
     reading = (
-        f"The guide adds {guide - report['elbo_of_evaluated']:.1f} nats to the ELBO. The prior misses "
-        f"{guide - prior:.0f} of the guide's, and {guide - long_prior:.0f} with a hundred times the samples. And k-hat "
-        f"says what the small standard errors do not: the guide's weights have a heavy tail for {heavy:.0%} of the "
-        f"images, so its number is a lower bound with an unknown error. It is at least {low:.1f} nats low. A Gaussian "
-        f"fitted to each image has a k-hat that can be trusted for {fine:.0%} of them. How such numbers compare with "
-        f"annealed importance sampling is in the [benchmarks](docs/benchmarks.md)."
+        f"The guide adds {guide - report['elbo_of_evaluated']:.1f} nats to the ELBO. The prior finds "
+        f"{guide - prior:.0f} nats less than the guide, and {guide - long_prior:.0f} less with a hundred times the "
+        f"samples. And k-hat says what the small standard errors do not: the guide's weights have a heavy tail for "
+        f"{heavy:.0%} of the images, so its number is a lower bound with an unknown error. It is at least {low:.1f} "
+        f"nats low. A Gaussian fitted to each image has a k-hat that can be trusted for {fine:.0%} of them. How such "
+        f"numbers compare with annealed importance sampling is in the [benchmarks](docs/benchmarks.md)."
     )
     said = textwrap.fill(example.sentence(report), 100)
     return f"```text\n{example.table(report)}\n\n{said}\n```\n\n{filled(run)}\n\n{filled(reading)}"

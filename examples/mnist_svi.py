@@ -394,36 +394,28 @@ def ready(folder: Path) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, estimates, reports and draws; returns the exit code."""
     device = torch.device("cuda", torch.cuda.current_device()) if args.cuda else torch.device("cpu")
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     data = load_in_turn(args)
-    epochs = args.epochs or (10 if data.name == "mnist" else 200)
-
     torch.manual_seed(args.seed)
     vae = build(args, tuple(data.train_x.shape[1:])).to(device)
     train_x, test_x = (x.reshape(-1, *vae.event_shape).to(device) for x in (data.train_x, data.test_x))
     shared = f", {PROCESSES} processes" if PROCESSES > 1 else ""
     print(f"{data.name}, {data.binarization} binarization, {len(train_x)} training images, on {device}{shared}")
 
-    options = {"transform": data.transform, "epochs": epochs, "batch_size": args.batch_size, "lr": args.lr}
-    options |= {"precision": args.precision, "checkpoint": args.checkpoint}
-    options |= {"resume": "auto" if args.checkpoint else "never"}
-    before = time.perf_counter()
-    result = pvae.fit(vae.model, vae.guide, train_x, validation=test_x, seed=args.seed, device=device, **options)
-    train_seconds = time.perf_counter() - before
+    epochs = args.epochs or (10 if data.name == "mnist" else 200)
+    result, train_seconds = train(vae, train_x, test_x, data.transform, epochs, args)
     if result.stopped == "signal":
-        kept = f"; {result.checkpoint} holds it, and the same command goes on from there" if args.checkpoint else ""
-        print(f"stopped by a signal after {len(result.history['seconds'])} of {epochs} epochs{kept}")
         return 128 + (result.signal or 0)
-    elbo = result.history["validation_elbo"][-1]
-    compiling = f", {result.compile_seconds:.0f} s of it compiling" if result.compile_seconds else ""
-    print(f"{epochs} epochs in {train_seconds:.0f} s{compiling}, ELBO of all {len(test_x)} test images: {elbo:.2f}")
-
     chosen = torch.randperm(len(test_x), generator=torch.Generator().manual_seed(args.seed))[: args.num_eval]
     x = test_x[chosen.to(device)]
     print(f"log p(x) of {len(x)} test images:\n")
     found = evidence(vae, x, args)
-    gap, place = (found["guide"].log_px - found["prior"].log_px).nanmedian(0)
     guide = found["guide"]
+    gap, place = (guide.log_px - found["prior"].log_px).nanmedian(0)
+    if not FIRST:
+        return 0
+
+    as_asked = ("batch_size", "lr", "network", "latent_dim", "likelihood", "seed", "precision")
     report = {
         "dataset": data.name,
         "binarization": data.binarization,
@@ -431,36 +423,52 @@ def run(args: argparse.Namespace) -> int:
         "num_test": len(test_x),
         "num_eval": len(x),
         "epochs": epochs,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "network": args.network,
-        "latent_dim": args.latent_dim,
-        "likelihood": args.likelihood,
-        "seed": args.seed,
+        **{name: getattr(args, name) for name in as_asked},
         "device": torch.cuda.get_device_name(device) if args.cuda else "cpu",
         "threads": torch.get_num_threads(),
         "processes": PROCESSES,
         "versions": storage.versions() | {"pvae": pvae.__version__},
-        "precision": args.precision,
         "train_seconds": train_seconds,
         "compile_seconds": result.compile_seconds,
         "seconds": time.perf_counter() - start,
-        "elbo": elbo,
+        "cpu_seconds": time.process_time() - cpu_start,
+        "elbo": result.history["validation_elbo"][-1],
         "elbo_of_evaluated": guide.elbo.mean().item(),
         "elbo_of_evaluated_std_error": guide.elbo_std_error.norm().item() / guide.num_data,
         "log_px": {name: summary(estimate) for name, estimate in found.items()},
         "median_gap": {"test_image": chosen[place].item(), "nats": gap.item()},
         "history": {name: values.tolist() for name, values in result.history.items()},
     }
-    if not FIRST:
-        return 0
     kept = keep(report, args.output_dir)
-    print(table(report))
-    print("\n" + textwrap.fill(sentence(report), 100), flush=True)
+    print(f"{table(report)}\n\n{textwrap.fill(sentence(report), 100)}", flush=True)
     kept &= draw_figures(vae, result, x, int(place), report, args.output_dir)
     if kept:
         print(f"\nreport.json and figures are in {args.output_dir}/")
     return 0 if kept else 1
+
+
+def train(
+    vae: pvae.VAE,
+    x: torch.Tensor,
+    test_x: torch.Tensor,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None,
+    epochs: int,
+    args: argparse.Namespace,
+) -> tuple[pvae.FitResult, float]:
+    """What training gave, with its seconds; says how it ended."""
+    options = {"epochs": epochs, "batch_size": args.batch_size, "lr": args.lr, "precision": args.precision}
+    options |= {"seed": args.seed, "checkpoint": args.checkpoint, "resume": "auto" if args.checkpoint else "never"}
+    start = time.perf_counter()
+    result = pvae.fit(vae.model, vae.guide, x, transform=transform, validation=test_x, device=x.device, **options)
+    seconds = time.perf_counter() - start
+    if result.stopped == "signal":
+        kept = f"; {result.checkpoint} holds it, and the same command goes on from there" if args.checkpoint else ""
+        print(f"stopped by a signal after {len(result.history['seconds'])} of {epochs} epochs{kept}")
+    else:
+        elbo = result.history["validation_elbo"][-1]
+        compiling = f", {result.compile_seconds:.0f} s of it compiling" if result.compile_seconds else ""
+        print(f"{epochs} epochs in {seconds:.0f} s{compiling}, ELBO of all {len(test_x)} test images: {elbo:.2f}")
+    return result, seconds
 
 
 def evidence(vae: pvae.VAE, x: torch.Tensor, args: argparse.Namespace) -> dict[str, pvae.EvidenceEstimate]:
