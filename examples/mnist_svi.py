@@ -380,8 +380,6 @@ def ready(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         storage.put(probe, os.urandom(2**20))  # more than the report and the figures take
     except OSError as error:
-        raise pvae.ArgumentError(f"--output-dir: {folder} cannot be made: {error}. Choose another.") from error
-    except pvae.CheckpointError as error:
         raise pvae.ArgumentError(f"--output-dir: {error}") from error
     finally:
         with contextlib.suppress(OSError):
