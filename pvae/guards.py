@@ -23,11 +23,12 @@ from torch.distributions import Transform
 
 from pvae.isolation import reached
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "foreign", "same"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _MISSING = object()
-_VALUES = (*_PLAIN, set, frozenset, range, slice, weakref.ref, torch.device, torch.dtype)  # `==` says all of them
+# All of these that `==` tells.
+_VALUES = (*_PLAIN, set, frozenset, range, slice, weakref.ref, torch.device, torch.dtype, np.generic)
 _LARGE = 100  # entries of a container, above which it is taken for data
 _SMALL = 2**13  # bytes of an array or a tensor, above which it is taken for data
 _MOST_COMPARED = 1000  # parts of two values
@@ -71,7 +72,7 @@ class Guard:
         for owner, namespace, entries, size in self._watched:
             for key, value in entries.items():
                 now = namespace.get(key, _MISSING)
-                if now is not value and not _same(value, now, {}):
+                if now is not value and not same(value, now):
                     return f"{owner}.{key}"
             if size is not None and len(namespace) != size:
                 return f"{owner}.{next((key for key in namespace if key not in entries), '')}"
@@ -80,19 +81,25 @@ class Guard:
         return "" if all(np.array_equal(a, before) for a, before in self._arrays) else "a NumPy array"
 
 
-def _same(before: Any, now: Any, compared: dict[tuple[int, int], Any]) -> bool:
+def same(before: Any, now: Any) -> bool:
     """Whether what was put in a value's place is of the same kind and made of the same parts.
 
     Parameters are equal to none but themselves, as gradients go to them; so are data, which are large, and tensors that
     are changed in place, as a captured program would go on changing the one that it holds.
     """
+    return _same(before, now, {})
+
+
+def _same(before: Any, now: Any, compared: dict[tuple[int, int], Any]) -> bool:
     if now is before or (id(before), id(now)) in compared:
         return True
-    if type(now) is not type(before) or len(compared) >= _MOST_COMPARED:
+    if type(now) is not type(before):
         return False
-    compared[id(before), id(now)] = before, now  # which ends cycles, and keeps both alive, so that ids are theirs
     if isinstance(before, _VALUES):
         return before == now
+    if len(compared) >= _MOST_COMPARED:
+        return False
+    compared[id(before), id(now)] = before, now  # which ends cycles, and keeps both alive, so that ids are theirs
     if isinstance(before, Tensor):
         constant = not any(t.requires_grad or t.is_inference() or t._version for t in (before, now))
         alike = (now.shape, now.dtype, now.device) == (before.shape, before.dtype, before.device)
@@ -104,6 +111,24 @@ def _same(before: Any, now: Any, compared: dict[tuple[int, int], Any]) -> bool:
         list(a) == list(b) and all(_same(a[key], b[key], compared) for key in a)
         for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def foreign(thing: Any) -> str:
+    """What a value is, or holds, of which nobody can say whether it has changed; empty if there is nothing."""
+    seen: dict[int, Any] = {}
+    queue = [thing]
+    while queue:
+        part = queue.pop()
+        kind = type(part).__name__
+        known = isinstance(part, (*_VALUES, Tensor, nn.Module, type, ModuleType)) or inspect.isroutine(part)
+        if known or id(part) in seen or (isinstance(part, np.ndarray) and part.nbytes <= _SMALL):
+            continue
+        seen[id(part)] = part
+        parts = _apart(part)
+        if not parts or len(seen) > _MOST_COMPARED:
+            return kind
+        queue += [value for entries in parts for value in entries.values() if value is not _MISSING]
+    return ""
 
 
 def _apart(thing: Any) -> list[dict[Any, Any]]:

@@ -23,9 +23,11 @@ X, Y = torch.randn(40, 3, generator=GENERATOR), torch.randn(40, generator=GENERA
 
 
 @pytest.fixture(autouse=True)
-def _captured_alone(never_compiled):
+def _captured_at_once(never_compiled, monkeypatch):
     never_compiled(compiled_svi)
     never_compiled(engine)
+    monkeypatch.setattr(compiled_svi, "_STEPS_FOR_A_CAPTURE", 0)
+    monkeypatch.setattr(compiled_svi._Losses, "after", 1)
 
 
 def regression(x, y):

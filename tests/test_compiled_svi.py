@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import argparse
 import copy
+import functools
 import math
 import warnings
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -16,19 +19,22 @@ from torch.distributions import constraints
 
 import pvae
 from pvae.errors import NumericalError
-from pvae.svi import CompiledSVI
+from pvae.svi import CompiledSVI, compiled_svi
+
+
+@pytest.fixture
+def patient():
+    """Asks for what waits until it would have paid."""
 
 
 @pytest.fixture(autouse=True)
-def _captured_alone(monkeypatch, request):
+def _captured_at_once(monkeypatch, never_compiled, request):
     """Captured programs are the same uncompiled, and take no seconds to make."""
     if request.node.name != "test_compiled":
-        original = pvae.graphs.Captured.__init__
-
-        def init(self, *args, **kwargs):
-            original(self, *args, **{"compile_after": None, **kwargs})
-
-        monkeypatch.setattr(pvae.graphs.Captured, "__init__", init)
+        never_compiled(compiled_svi)
+    if "patient" not in request.fixturenames:
+        monkeypatch.setattr(compiled_svi, "_STEPS_FOR_A_CAPTURE", 0)
+        monkeypatch.setattr(compiled_svi._Losses, "after", 1)
 
 
 class ParamPair:
@@ -306,10 +312,19 @@ def test_losses_in_tuples(bits):
     assert all(isinstance(one, tuple) and all(map(math.isfinite, one)) for one in ours)
 
 
-def test_compiled(bits):
-    svi = assert_like_pyro(ModulePair, calls(*[bits] * 4))
-    (gradients,) = svi._gradients.values()
+def test_compiled(bits, monkeypatch):
+    monkeypatch.setattr(pvae.graphs, "pays", lambda runs, *_: runs >= 2)
+    svi = assert_like_pyro(ModulePair, calls(*[bits] * 6))
+    (gradients,) = svi._gradients
     assert gradients.captured.compiled
+
+
+def count_compiles(monkeypatch):
+    """Graphs that were to be compiled, which they are not."""
+    compiled = []
+    monkeypatch.setattr(compiled_svi, "Captured", pvae.graphs.Captured)
+    monkeypatch.setattr(pvae.graphs.Captured, "_compile", lambda _, graph, inputs: compiled.append(graph) or graph)
+    return compiled
 
 
 # --- what a review found ------------------------------------------------------------------------------------------
@@ -382,3 +397,130 @@ def test_a_loss_that_is_nan_with_finite_gradients(bits):
         svi.step(bits, torch.zeros(()))
     with pytest.raises(NumericalError, match="the loss is nan"):
         svi.step(bits, torch.tensor(math.nan))
+
+
+# --- arguments that are no tensors, and runs that are short -------------------------------------------------------
+
+
+class Options:
+    """Arguments beside the data, as Pyro's examples have them: a namespace, a number, lengths, a function."""
+
+    def model(self, x, options=None, size=1, lengths=(), prior=None, **rest):
+        scale = options.scale if options else 1.0
+        with pyro.plate("data", len(x), subsample_size=min(size * 10, len(x))) as rows:
+            z = pyro.sample("z", dist.Normal(prior(0.0) if prior else 0.0, scale))
+            pyro.sample("x", dist.Normal(z * size + sum(lengths), scale), obs=x[rows])
+
+    def guide(self, x, options=None, size=1, lengths=(), prior=None, **rest):
+        loc = pyro.param("loc", torch.zeros(()))
+        with pyro.plate("data", len(x), subsample_size=min(size * 10, len(x))):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+
+def moved(amount, x):
+    return x + amount
+
+
+def test_plain_objects_are_arguments_like_others(bits):
+    """A namespace that is made anew and equal is the same kind of arguments; one with another value is another."""
+    batches = [
+        ((bits[:, 0],), {"options": argparse.Namespace(scale=scale, name="a"), "prior": functools.partial(moved, 1.0)})
+        for scale in (1.0, 1.0, 2.0, 1.0, 2.0, 2.0, 1.0)
+    ]
+    svi = assert_like_pyro(Options, batches)
+    assert svi.captures == 2
+
+
+def test_an_object_among_the_arguments_that_is_changed_in_place(bits):
+    results = []
+    for cls in (CompiledSVI, SVI):
+        pyro.clear_param_store()
+        pair, options = Options(), argparse.Namespace(scale=1.0)
+        svi = cls(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO())
+        torch.manual_seed(1)
+        losses = [svi.step(bits[:, 0], options=options) for _ in range(3)]
+        options.scale = 3.0
+        results.append(losses + [svi.step(bits[:, 0], options=options) for _ in range(3)])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_numbers_and_lengths_select_a_program(bits):
+    batches = [((bits[:, 0],), {"size": step % 3 + 1, "lengths": [step % 2, 1]}) for step in range(24)]
+    svi = assert_like_pyro(Options, batches)
+    assert svi.captures == 6
+
+
+STOPPED = {
+    "a number": (lambda step: {"size": step + 1}, "8 kinds of arguments that .* mostly in 'size'. Pass a tensor"),
+    "lengths": (lambda step: {"lengths": [1] * step, "size": 2}, "mostly in 'lengths'"),
+    "a function's": (lambda step: {"prior": functools.partial(moved, step)}, "mostly in 'prior'"),
+    "an iterator": (lambda step: {"source": iter([1, 2])}, "'source' is or holds a list_iterator, of which nobody"),
+    "an array": (lambda step: {"array": np.zeros(5000)}, "'array' is or holds a ndarray, of which nobody"),
+    "an array inside": (lambda step: {"options": argparse.Namespace(scale=1.0, a=np.zeros(5000))}, "'options' is or"),
+}
+
+
+@pytest.mark.parametrize("what", STOPPED)
+def test_what_stops_a_capture_is_named_once(what, bits):
+    make, message = STOPPED[what]
+    pair = Options()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.warns(UserWarning, match=message) as caught:
+        losses = [svi.step(bits[:, 0], **make(step)) for step in range(12)]
+    assert len([w for w in caught if "CompiledSVI" in str(w.message)]) == 1
+    assert all(map(math.isfinite, losses))
+    assert svi.captures == 0
+
+
+def test_shapes_that_never_come_again_are_named(bits):
+    pair = Options()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO())
+    with pytest.warns(UserWarning, match="but for 32 sets of shapes, mostly of 'x'. Pad tensors") as caught:
+        losses = [svi.step(bits[: 50 + step, 0], beta=torch.ones(())) for step in range(40)]
+    assert len(caught) == 1
+    assert all(map(math.isfinite, losses))
+    (run,) = svi._gradients
+    assert len(run.seen) == 32
+
+
+def test_steps_inside_of_a_handler_say_why_they_are_plain(bits):
+    pair = Options()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO())
+    step = pyro.poutine.scale(svi.step, scale=0.5)
+    with pytest.warns(UserWarning, match="inside of one of Pyro's handlers") as caught:
+        [step(bits[:10, 0]) for _ in range(110)]
+    assert len(caught) == 1
+
+
+def test_a_rare_call_is_neither_captured_nor_compiled(bits, patient, monkeypatch):
+    compiled, pair = count_compiles(monkeypatch), ModulePair()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({}), Trace_ELBO())
+    for _ in range(3):
+        svi.evaluate_loss(bits)
+    assert svi.captures == 0
+    for _ in range(20):
+        svi.evaluate_loss(bits)
+    assert svi.captures == 1
+    assert compiled == []
+
+
+def test_a_short_run_captures_once_and_compiles_nothing(bits, patient, monkeypatch):
+    """A capture costs as much as 20 to 90 steps of Pyro's; compiling as much as thousands."""
+    compiled, pair = count_compiles(monkeypatch), ModulePair()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({}), Trace_ELBO())
+    for batch in (*bits.split(64), *bits.split(64)) * 24:  # 240 steps
+        svi.step(batch)
+    assert svi.captures == 1
+    for batch in (*bits.split(64), *bits.split(64)) * 2:
+        svi.step(batch)
+    assert svi.captures == 2
+    assert compiled == []
+
+
+def test_compiling_waits_until_it_would_have_paid(bits, monkeypatch):
+    monkeypatch.setattr(pvae.graphs, "_COMPILING", {"cpu": 0.1})
+    compiled, pair = count_compiles(monkeypatch), ModulePair()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({}), Trace_ELBO())
+    for step in range(50):
+        svi.step(bits)
+        assert len(compiled) == (step >= 41)  # after one step of Pyro's and 40 that saved 2.5 ms each

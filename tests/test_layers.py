@@ -66,9 +66,9 @@ def allowed(name: str) -> set[str]:
     if name in MODELS:
         return {"errors", "networks", "saving", *CHECKS, *PARTS}
     if name == "svi" or name.startswith("svi."):
-        return {"errors", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "svi"}
+        return {"errors", "guards", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "svi"}
     if name == "evidence" or name.startswith("evidence."):
-        return {"errors", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "evidence"}
+        return {"errors", "guards", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "evidence"}
     if name in REPORTS:
         return MODULES.keys() - REPORTS - {"__init__"}
     raise AssertionError(f"pvae/{name}: say in this test which layer it belongs to")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -17,26 +17,34 @@ from torch.utils import _pytree as pytree
 
 from pvae.errors import NumericalError, warn
 from pvae.graphs import Captured
+from pvae.svi.arguments import Arguments, most_varied, named
 from pvae.svi.objectives import ItemsStayTensors, inside_handlers, params_met
 
 __all__ = ["CompiledSVI"]
 
-_PLAIN = (bool, int, str, bytes, type(None))
-_MOST_STRUCTURES = 8
+_MOST_KINDS = 8  # of arguments
+_MOST_SHAPES = 32  # of their tensors
+_STEPS_FOR_A_CAPTURE = 250  # which costs as much as 20 to 90 steps of Pyro's, and saves a third of each step or more
+_PLAIN_STEPS = 100  # from the first, after which it is said why
 
 
 class CompiledSVI(SVI):
     """A drop-in for `pyro.infer.SVI` that takes the same arguments and steps two to three times as fast.
 
     The first step with a set of shapes is Pyro's own, with its checks and warnings; at the second, loss and gradients
-    are captured as one tensor program, which is compiled where that set was the first. Parameters stay where Pyro keeps
-    them, in modules and the global param store, and the optimizer is any of ``pyro.optim``; most of a step is then the
-    optimizer's time. `pvae.fit` has a faster one.
+    are captured as one tensor program. The program is compiled after some thousands of steps, fewer of a large network,
+    when they would have paid for it: a short run is not made longer. For the same reason each further capture, as for a
+    ragged last batch, waits until 250 steps were taken, and the one of `evaluate_loss` for 20 calls.
+
+    Parameters stay where Pyro keeps them, in modules and the global param store, and the optimizer is any of
+    ``pyro.optim``; most of a step is then the optimizer's time. `pvae.fit` has a faster one. Gradients are left as
+    Pyro leaves them: a parameter that a step met goes to the optimizer also where that step has no gradient for it,
+    and momentum may move it. (`pvae.fit` does not move it.)
 
     Tensors and floats among the arguments of `step` may change freely (a float becomes a tensor, so that a weight that
-    is annealed needs no new capture); for every other value the program is captured anew. Layers that were replaced,
-    parameters that were added, a module that was moved or put into another mode, and a param store that was cleared are
-    noticed. Where a program cannot be captured, a warning says why, and steps go on as Pyro's.
+    is annealed needs no new capture); for other values the program is captured anew, up to eight kinds of them. Layers
+    that were replaced, parameters that were added, a module that was moved or put into another mode, and a param store
+    that was cleared are noticed. Where a program cannot be captured, a warning says why, and steps go on as Pyro's.
 
     Args:
         model: As for `pyro.infer.SVI`, as is the rest.
@@ -65,15 +73,15 @@ class CompiledSVI(SVI):
     ) -> None:
         super().__init__(model, guide, optim, loss, loss_and_grads, **kwargs)
         self._sees = (model, guide, loss, loss_and_grads)
-        self._gradients: dict[Any, _Gradients] = {}
-        self._losses: dict[Any, _Losses] = {}
-        self._warned = False
+        self._gradients: list[_Run] = []
+        self._losses: list[_Run] = []
+        self._taken = 0
+        self._warned: set[str] = set()
 
     @property
     def captures(self) -> int:
         """How many tensor programs were captured; if this goes on growing, something changes from step to step."""
-        runs = (*self._gradients.values(), *self._losses.values())
-        return sum(run.captures + run.captured.captures for run in runs)
+        return sum(run.captures + run.captured.captures for run in (*self._gradients, *self._losses))
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes one step and returns the loss, as `pyro.infer.SVI.step` does.
@@ -81,11 +89,10 @@ class CompiledSVI(SVI):
         Raises:
             NumericalError: The loss of a captured step is nan, or a gradient nan or infinite; raised before the update.
         """
-        given = _Arguments.of(args, kwargs)
+        given = Arguments.of(args, kwargs)
         run = self._known(self._gradients, given, _Gradients)
         if run is None or not run.is_ready(given):
-            return _by_pyro(super().step, run, given, args, kwargs)
-        assert isinstance(run, _Gradients)
+            return self._by_pyro(super().step, run, given, args, kwargs)
         loss, finite, grads, met = run.captured(*given.tensors)
         values = pytree.tree_map(Tensor.item, loss)
         if not finite:
@@ -104,76 +111,102 @@ class CompiledSVI(SVI):
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the loss without a step, as `pyro.infer.SVI.evaluate_loss` does."""
-        given = _Arguments.of(args, kwargs)
+        given = Arguments.of(args, kwargs)
         run = self._known(self._losses, given, _Losses)
         if run is None or not run.is_ready(given):
-            return _by_pyro(super().evaluate_loss, run, given, args, kwargs)
+            return self._by_pyro(super().evaluate_loss, run, given, args, kwargs)
         return pytree.tree_map(Tensor.item, run.captured(*given.tensors))
 
-    def _known(self, runs: dict[Any, Any], given: _Arguments, kind: Any) -> Any:
+    def _known(self, runs: list[_Run], given: Arguments, kind: type[_Run]) -> _Run | None:
         """What is known of such arguments; none where they cannot be captured, or there are too many kinds of them."""
-        if given.structure is None or inside_handlers():
+        self._taken += 1
+        if inside_handlers():
             return None
-        if given.structure not in runs:
-            if len(runs) >= _MOST_STRUCTURES:
-                self._warn_of_structures()
-                return None
-            runs[given.structure] = kind(self, given.structure, first=not runs)
-        return runs[given.structure]
-
-    def _warn_of_structures(self) -> None:
-        if not self._warned:
-            warn(
-                f"CompiledSVI has seen {_MOST_STRUCTURES} kinds of arguments that differ in more than tensors and "
-                "floats, such as an int that counts; further ones run as plain Pyro. Pass tensors or floats.",
+        found = next((run for run in runs if run.given.same(given)), None)
+        if found is not None:
+            return found
+        if foreign := given.foreign():
+            self._warn(
+                f"plain Pyro: {named(foreign[0], self.model)} is or holds a {foreign[1]}, of which nobody can say "
+                "whether it has changed. Pass tensors, numbers, strings, or objects and small containers of them."
             )
-        self._warned = True
+            return None
+        if len(runs) >= _MOST_KINDS:
+            varied = named(most_varied([run.given for run in runs]), self.model)
+            self._warn(
+                f"plain Pyro, but for {_MOST_KINDS} kinds of arguments that differ in more than tensors and floats, "
+                f"mostly in {varied}. Pass a tensor or a float, where it is something to compute with."
+            )
+            return None
+        runs.append(kind(self, given))
+        return runs[-1]
 
+    def _by_pyro(self, method: Callable[..., Any], run: _Run | None, given: Arguments, args: Any, kwargs: Any) -> Any:
+        """What Pyro's own method returns; the run takes note of it."""
+        with params_met() as params:
+            loss = method(*args, **kwargs)
+        if run is not None:
+            run.saw(given, params)
+        said = self._warned or any(run.captured.given_up for run in (*self._gradients, *self._losses))
+        if self._taken == _PLAIN_STEPS and not self.captures and not said:
+            handlers = "they are taken inside of one of Pyro's handlers. Put it around the model and the guide instead"
+            store = "the param store is set anew before each, or tensors never have the same shapes twice"
+            self._warn(f"plain Pyro so far: {handlers if inside_handlers() else store}.")
+        return loss
 
-def _by_pyro(method: Callable[..., Any], run: _Run | None, given: _Arguments, args: Any, kwargs: Any) -> Any:
-    """What Pyro's own method returns; the run takes note of it."""
-    with params_met() as params:
-        loss = method(*args, **kwargs)
-    if run is not None:
-        run.saw(given, params)
-    return loss
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(f"CompiledSVI takes steps as {message}")
 
 
 class _Run(ABC):
     """A function of the tensors among some arguments, and what the param store held when it ran."""
 
     name = ""
+    after = 1  # so many runs of Pyro's, with the same shapes
     tolerances = (1e-5, 1e-4)
 
-    def __init__(self, svi: CompiledSVI, structure: Any, *, first: bool) -> None:
-        self.svi, self.structure, self.first, self.captures = svi, structure, first, 0
+    def __init__(self, svi: CompiledSVI, given: Arguments) -> None:
+        self.svi, self.given, self.captures = svi, given._replace(tensors=()), 0
         self._forget()
 
     def _forget(self) -> None:
         self.params: list[Tensor] = []
         self.stored: dict[str, Tensor] = {}
-        self.shapes: set[Any] = set()
-        options: Any = {"compile_first": self.first, "tolerances": self.tolerances, "looks": False}
-        self.captured = Captured(self.evaluate, self.name, self.svi._sees, **options)
+        self.seen: dict[Any, int] = {}  # runs of Pyro's by shapes
+        self.allowed: set[Any] = set()  # shapes to capture
+        options: Any = {"compile_first": False, "tolerances": self.tolerances, "looks": False}
+        self.captured = Captured(self.evaluate, self.name, (*self.svi._sees, *self.given.objects), **options)
 
-    def is_ready(self, given: _Arguments) -> bool:
-        """Whether Pyro has run once with such shapes, on the parameters and all else that there is now."""
+    def is_ready(self, given: Arguments) -> bool:
+        """Whether to run what is captured: of such shapes, and of the parameters and all else that there is now."""
         now = dict(pyro.get_param_store().named_parameters())
         if any(now.get(name) is not param for name, param in self.stored.items()):
             self.captures += self.captured.captures
             self._forget()
-        if given.shapes not in self.shapes or self.captured.given_up:
+        if self.captured.given_up or self.seen.get(given.shapes, 0) < self.after:
             return False
-        if self.captured.look():
-            self.shapes.clear()
-        return bool(self.shapes)
+        if self.captured.look():  # a changed program's first run is Pyro's, too
+            self.seen.clear()
+            self.allowed.clear()
+            return False
+        if self.svi._taken >= self.svi.captures * _STEPS_FOR_A_CAPTURE:
+            self.allowed.add(given.shapes)
+        return given.shapes in self.allowed
 
-    def saw(self, given: _Arguments, params: list[Tensor]) -> None:
+    def saw(self, given: Arguments, params: list[Tensor]) -> None:
         """Takes note of a run of Pyro's: its shapes, its parameters, and their places in the param store."""
-        if not self.shapes:
+        if not self.seen:
             self.captured.guard.renew()  # what the first run has made
-        if len(self.shapes) < 1000:
-            self.shapes.add(given.shapes)
+        if given.shapes in self.seen or len(self.seen) < _MOST_SHAPES:
+            self.seen[given.shapes] = self.seen.get(given.shapes, 0) + 1
+        else:
+            varied = max(enumerate(given.parts), key=lambda part: len({shapes[part[0]] for shapes in self.seen}))
+            self.svi._warn(
+                f"plain Pyro, but for {_MOST_SHAPES} sets of shapes, mostly of {named(varied[1], self.svi.model)}. "
+                "Pad tensors to a few sizes."
+            )
         self._add(params)
         known = {id(p) for p in self.params}
         self.stored = {name: p for name, p in pyro.get_param_store().named_parameters() if id(p) in known}
@@ -194,7 +227,7 @@ class _Gradients(_Run):
     tolerances = (1e-5, 0.05)
 
     def evaluate(self, *tensors: Tensor) -> tuple[Any, Tensor, dict[int, Tensor], dict[int, tuple[()]]]:
-        args, kwargs = _put_together(self.structure, tensors)
+        args, kwargs = self.given.put_together(tensors)
         # Others than those that Pyro meets may get a gradient, too, which waits for whoever moves them.
         self._add(t for t in self.captured.guard.tensors if t.requires_grad and t.is_leaf)
         left = [(param, param.grad) for param in self.params]
@@ -226,45 +259,13 @@ class _Losses(_Run):
     """The loss alone."""
 
     name = "CompiledSVI.evaluate_loss"
+    after = 20
 
     def evaluate(self, *tensors: Tensor) -> Any:
-        args, kwargs = _put_together(self.structure, tensors)
+        args, kwargs = self.given.put_together(tensors)
         with torch.no_grad(), pyro.validation_enabled(False), ItemsStayTensors():
             return _detached(self.svi.loss(self.svi.model, self.svi.guide, *args, **kwargs))
 
 
 def _detached(loss: Any) -> Any:
     return pytree.tree_map(lambda part: torch.as_tensor(detach_provenance(part)).detach(), loss)
-
-
-class _Arguments(NamedTuple):
-    """The arguments of a step, taken apart into tensors and the rest."""
-
-    tensors: tuple[Tensor, ...]
-    structure: Any  # the places of the tensors, and all values that are not tensors; none if those can be anything
-    shapes: Any
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        # A number in float64 leaves a program of float32 in float32.
-        tensors = tuple(
-            torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
-            for leaf in leaves
-            if isinstance(leaf, Tensor | float)
-        )
-        rest = tuple(_TENSOR if isinstance(leaf, Tensor | float) else leaf for leaf in leaves)
-        plain = all(leaf is _TENSOR or isinstance(leaf, _PLAIN) for leaf in rest)
-        # True and 1 are equal, but not the same to a program.
-        structure = (spec, rest, tuple(map(type, rest))) if plain else None
-        return cls(tensors, structure, tuple((t.shape, t.dtype, t.device) for t in tensors))
-
-
-def _put_together(structure: Any, tensors: tuple[Tensor, ...]) -> Any:
-    """Arguments of a structure, with some tensors."""
-    spec, rest, _ = structure
-    left = iter(tensors)
-    return pytree.tree_unflatten([next(left) if leaf is _TENSOR else leaf for leaf in rest], spec)
-
-
-_TENSOR = object()
