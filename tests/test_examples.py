@@ -307,17 +307,17 @@ def test_a_figure_that_fails_loses_neither_the_report_nor_the_others(example, ma
 
 
 def test_run_from_a_source_tree_that_was_never_installed(main, monkeypatch, tmp_path):
-    version = importlib.metadata.version
+    of = importlib.metadata.Distribution.from_name
 
     def never_installed(name):
         if name == "pvae":
             raise importlib.metadata.PackageNotFoundError(name)
-        return version(name)
+        return of(name)
 
-    for module in (pvae.storage, importlib.metadata):
-        monkeypatch.setattr(module, "version", never_installed)
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", never_installed)
     assert main(*TINY, "--output-dir", tmp_path)[0] == 0
-    assert json.loads((tmp_path / "report.json").read_text())["versions"]["torch"] == version("torch")
+    versions = json.loads((tmp_path / "report.json").read_text())["versions"]
+    assert {"pvae", "python", "torch", "pyro-ppl", "numpy"} <= versions.keys()
 
 
 @pytest.mark.parametrize(
