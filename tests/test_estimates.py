@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pyro
 import pytest
@@ -16,7 +17,7 @@ from pyro import distributions as dist
 import pvae
 from pvae.evidence.estimates import EvidenceEstimate
 from pvae.evidence.pareto import pareto_khat
-from pvae.evidence.proposals import Annealed, Sobol
+from pvae.evidence.proposals import Annealed, Inflated, Refined, Sobol, resolve
 from pvae.evidence.weights import WeightSums
 from pvae.testing import linear_gaussian
 
@@ -263,3 +264,81 @@ def test_a_target_does_not_bias_the_mean(proposal):
     error = estimate.corrected.mean().item() - oracle.log_px(x).mean().item()
     assert abs(error) < 5 * estimate.mean_std_error
     assert estimate.unresolved.double().mean() < 0.2
+
+
+# --- read aloud ---------------------------------------------------------------------------------------------------
+
+
+def wider(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.5).to_event(1))
+
+
+@pytest.mark.parametrize(
+    "proposal, words",
+    [
+        ("guide", "the guide"),
+        ("prior", "the prior"),
+        ("refined", "a Gaussian fitted to each datum"),
+        ("laplace", "a Laplace approximation made for each datum"),
+        ("student-t", "the guide, with the tails of a Student-t of 5 degrees of freedom"),
+        ("defensive", "a mixture: 0.9 of them from the guide, 0.1 from the prior"),
+        ("ais", "chains annealed from the guide over 100 temperatures"),
+        (Sobol(replicates=5), "the guide, by Sobol points in 5 replicates"),
+        (Inflated(), "the guide, made 1.2 times as wide"),
+        (Annealed(Refined()), "chains annealed from a Gaussian fitted to each datum over 100 temperatures"),
+        (wider, "the guide 'wider'"),
+    ],
+    ids=str,
+)
+def test_the_first_line_says_where_samples_came_from(proposal, words):
+    assert resolve(proposal).words == words
+    drawn = EvidenceEstimate(WeightSums.of(torch.randn(40, 3)), "short", 0, False, 0.0, words=words)
+    assert str(drawn).splitlines()[0] == f"log p(x) of 3 data, 40 samples each from {words}"
+
+
+def numbers_out(estimate):
+    """The text with each number as #, and the blanks before it as one."""
+    return [re.sub(r" *-?(\d+\.?\d*|nan|inf)(?![\w])", " #", line).strip() for line in str(estimate).splitlines()]
+
+
+def test_an_estimate_reads_as_english():
+    good = lognormal(0.5, 1000, 20, torch.Generator().manual_seed(0))
+    assert numbers_out(good) == [
+        "log p(x) of # data, # samples each from log-normal",
+        "mean # nats per datum",
+        "std error # from the samples, # from the choice of data",
+        "#% interval # to # for the mean",
+        "ELBO #",
+        "ESS # of # samples, median over the data",
+        "k-hat #, median over the data",
+        "no k-hat is above #",
+    ]
+    heavy = str(lognormal(2.2, 1000, 200, torch.Generator().manual_seed(0)))
+    assert re.search(
+        r"95% interval withheld: the k-hat of the data behind its error, \d\.\d\d, is above 0\.67\n", heavy
+    )
+    assert "data are unreliable (k-hat > 0.7): take theirs as lower bounds" in heavy
+    one = str(lognormal(0.5, 1000, 1, torch.Generator().manual_seed(0)))
+    assert one.splitlines()[0] == "log p(x) of 1 datum, 1000 samples from log-normal"
+    assert "median" not in one
+    assert "choice of data" not in one
+    unlucky = dataclasses.replace(lognormal(2.0, 1000, 200, torch.Generator().manual_seed(0)), target_std_error=0.1)
+    assert re.search(r"of 200 data are unresolved: \d+ with a k-hat above 0.7 and \d+ with a standard", str(unlucky))
+
+
+def test_data_that_no_draw_explains_are_named():
+    """The mean is -inf then, rightly; which data make it so, and what the others say, is in the text."""
+    w = 0.5 * torch.randn(1000, 30, generator=torch.Generator().manual_seed(0)) - 98
+    w[:, [3, 17]] = -torch.inf
+    estimate = EvidenceEstimate(WeightSums.of(w), "guide", 0, False, 0.0, words="the guide")
+    assert estimate.mean == -math.inf
+    others = estimate.log_px[estimate.log_px.isfinite()].mean().item()
+    said = f"-inf for 2 of 30 data, number 3, 17, which no sample explains; the others' mean is {others:.3f}"
+    assert said in str(estimate).splitlines()[1]
+    assert estimate.mean_withheld == "log p(x) is -inf for 2 of 30 data"
+    assert math.isnan(estimate.mean_interval()[0])
+    w[:, :12] = -torch.inf
+    assert "number 0, 1, 2, 3, 4, ..., which" in str(EvidenceEstimate(WeightSums.of(w), "guide", 0, False, 0.0))
+    none = str(EvidenceEstimate(WeightSums.of(w[:, :2]), "guide", 0, False, 0.0))
+    assert "-inf for 2 of 2 data, number 0, 1, which no sample explains\n" in none

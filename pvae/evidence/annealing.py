@@ -60,6 +60,11 @@ class Annealed(Proposal):
         """What to call it in results."""
         return f"AIS from the {self.start.name}, {self.temperatures} temperatures"
 
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return f"chains annealed from {self.start.words} over {self.temperatures} temperatures"
+
     def on(self, pair: Pair, batch: Batch) -> Chains:
         """Chains for the data of one batch, with step sizes tuned and frozen."""
         start = None if isinstance(self.start, Prior) else replace(self.start.gaussian(pair, batch), sobol=None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError
+from pvae.evidence.intervals import interval, mean_upper, pooled_khat, quantile
 from pvae.evidence.pareto import MIN_SAMPLES_FOR_KHAT
 from pvae.evidence.weights import WeightSums
 
@@ -23,6 +24,7 @@ KHAT_LIMIT = 0.7
 """Above this k-hat neither an estimate nor its standard error can be trusted (Vehtari et al., 2024)."""
 
 _MAX_ROUNDING = 0.1  # nats
+_NAMED = 5  # indices of data, where there are many
 _MIN_ESS = 20  # with fewer, a datum's error is a guess, and its k-hat may be low by luck
 
 
@@ -40,6 +42,7 @@ class EvidenceEstimate:
         merged_seeds: Those of the runs that `merge` joined with this.
         diagnostics: What the proposal found out on the way, by name, shape ``(N,)`` each, such as ``"acceptance"``.
         precision: Machine epsilon of the numbers that densities were computed in.
+        words: Where the draws came from, for a reader.
     """
 
     sums: WeightSums
@@ -51,6 +54,7 @@ class EvidenceEstimate:
     merged_seeds: tuple[int, ...] = ()
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
     precision: float = 0.0
+    words: str = ""
 
     @cached_property
     def log_px(self) -> Tensor:
@@ -154,21 +158,27 @@ class EvidenceEstimate:
     @property
     def withheld(self) -> list[str]:
         """Why `interval` gives none, for each datum; empty strings where it does."""
-        numbers = (self.khat.tolist(), self.samples.tolist(), self.ess.tolist(), self.rounding.tolist())
+        pooled, limits = pooled_khat(self.sums)[0], self._khat_limits
+        tensors = (self.khat, self.samples, self.ess, self.rounding, pooled, limits)
         return [
             _too_coarse(rounding)
             or _reason(k, n, KHAT_LIMIT)
             or (f"only {ess:.1f} effective samples of {_MIN_ESS}" if ess < _MIN_ESS else "")
-            for k, n, ess, rounding in zip(*numbers, strict=True)
+            or (f"k-hat {k:.2f}, pooled with those of all data {p:.2f}, is above {limit:.2f}" if p > limit else "")
+            for k, n, ess, rounding, p, limit in zip(*(t.tolist() for t in tensors), strict=True)
         ]
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """A confidence interval for log p(x) of each datum.
 
-        ``corrected -+ (z std_error + rounding)``: the second-order bias of the logarithm is added back, without which
-        such an interval covers too little. z is a normal quantile, or a Student-t's where the error comes from a few
-        replicates. Withheld (nan) where `unreliable` or with fewer than 20 effective samples, as no interval is honest
-        there; `withheld` has the reasons.
+        From ``corrected - z std_error`` up to ``corrected + z std_error``, or to where the fitted tail of the weights
+        says that log p(x) may be: large weights are rare, and where few have come the estimate and its error are both
+        low. z is a normal quantile, or a Student-t's where the error comes from a few replicates. `rounding` is added
+        to both sides.
+
+        Withheld (nan) where no interval would cover as often as it says: where `unreliable`, with fewer than 20
+        effective samples, or where k-hat, pooled with those of all data, is above ``min(1 - 1 / log10 K, 0.7)``: among
+        data that are nearly all bad, some pass by luck. `withheld` has the reasons.
 
         Args:
             level: Coverage aimed at, between 0 and 1.
@@ -176,9 +186,16 @@ class EvidenceEstimate:
         Returns:
             Lower and upper ends, nats per datum, each of shape ``(N,)``.
         """
-        half = _quantile(level, self.sums.freedom) * self.std_error + self.rounding
-        centre = self.corrected.masked_fill(torch.tensor([bool(reason) for reason in self.withheld]), torch.nan)
-        return centre - half, centre + half
+        lower, upper = interval(self.sums, _proper(level))
+        withheld = torch.tensor([bool(reason) for reason in self.withheld])
+        rounding = self.rounding.masked_fill(withheld, torch.nan)
+        return lower - rounding, upper + rounding
+
+    @property
+    def _khat_limits(self) -> Tensor:
+        """What a k-hat from so many draws may be: ``min(1 - 1 / log10 K, 0.7)``, shape ``(N,)``."""
+        limits = 1 - 1 / self.samples.clamp(min=MIN_SAMPLES_FOR_KHAT).double().log10()
+        return limits.clamp(max=KHAT_LIMIT)
 
     @property
     def mean_khat(self) -> float:
@@ -200,8 +217,10 @@ class EvidenceEstimate:
         """
         if coarse := _too_coarse(self.rounding.max().item()):
             return coarse
-        limits = 1 - 1 / self.samples.clamp(min=MIN_SAMPLES_FOR_KHAT).double().log10()
-        return _reason(self.mean_khat, int(self.samples.min()), self._shared_out(limits.clamp(max=KHAT_LIMIT)))
+        if impossible := int(self.log_px.isneginf().sum()):
+            return f"log p(x) is -inf for {_of(impossible, self.num_data)}"
+        what = "the k-hat of the data behind its error," if self.num_data > 1 else "k-hat"
+        return _reason(self.mean_khat, int(self.samples.min()), self._shared_out(self._khat_limits), what)
 
     def _shared_out(self, values: Tensor) -> float:
         """The values' mean over data, each with its share in the variance of `mean`; plainly if there is none."""
@@ -214,7 +233,8 @@ class EvidenceEstimate:
         """A confidence interval for the mean of log p(x) over these data: its Monte Carlo error, not that of the choice
         of data.
 
-        The mean of `corrected`, ``-+ (z mean_std_error + rounding)``: roundings may all be to one side. Withheld (nan)
+        The mean of `corrected`, ``-+ (z mean_std_error + rounding)``: roundings may all be to one side. The upper end
+        is higher where the weights' tails may be heavier than they look, which does not average out. Withheld (nan)
         where `mean_withheld` says why.
 
         Args:
@@ -226,12 +246,11 @@ class EvidenceEstimate:
         # Degrees of freedom of a sum of variances: Satterthwaite, 1946.
         variances = self.std_error.square()
         freedom = variances.sum().square() / (variances.square() / self.sums.freedom).sum()
-        half = _quantile(level, freedom.nan_to_num(torch.inf, posinf=torch.inf)).item() * self.mean_std_error
+        half = quantile(_proper(level), freedom.nan_to_num(torch.inf, posinf=torch.inf)).item() * self.mean_std_error
         half += self.rounding.mean().item()
         if self.mean_withheld:
             return float("nan"), float("nan")
-        centre = self.corrected.mean().item()
-        return centre - half, centre + half
+        return self.corrected.mean().item() - half, mean_upper(self.sums, level, half)
 
     def merge(self, other: EvidenceEstimate) -> EvidenceEstimate:
         """The estimate from the draws of both: of the same data in the same order, by any proposals, with other seeds.
@@ -254,6 +273,7 @@ class EvidenceEstimate:
             tuple(sorted(mine | theirs)),
             self.diagnostics,
             max(self.precision, other.precision),
+            self.words if self.words == other.words else f"{self.words} and {other.words}",
         )
 
     def to_dataset(self) -> xarray.Dataset:
@@ -265,51 +285,80 @@ class EvidenceEstimate:
         return xarray.Dataset({k: ("datum", v.numpy()) for k, v in values.items()}, attrs=attributes)
 
     def __repr__(self) -> str:
-        lower, upper = self.mean_interval()
-        interval = f"withheld: {self.mean_withheld}" if self.mean_withheld else f"{lower:.3f} to {upper:.3f}"
         fewest = int(self.samples.min())
         draws = f"{self.num_samples}" if fewest == self.num_samples else f"{fewest} to {self.num_samples}"
+        count = f"{self.num_data} data, {draws} samples each" if self.num_data > 1 else f"1 datum, {draws} samples"
         return "\n".join(
             [
-                f"log p(x) of {self.num_data} data, {draws} samples each from the {self.proposal}",
-                f"  mean       {self.mean:10.3f} nats per datum",
-                f"  std error  {self.mean_std_error:10.3f} (Monte Carlo), {self.data_std_error:.3f} (over the data)",
-                f"  95% of it  {interval}",
-                f"  ELBO       {self.elbo.mean().item():10.3f}",
-                f"  ESS        {self.ess.median().item():10.1f} (median, of {self.samples.median().item()})",
-                f"  k-hat      {self.khat.median().item():10.2f} (median)",
-                *(f"  {name:<11}{value.median().item():10.2f} (median)" for name, value in self.diagnostics.items()),
+                f"log p(x) of {count} from {self.words or self.proposal}",
+                f"  mean         {self.mean:10.3f} nats per datum{self._impossible()}",
+                f"  std error    {self._errors()}",
+                f"  95% interval {self._interval()}",
+                f"  ELBO         {self.elbo.mean().item():10.3f}",
+                f"  ESS          {self.ess.median().item():10.1f} of {self.samples.median()} samples{self._median}",
+                f"  k-hat        {self.khat.median().item():10.2f}{self._median}",
+                *(
+                    f"  {name:<13}{value.median().item():10.2f}{self._median}"
+                    for name, value in self.diagnostics.items()
+                ),
                 f"  {self._verdict()}",
             ]
         )
 
+    @property
+    def _median(self) -> str:
+        return ", median over the data" if self.num_data > 1 else ""
+
+    def _impossible(self) -> str:
+        """Which data no draw explains, and the mean of the others."""
+        rows = self.log_px.isneginf()
+        if not rows.any():
+            return ""
+        which = rows.nonzero()[:, 0].tolist()
+        names = ", ".join(map(str, which[:_NAMED])) + (", ..." if len(which) > _NAMED else "")
+        others = f"; the others' mean is {self.log_px[~rows].mean().item():.3f}" if not rows.all() else ""
+        return f": -inf for {_of(len(which), self.num_data)}, number {names}, which no sample explains{others}"
+
+    def _errors(self) -> str:
+        draws = f"{self.mean_std_error:10.3f} from the samples"
+        return f"{draws}, {self.data_std_error:.3f} from the choice of data" if self.num_data > 1 else draws
+
+    def _interval(self) -> str:
+        if not self.mean_withheld:
+            lower, upper = self.mean_interval()
+            return f"{lower:10.3f} to {upper:.3f}{' for the mean' if self.num_data > 1 else ''}"
+        return f"withheld: {self.mean_withheld}"
+
     def _verdict(self) -> str:
+        total = self.num_data
         bad, unresolved = int(self.unreliable.sum()), int(self.unresolved.sum())
         if self.num_samples < MIN_SAMPLES_FOR_KHAT:
             return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples: how far to trust this is not known"
         if coarse := _too_coarse(self.rounding.max().item()):
-            count = int((self.rounding > _MAX_ROUNDING).sum())
-            return f"{count} of {self.num_data} data are unreliable: {coarse}"
+            return f"{_of(int((self.rounding > _MAX_ROUNDING).sum()), total)} are unreliable: {coarse}"
         if self.target_std_error is not None and unresolved:
-            return (
-                f"{unresolved} of {self.num_data} data are unresolved: {bad} have k-hat > {KHAT_LIMIT}, the others a "
-                f"standard error above {self.target_std_error:g}"
-            )
+            missed = f"a standard error above {self.target_std_error:g}"
+            why = [f"{bad} with a k-hat above {KHAT_LIMIT}"] if bad else []
+            why += [f"{unresolved - bad} with {missed}"] if unresolved > bad else []
+            return f"{_of(unresolved, total)} are unresolved: {' and '.join(why)}"
         if bad:
-            return f"{bad} of {self.num_data} data are unreliable (k-hat > {KHAT_LIMIT}): take theirs as lower bounds"
-        return f"all {self.num_data} data have k-hat <= {KHAT_LIMIT}"
+            return f"{_of(bad, total)} are unreliable (k-hat > {KHAT_LIMIT}): take theirs as lower bounds"
+        alone = sum(map(bool, self.withheld))
+        said = f"; {_of(alone, total)} have no interval of their own" if alone and total > 1 else ""
+        return f"no k-hat is above {KHAT_LIMIT}{said}"
 
 
 _COLUMNS = ("log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "samples")
 
 
-def _quantile(level: float, freedom: Tensor) -> Tensor:
-    """Half the width of an interval in standard errors, of a Student-t or, with infinite freedom, of a normal."""
+def _of(count: int, total: int) -> str:
+    return f"{count} of {total} data"
+
+
+def _proper(level: float) -> float:
     if not 0 < level < 1:
         raise ArgumentError(f"level must lie between 0 and 1, got {level!r}.")
-    from scipy.special import stdtrit
-
-    return torch.as_tensor(stdtrit(freedom.numpy(), (1 + level) / 2))
+    return level
 
 
 def _too_coarse(rounding: float) -> str:
@@ -318,9 +367,9 @@ def _too_coarse(rounding: float) -> str:
     return f"log-weights of this size are rounded to {rounding:.1g} nats; convert model and data to float64"
 
 
-def _reason(khat: float, num_samples: int, limit: float) -> str:
+def _reason(khat: float, num_samples: int, limit: float, what: str = "k-hat") -> str:
     if khat <= limit:
         return ""
     if num_samples < MIN_SAMPLES_FOR_KHAT:
         return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples, there are {num_samples}"
-    return f"k-hat {khat:.2f} is above {limit:.2f}"
+    return f"{what} {khat:.2f}{',' * what.endswith(',')} is above {limit:.2f}"

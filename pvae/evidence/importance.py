@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -18,6 +17,7 @@ from pvae import ranks as processes
 from pvae.checks import Data
 from pvae.errors import ArgumentError, positive_int, yes_no_or_auto
 from pvae.evidence import proposals
+from pvae.evidence.chunks import chunk_shape, default_chunk_size
 from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
 from pvae.evidence.sampling import Proposal, Sampler
 from pvae.evidence.session import Session, fingerprints, opened
@@ -125,6 +125,7 @@ def log_evidence(
         target_std_error=target_std_error,
         diagnostics=diagnostics,
         precision=precision,
+        words=chosen.words,
     )
 
 
@@ -198,7 +199,7 @@ class _Task(NamedTuple):
             _bar(self.progress and ranks.first) as bar,
         ):
             capture = _to_capture(self.compile, session, self.proposal, self.num_samples)
-            size = (chunk_size or _default_chunk_size(session, self.proposal)) >> halvings
+            size = (chunk_size or default_chunk_size(session, self.proposal)) >> halvings
             if not size:
                 raise MemoryError("there is no memory for even one draw of one datum at a time")
             if halvings:
@@ -299,7 +300,7 @@ class _Draws:
     def _each_batch(self, function: Callable[[Batch, int], T], num_samples: int, rows: Tensor | None = None) -> list[T]:
         total = self.session.num_data if rows is None else len(rows)
         self.bar.total += num_samples * total
-        size, draws = _chunk_shape(total, num_samples, self.session, self.proposal, self.chunk_size)
+        size, draws = chunk_shape(total, num_samples, self.session, self.proposal, self.chunk_size)
         return self.session.each_batch(lambda batch: function(batch, draws), size, rows)
 
     def _chunks(self, sampler: Sampler, num_samples: int, size: int) -> Iterator[tuple[int, int, Chunk]]:
@@ -313,12 +314,13 @@ class _Draws:
                     self.bar.update(chunk.log_weights.numel())
 
     def _strata(self, sampler: Sampler, num_samples: int) -> Iterator[tuple[int, Chunk]]:
-        if sampler.tensors is None or not self.capture:
+        tensors = sampler.tensors
+        if tensors is None or not self.capture:
             yield from ((i, Chunk.of(part)) for i, part in enumerate(sampler.strata(num_samples)) if len(part))
         else:
-            yield 0, self._chunk(sampler, num_samples)
+            yield 0, self._chunk(sampler, tensors, num_samples)
 
-    def _chunk(self, sampler: Sampler, num_samples: int) -> Chunk:
+    def _chunk(self, sampler: Sampler, tensors: tuple[Tensor, ...], num_samples: int) -> Chunk:
         if num_samples not in self.captured:
             split = len(sampler.batch)
 
@@ -335,7 +337,7 @@ class _Draws:
             return Chunk.of(sampler.log_weights(num_samples))
         device = self.session.device
         before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        chunk = Chunk(*self.captured[num_samples](*sampler.batch, *sampler.tensors))
+        chunk = Chunk(*self.captured[num_samples](*sampler.batch, *tensors))
         if chunk.top.isnan().any():
             # Rare draws need more than tensor operations: the same draws once more, as they come.
             torch.set_rng_state(before[0])
@@ -351,30 +353,6 @@ def _summed(chunks: Iterable[tuple[int, int, Chunk]], limit: int, shares: Sequen
     for _, stratum, chunk in chunks:
         sums[stratum] = sums[stratum].add(chunk) if stratum in sums else WeightSums.of(chunk, limit)
     return WeightSums.of_strata([sums[stratum] for stratum in sorted(sums)], shares)
-
-
-def _default_chunk_size(session: Session, proposal: Proposal) -> int:
-    """How many pairs of a draw and a datum to evaluate at once."""
-    if not proposal.shares_draws(session.pair):
-        return session.pairs
-    return 2**24 if session.device.type == "cuda" else 2**21
-
-
-def _chunk_shape(num_data: int, num_samples: int, session: Session, proposal: Proposal, pairs: int) -> tuple[int, int]:
-    """How many data and how many draws to evaluate at once, for so many pairs of them.
-
-    Where draws are shared there are no activations for each pair, and a draw's decoding is spread over many data. Where
-    a proposal is fitted to each datum first, many data are taken at once and few draws.
-    """
-    if proposal.shares_draws(session.pair):
-        draws = min(num_samples, max(1, math.isqrt(pairs // 8)))
-        return min(num_data, max(1, pairs // draws)), draws
-    draws = num_samples
-    if proposal.prepares:
-        draws = min(num_samples, 8)
-        pairs = max(1, min(pairs, 2**25 // session.pair.space.dim**2))  # matrices of D x D for each datum
-    rows = min(num_data, max(1, pairs // draws))
-    return rows, max(1, pairs // rows)
 
 
 def _to_capture(compile: bool | str, session: Session, proposal: Proposal, num_samples: int) -> bool:

@@ -49,6 +49,11 @@ class Laplace(Gaussian):
         """What to call it in results."""
         return "laplace"
 
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return "a Laplace approximation made for each datum"
+
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The approximation for each datum of a batch."""
         start = self.start.gaussian(pair, batch)
@@ -91,6 +96,11 @@ class Refined(Gaussian):
     def name(self) -> str:
         """What to call it in results."""
         return "refined"
+
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return "a Gaussian fitted to each datum"
 
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The refined Gaussian for each datum of a batch."""

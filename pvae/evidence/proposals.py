@@ -86,6 +86,11 @@ class Inflated(_Around):
         """What to call it in results."""
         return f"{self.base.name}, {self.scale:g} times as wide"
 
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return f"{self.base.words}, made {self.scale:g} times as wide"
+
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The base's density, widened."""
         inner = self.base.gaussian(pair, batch)
@@ -113,6 +118,11 @@ class StudentT(_Around):
     def name(self) -> str:
         """What to call it in results."""
         return f"{self.base.name}, Student-t {self.df:g}"
+
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return f"{self.base.words}, with the tails of a Student-t of {self.df:g} degrees of freedom"
 
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The base's density with heavier tails."""
@@ -143,6 +153,11 @@ class Sobol(_Around):
     def name(self) -> str:
         """What to call it in results."""
         return f"{self.base.name}, Sobol"
+
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return f"{self.base.words}, by Sobol points in {self.replicates} replicates"
 
     def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
         """The base's density, with Sobol points below it."""
@@ -176,6 +191,11 @@ class Defensive(_MadeOf):
     def name(self) -> str:
         """What to call it in results."""
         return f"{self.base.name} and {self.share:.0%} prior"
+
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return f"a mixture: {1 - self.share:.3g} of them from {self.base.words}, {self.share:.3g} from the prior"
 
     def on(self, pair: Pair, batch: Batch) -> Sampler:
         """The mixture for the data of one batch."""

@@ -89,6 +89,11 @@ class Proposal(ABC):
     def name(self) -> str:
         """What to call it in results."""
 
+    @property
+    def words(self) -> str:
+        """The same for a reader, to go after "samples from"."""
+        return f"the proposal '{self.name}'"
+
     def shares_draws(self, pair: Pair) -> bool:
         """Whether all data of a batch get the same draws, so that a large batch costs little more than a small one."""
         return False
@@ -165,6 +170,11 @@ class Guide(Gaussian):
         """What to call it in results."""
         return "guide" if self.program is None else getattr(self.program, "__name__", type(self.program).__name__)
 
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return "the guide" if self.program is None else f"the guide '{self.name}'"
+
     def on(self, pair: Pair, batch: Batch) -> Sampler:
         """The guide as it is."""
         return GuideDensity(pair if self.program is None else pair.with_guide(self.program), batch)
@@ -200,6 +210,11 @@ class Prior(Proposal):
     def name(self) -> str:
         """What to call it in results."""
         return "prior"
+
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return "the prior"
 
     def shares_draws(self, pair: Pair) -> bool:
         """Yes where p(x|z) is of a known exponential family and depends on the latents alone: one decoding for all."""

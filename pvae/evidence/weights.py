@@ -185,17 +185,13 @@ class WeightSums:
         is known from as many draws as count in that part, ``ESS_j``, and has Satterthwaite's degrees of freedom. Where
         a share of K is less than one draw, or a part has had none, the draws are those of the mixture.
 
-        Args:
-            strata: The sums of each part, of the same data.
-            shares: Their shares of the draws, which add up to 1; ``K share`` rounded up or down have been made.
-
         Source: Owen and Zhou, 2000, Safe and Effective Importance Sampling.
         """
         total = int(sum(part.num_samples[0] for part in strata))
         if len(strata) < len(shares) or total * min(shares) < 1:
             return reduce(WeightSums.merge, strata)
-        sizes = [int(part.num_samples[0]) for part in strata]
-        scaled = [part._times(math.log(s * total / k)) for part, s, k in zip(strata, shares, sizes, strict=True)]
+        factors = [share * total / int(part.num_samples[0]) for part, share in zip(strata, shares, strict=True)]
+        scaled = [part._times(math.log(factor)) for part, factor in zip(strata, factors, strict=True)]
         pooled = reduce(WeightSums.combine, scaled)
         if len(strata) == 1:
             return pooled
