@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -18,21 +19,27 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from pvae.errors import DataError, ProgramError
 
 __all__ = [
+    "Array",
     "Data",
     "as_tensors",
     "base_distribution",
     "check_pair",
     "check_real",
+    "check_shape",
     "check_signature",
     "check_support",
     "check_supports",
     "density_sites",
     "fingerprint",
     "kind",
+    "named_shape",
     "observed",
     "simple_support",
     "tensors_of",
 ]
+
+Array = Tensor | np.ndarray
+"""One array."""
 
 Data = Tensor | np.ndarray | Sequence[Tensor | np.ndarray] | Dataset[Any] | DataLoader[Any]
 """One array ``(N, *event)``, or a tuple of arrays with the same ``N``, passed on as ``model(*batch)``; or a torch
@@ -52,10 +59,11 @@ def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
     """
     arrays: Any = data.tensors if isinstance(data, TensorDataset) else data
     arrays = arrays if isinstance(arrays, tuple | list) else (arrays,)
-    wrong = [type(a).__name__ for a in arrays if not isinstance(a, Tensor | np.ndarray)]
+    wrong = {n: a for n, a in enumerate(arrays) if not isinstance(a, Tensor | np.ndarray)}
     if wrong or not arrays:
-        came = ", ".join(dict.fromkeys(wrong)) or "an empty sequence"
-        raise DataError(f"{name} must be a tensor, a NumPy array or a tuple of them; got {came}.")
+        came = ", ".join(dict.fromkeys(type(a).__name__ for a in wrong.values())) or "an empty sequence"
+        advice = _as_array(name, data, wrong) if wrong else "Pass some data."
+        raise DataError(f"{name} must be a tensor, a NumPy array or a tuple of them; got {came}. {advice}")
     tensors = tuple(_from_numpy(name, a) if isinstance(a, np.ndarray) else torch.as_tensor(a) for a in arrays)
     layouts = [t.layout for t in tensors if t.layout is not torch.strided]
     if layouts:
@@ -70,6 +78,18 @@ def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
     return tuple(t.detach() if t.requires_grad else t for t in tensors)  # gradients are for parameters
 
 
+def _as_array(name: str, data: Any, wrong: Mapping[int, Any]) -> str:
+    """How to make arrays of what is none among data, by its place in them, in words."""
+    place, thing = next(iter(wrong.items()))
+    if isinstance(thing, int | float | list):
+        return f"Pass torch.tensor({name})."
+    name = f"{name}[{place}]" if isinstance(data, tuple | list) else name
+    for method in ("to_numpy", "toarray", "to_array"):  # of data frames and series, sparse matrices, xarray's datasets
+        if callable(getattr(thing, method, None)):
+            return f"Pass {name}.{method}(){'.to_numpy()' if method == 'to_array' else ''}."
+    return f"Pass np.asarray({name}), if that makes an array of numbers."
+
+
 def _from_numpy(name: str, array: np.ndarray) -> Tensor:
     """Shares the array's memory where torch can: not with negative strides, foreign byte order or read-only memory."""
     if np.ma.is_masked(array):
@@ -82,7 +102,51 @@ def _from_numpy(name: str, array: np.ndarray) -> Tensor:
     try:
         return torch.from_numpy(array)
     except TypeError as error:
-        raise DataError(f"{name} must be of a number type of torch's, got an array of dtype {array.dtype}.") from error
+        raise DataError(
+            f"{name} must be of a number type of torch's, got an array of dtype {array.dtype}. Leave out what is no "
+            "number, then .astype('float32')."
+        ) from error
+
+
+def check_shape(name: str, x: Tensor, event_shape: tuple[int, ...]) -> None:
+    """Raises `DataError` where ``x`` is not of shape ``(N, *event_shape)``."""
+    if error := _wrong_shape(name, x, event_shape):
+        raise error
+
+
+def _wrong_shape(name: str, x: Tensor, event_shape: tuple[int, ...]) -> DataError | None:
+    if x.dim() and tuple(x.shape[1:]) == event_shape:
+        return None
+    advice = "Reshape the data, or build the VAE with another event_shape."
+    if x.dim() and x.shape[1:].numel() == math.prod(event_shape):
+        advice = f"Reshape the data, x.reshape(len(x), *{event_shape}), or build the VAE with that event_shape."
+    if tuple(x.shape) == event_shape:
+        advice = "Is it one datum, as X[0] is? Pass X[:1], or x[None]: the first dimension is that of the data."
+    elif len(event_shape) == 3 and tuple(x.shape[1:]) == (*event_shape[1:], event_shape[0]):
+        advice = "Its channels stand last: x.permute(0, 3, 1, 2) puts them first."
+    expected = ", ".join(["N", *map(str, event_shape)])
+    error = DataError(f"{name} must have shape ({expected}), got {tuple(x.shape)}. {advice}")
+    vars(error)["shapes"] = x.shape, event_shape
+    return error
+
+
+@contextmanager
+def named_shape(name: str, data: tuple[Tensor, ...] | None) -> Iterator[None]:
+    """A block that runs programs on parts of data: where these have another shape, the error names that of the data.
+
+    Args:
+        name: What to call them.
+        data: As they were passed, or ``None`` where batches are something else.
+    """
+    try:
+        yield
+    except DataError as error:
+        part, event_shape = getattr(error, "shapes", (None, ()))
+        for tensor in data or ():
+            whole = _wrong_shape(name, tensor, event_shape) if part and part[1:] == tensor.shape[1:] else None
+            if whole:
+                raise whole from None
+        raise
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
@@ -205,7 +269,13 @@ def check_pair(model: Mapping[str, Any], guide: Mapping[str, Any], *, strict: bo
     extra = proposed.keys() - latent.keys() - (set() if strict else auxiliary)
     if missing or extra:
         enumerated = sorted(summed) if strict else []
-        hint = f" Latents that are enumerated ({enumerated}) cannot be summed out here." if enumerated else ""
+        hint = " Give each latent of the model a site of the same name in the guide, and no others."
+        if enumerated:
+            hint = (
+                f" Latents that are enumerated ({enumerated}) cannot be summed out here. Let the guide draw them, too, "
+                f"by pyro.sample('{enumerated[0]}', ...) with probabilities that depend on x; or sum them out in "
+                "the model, as MixtureSameFamily does."
+            )
         raise ProgramError(
             f"the model and the guide must have the same latent sites. Model: {sorted(latent)}; guide: "
             f"{sorted(proposed)}. Only in the model: {sorted(missing)}; only in the guide: {sorted(extra)}.{hint}"
@@ -248,8 +318,17 @@ def base_distribution(distribution: Any) -> Any:
     return distribution
 
 
-def check_signature(role: str, program: Callable[..., Any], batch: tuple[Tensor, ...]) -> None:
-    """Raises `ProgramError` where a program cannot be called with the tensors of a batch."""
+def check_signature(
+    role: str, program: Callable[..., Any], batch: tuple[Tensor, ...], *, transforms: bool = False
+) -> None:
+    """Raises `ProgramError` where a program cannot be called with the tensors of a batch.
+
+    Args:
+        role: What to call the program.
+        program: The model or the guide.
+        batch: The tensors.
+        transforms: Whether the caller takes a ``transform`` for them.
+    """
     try:
         signature = inspect.signature(program)
     except (TypeError, ValueError):  # some callables have none
@@ -257,11 +336,23 @@ def check_signature(role: str, program: Callable[..., Any], batch: tuple[Tensor,
     try:
         signature.bind(*batch)
     except TypeError as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in batch)
+        shapes, fewer = ", ".join(str(tuple(t.shape)) for t in batch), _fewer(signature, batch, transforms)
         raise ProgramError(
             f"the {role} cannot be called with a batch, which is {len(batch)} tensor(s), {shapes}: {error}. It takes "
-            f"{signature}. Let it take one argument for each."
+            f"{signature}. {fewer}{'l' if fewer else 'L'}et it take one argument for each."
         ) from None
+
+
+def _fewer(signature: inspect.Signature, batch: tuple[Tensor, ...], transforms: bool) -> str:
+    """What to do where a program takes fewer tensors than there are, as of data with labels; else empty."""
+    taken = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if not 0 < len(taken) < len(batch):
+        return ""
+    names = ["x", "y", *(f"y{n}" for n in range(2, len(batch)))]
+    first, every = ", ".join(names[: len(taken)]), ", ".join(names)
+    if transforms:
+        return f"To leave out what it does not take, such as labels, pass transform=lambda {every}: {first}. Or "
+    return f"Pass only what it takes, {first} of ({every}), without labels; of a loader its collate_fn can. Or "
 
 
 def kind(tensor: Tensor) -> str:

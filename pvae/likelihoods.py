@@ -15,11 +15,12 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from pvae.errors import ArgumentError, ProgramError
-from pvae.networks import soft_clip
+from pvae.networks import Units, soft_clip
 
 __all__ = ["NAMED", "Bernoulli", "Gaussian", "Named"]
 
-# Bound on |log scale| of a learned scale: from 0.0009 to 1,100. A likelihood whose scale may go to zero has no maximum.
+# Bound on |log scale| of a learned scale, in its units: from 0.0009 to 1,100. A likelihood whose scale may go to zero
+# has no maximum.
 _MAX_LOG_SCALE = 7.0
 
 
@@ -51,9 +52,11 @@ class Gaussian(nn.Module):
     Args:
         network: ``(..., D) -> (..., *out)``, the means; with ``scale="network"`` twice as many outputs, of which the
             first half are the means and the second half the log-scales.
-        scale: A positive number: that scale, fixed. ``"learned"``: one scale for all of x, learned with the network
-            and started at 1. ``"network"``: a scale for each entry of x, from the network.
+        scale: A positive number: that scale, fixed, in the units of x itself. ``"learned"``: one scale for all of x,
+            learned with the network and started at 1. ``"network"``: a scale for each entry of x, from the network.
         event_shape: As for `Bernoulli`.
+        units: In which the network gives means and scales, so that a learned scale starts at ``units.scale``. Left
+            out, those of x itself.
 
     Source: for the single learned scale, Rybkin, Daniilidis and Levine, 2021, Simple and Effective VAE Training with
     Calibrated Decoders.
@@ -65,6 +68,7 @@ class Gaussian(nn.Module):
         *,
         scale: float | Literal["learned", "network"] = "learned",
         event_shape: Sequence[int] | None = None,
+        units: Units | None = None,
     ) -> None:
         super().__init__()
         fixed = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < float("inf")
@@ -73,20 +77,24 @@ class Gaussian(nn.Module):
         self.network = network
         self.scale = scale
         self.event_shape = None if event_shape is None else tuple(event_shape)
-        self.log_scale = nn.Parameter(torch.zeros(())) if scale == "learned" else None
+        self.units = units
+        # In units a scale from the network has one for all of x, too: it tells whether anything was trained in them.
+        overall = scale == "learned" or (scale == "network" and units is not None)
+        self.log_scale = nn.Parameter(torch.zeros(())) if overall else None
 
     def forward(self, z: Tensor) -> dist.TorchDistribution:
         """Returns p(x|z), with batch shape ``(...)`` and event shape ``(*event)``, for ``z`` of shape ``(..., D)``."""
         output = self.network(z)
         if self.scale == "network":
             loc, log_scale = _per_datum(output, z, 2, self.event_shape)
-            scale = soft_clip(log_scale, _MAX_LOG_SCALE).exp()
+            log_scale = log_scale if self.log_scale is None else log_scale + self.log_scale
         else:
             (loc,) = _per_datum(output, z, 1, self.event_shape)
-            if self.log_scale is None:
-                scale = loc.new_tensor(self.scale)
-            else:
-                scale = soft_clip(self.log_scale, _MAX_LOG_SCALE).exp()
+            log_scale = self.log_scale
+        fixed = log_scale is None
+        scale = loc.new_tensor(self.scale) if fixed else soft_clip(log_scale, _MAX_LOG_SCALE).exp()
+        if self.units is not None:
+            loc, scale = self.units.back(loc), scale if fixed else self.units.scale * scale
         return dist.Normal(loc, scale.expand_as(loc)).to_event(loc.dim() - z.dim() + 1)
 
 
@@ -95,12 +103,13 @@ class Named(NamedTuple):
 
     make: Callable[..., nn.Module]  # (network, event_shape=...) -> the likelihood
     outputs: int  # numbers that the network gives for each entry of x
+    has_units: bool = False  # whether data may be in any units
 
 
 NAMED = {
     "bernoulli": Named(Bernoulli, 1),
-    "gaussian": Named(partial(Gaussian, scale="learned"), 1),
-    "gaussian-per-pixel": Named(partial(Gaussian, scale="network"), 2),
+    "gaussian": Named(partial(Gaussian, scale="learned"), 1, has_units=True),
+    "gaussian-per-pixel": Named(partial(Gaussian, scale="network"), 2, has_units=True),
 }
 
 

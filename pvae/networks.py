@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pvae.errors import ArgumentError, positive_int
 
-__all__ = ["Batched", "conv_decoder", "conv_encoder", "mlp", "soft_clip"]
+__all__ = ["Batched", "Units", "conv_decoder", "conv_encoder", "mlp", "soft_clip"]
 
 Shape = int | Sequence[int]
 
@@ -27,6 +28,55 @@ def soft_clip(x: Tensor, bound: float) -> Tensor:
     of a hard clamp.
     """
     return bound * torch.tanh(x / bound)
+
+
+class Units(nn.Module):
+    """The units that networks see data in, ``y = (x - mean) / scale``: one mean and one scale for all entries.
+
+    Weights begin at the size that suits data of mean 0 and standard deviation 1, and Adam moves each by about its
+    learning rate in a step, whatever the data's size. In these units data have that size.
+
+    Args:
+        given: ``(mean, scale)``. Left out, data are seen as they are until `find` is called.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, given: Sequence[float] | None = None) -> None:
+        super().__init__()
+        pair = (0.0, 1.0) if given is None else tuple(map(float, given))
+        if len(pair) != 2 or not (math.isfinite(pair[0]) and 0 < pair[1] < math.inf):
+            raise ArgumentError(f"units must be (mean, scale), a number and a positive number; got {given!r}.")
+        self.given = None if given is None else pair
+        self.register_buffer("mean", torch.tensor(pair[0]))
+        self.register_buffer("scale", torch.tensor(pair[1]))
+
+    @property
+    def found(self) -> bool:
+        """Whether they were given, or found in data."""
+        return self.given is not None or (self.mean.item(), self.scale.item()) != (0.0, 1.0)
+
+    def find(self, x: Tensor) -> None:
+        """Takes the mean and the standard deviation of all entries of ``x``; where all are alike, nothing is taken."""
+        deviation, mean = torch.std_mean(x.detach().to(torch.float64), correction=0)
+        scale = deviation.to(self.scale)
+        if scale > 0 and scale.isfinite():
+            self.mean.copy_(mean)
+            self.scale.copy_(scale)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, neutral in (("mean", 0.0), ("scale", 1.0)):  # weights without units are in those of x
+            state_dict.setdefault(prefix + name, torch.tensor(neutral))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps data, of any shape, to what networks see."""
+        return (x - self.mean) / self.scale
+
+    def back(self, y: Tensor) -> Tensor:
+        """The inverse of `forward`."""
+        return self.mean + self.scale * y
 
 
 class Batched(nn.Module):

@@ -6,7 +6,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from pvae.errors import ProgramError
-from pvae.networks import soft_clip
+from pvae.networks import Units, soft_clip
 
 __all__ = ["DiagonalNormal"]
 
@@ -20,18 +20,20 @@ class DiagonalNormal(nn.Module):
     Args:
         network: ``(N, *event) -> (N, 2 D)``.
         max_log_scale: Bound on ``|log s|``; 7 allows scales from 0.0009 to 1,100.
+        units: In which the network sees x; left out, it sees x itself.
 
     Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes.
     """
 
-    def __init__(self, network: nn.Module, *, max_log_scale: float = 7.0) -> None:
+    def __init__(self, network: nn.Module, *, max_log_scale: float = 7.0, units: Units | None = None) -> None:
         super().__init__()
         self.network = network
         self.max_log_scale = max_log_scale
+        self.units = units
 
     def forward(self, x: Tensor) -> dist.TorchDistribution:
         """Returns q(z|x), with batch shape ``(N,)`` and event shape ``(D,)``, for ``x`` of shape ``(N, *event)``."""
-        output = self.network(x)
+        output = self.network(x if self.units is None else self.units(x))
         if output.shape[-1] % 2:
             raise ProgramError(
                 "DiagonalNormal needs a network with an even number of outputs, the mean and the log-scale of each "

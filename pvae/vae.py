@@ -15,9 +15,10 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import likelihoods, networks, posteriors, priors, saving, storage
-from pvae.checks import check_real, check_support
+from pvae.checks import Array, as_tensors, check_real, check_shape, check_support
 from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, one_of, positive_int
 from pvae.isolation import isolated, resolve_seed
+from pvae.networks import Units
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
 
@@ -64,6 +65,7 @@ class VAE(nn.Module):
         likelihood: str = "bernoulli",
         *,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        units: tuple[float, float] | None = None,
     ) -> VAE:
         """A VAE of two multilayer perceptrons, with a standard normal prior and a diagonal normal encoder.
 
@@ -76,18 +78,25 @@ class VAE(nn.Module):
             likelihood: ``"bernoulli"``, ``"gaussian"`` (one learned scale) or ``"gaussian-per-pixel"``. For anything
                 else put the parts together: ``VAE(prior, decoder, encoder)``.
             activation: Makes the module put after each hidden layer.
+            units: For a Gaussian, ``(mean, scale)`` of the data: networks see ``(x - mean) / scale`` and give means and
+                scales in these units, so that a learned scale starts at ``scale``. Left out, `pvae.fit` finds them in
+                the data, and so does `find_units`; ``(0, 1)`` leaves x as it is, and adds nothing to the parts.
         """
         event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         latent_dim = positive_int("latent_dim", latent_dim)
-        make, outputs = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
+        named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
         hidden = list(hidden)
         return cls(
             StandardNormal(latent_dim),
-            make(
-                networks.mlp(latent_dim, hidden[::-1], (outputs, *event_shape), activation=activation),
+            named.make(
+                networks.mlp(latent_dim, hidden[::-1], (named.outputs, *event_shape), activation=activation),
                 event_shape=event_shape,
+                **_units(named, likelihood, units),
             ),
-            DiagonalNormal(networks.mlp(event_shape, hidden, 2 * latent_dim, activation=activation)),
+            DiagonalNormal(
+                networks.mlp(event_shape, hidden, 2 * latent_dim, activation=activation),
+                **_units(named, likelihood, units),
+            ),
         )
 
     @classmethod
@@ -100,6 +109,7 @@ class VAE(nn.Module):
         likelihood: str = "bernoulli",
         *,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        units: tuple[float, float] | None = None,
     ) -> VAE:
         """A VAE of two convolutional networks, for images ``(C, H, W)`` of any size; weights as in `mlp`.
 
@@ -110,20 +120,25 @@ class VAE(nn.Module):
             hidden: Width of the dense layer between the stages and the latent.
             likelihood: As in `mlp`.
             activation: Makes the module put after each stage and dense layer.
+            units: As in `mlp`.
         """
         latent_dim = positive_int("latent_dim", latent_dim)
-        make, outputs = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
+        named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
         options = {"channels": tuple(channels), "hidden": hidden, "activation": activation}
         encoder = networks.conv_encoder(event_shape, 2 * latent_dim, **options)
-        out_shape = (outputs * event_shape[0], *event_shape[1:])
+        out_shape = (named.outputs * event_shape[0], *event_shape[1:])
         decoder = networks.conv_decoder(latent_dim, out_shape, **options)
-        return cls(StandardNormal(latent_dim), make(decoder, event_shape=event_shape), DiagonalNormal(encoder))
+        return cls(
+            StandardNormal(latent_dim),
+            named.make(decoder, event_shape=event_shape, **_units(named, likelihood, units)),
+            DiagonalNormal(encoder, **_units(named, likelihood, units)),
+        )
 
     def model(self, x: Tensor) -> None:
         """The generative program: ``z ~ p(z)``, ``x ~ p(x|z)``, for each datum of ``x``, shape ``(N, *event)``.
 
-        ``x`` is converted to the parameters' dtype and device, here and in every method, so integers and float64 are
-        taken too.
+        ``x`` is converted to the parameters' dtype and device, here and in every method, so integers, float64 and
+        NumPy arrays are taken too.
 
         Raises:
             DataError: ``x`` has another shape, or (where Pyro's validation is on) values that p(x|z) cannot take.
@@ -145,12 +160,13 @@ class VAE(nn.Module):
         with pyro.plate("data", x.shape[0]):
             pyro.sample("z", self.encoder(x))
 
-    def encode(self, x: Tensor) -> torch.distributions.Distribution:
+    def encode(self, x: Array) -> torch.distributions.Distribution:
         """Returns q(z|x), with batch shape ``(N,)`` and event shape ``(D,)``, for ``x`` of shape ``(N, *event)``."""
         return self.encoder(self._as_events(x))
 
-    def decode(self, z: Tensor) -> torch.distributions.Distribution:
+    def decode(self, z: Array) -> torch.distributions.Distribution:
         """Returns p(x|z), with batch shape ``(...)`` and event shape ``(*event)``, for ``z`` of shape ``(..., D)``."""
+        z = _tensor("z", z)
         if z.shape[-1:] != (self.latent_dim,):
             raise DataError(f"z must have shape (..., {self.latent_dim}), got {tuple(z.shape)}.")
         return self.decoder(z.to(next(self.parameters(), z)))
@@ -171,10 +187,45 @@ class VAE(nn.Module):
             px = self.decoder(self.prior().sample((num_samples,)))
             return px.mean if mean else px.sample()
 
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Array) -> Tensor:
         """Returns ``E[x' | z]`` at ``z = E[z | x]`` under the encoder, shape ``(N, *event)`` like ``x``."""
         with isolated([self], seed=0):
             return self.decode(self.encode(x).mean).mean
+
+    def wants_units(self, x: Tensor) -> bool:
+        """Whether `pvae.fit` is to call `find_units` with ``x``, which has the shape of its data.
+
+        That is so where none were given or found, and the decoder's ``log_scale`` is where it began and not frozen
+        there. Else it was trained, loaded or set by hand.
+        """
+        units = [part for part in self.modules() if isinstance(part, Units)]
+        log_scale = getattr(self.decoder, "log_scale", None)
+        began = log_scale is None or (log_scale.requires_grad and not log_scale.item())
+        fresh = bool(units) and began and not any(part.found for part in units)
+        return fresh and tuple(x.shape[1:]) == self.event_shape
+
+    def find_units(self, x: Array) -> None:
+        """Lets the networks see data in units in which ``x`` has mean 0 and standard deviation 1.
+
+        `pvae.fit` does so with a batch of its data, before the first step of a new VAE. Before a loop of
+        your own, as with ``pyro.infer.SVI``, call it once. Densities stay those of x itself: in nats per datum with
+        respect to the units that x came in.
+
+        Args:
+            x: Data of shape ``(N, *event)``; some hundred are enough.
+
+        Raises:
+            ProgramError: The VAE has no units; those of `mlp` and `conv` do with a Gaussian likelihood.
+        """
+        x = self._as_events(x)
+        units = [part for part in self.modules() if isinstance(part, Units)]
+        if not units:
+            raise ProgramError(
+                "this VAE has no units to find. VAE.mlp and VAE.conv with a Gaussian likelihood have some; parts take "
+                "them as likelihoods.Gaussian(..., units=pvae.networks.Units())."
+            )
+        for part in units:
+            part.find(x)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the VAE into a folder: its weights (safetensors) and what it is made of (JSON), for `load`.
@@ -240,13 +291,9 @@ class VAE(nn.Module):
             _numbers[self] = next(_next_number)
         pyro.module(f"vae{_numbers[self]}.{part}", getattr(self, part))
 
-    def _as_events(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[1:]) != self.event_shape or x.dim() == 0:
-            expected = ", ".join(["N", *map(str, self.event_shape)])
-            advice = "Reshape the data, or build the VAE with another event_shape."
-            if len(self.event_shape) == 3 and tuple(x.shape[1:]) == (*self.event_shape[1:], self.event_shape[0]):
-                advice = "Its channels stand last: x.permute(0, 3, 1, 2) puts them first."
-            raise DataError(f"x must have shape ({expected}), got {tuple(x.shape)}. {advice}")
+    def _as_events(self, x: Array) -> Tensor:
+        x = _tensor("x", x)
+        check_shape("x", x, self.event_shape)
         check_real("x", x)
         return x.to(next(self.parameters(), x))
 
@@ -272,6 +319,25 @@ def _tried(vae: VAE) -> tuple[int, tuple[int, ...]]:
                 f"shape {(2, *px.event_shape)}, got {_shapes(qz)}."
             )
     return pz.event_shape[0], tuple(px.event_shape)
+
+
+def _units(named: likelihoods.Named, likelihood: str, given: tuple[float, float] | None) -> dict[str, Any]:
+    """What to give a part beside its network: units of its own, where its likelihood has some."""
+    if not named.has_units and given is not None:
+        raise ArgumentError(f"units={given!r}: likelihood={likelihood!r} has none. They are for data of real numbers.")
+    return {"units": Units(given)} if named.has_units and given != (0, 1) else {}
+
+
+def _tensor(name: str, x: Array) -> Tensor:
+    """What is no tensor as one; tensors stay as they are, with their gradients."""
+    if isinstance(x, Tensor):
+        return x
+    tensors = list(as_tensors(name, x))
+    if len(tensors) > 1:
+        raise DataError(
+            f"{name} must be one array, got {len(tensors)}. Pass the one that the VAE is of, such as data[0]."
+        )
+    return tensors[0]
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -128,6 +128,7 @@ def test_containers_come_back_in_order(container):
 
 PARTS = {
     networks.Batched: lambda: networks.conv_encoder((1, 4, 4), 3),
+    networks.Units: lambda: networks.Units([2, 0.5]),
     priors.StandardNormal: lambda: priors.StandardNormal(3),
     likelihoods.Bernoulli: lambda: likelihoods.Bernoulli(networks.mlp(3, [4], 6), event_shape=(2, 3)),
     likelihoods.Gaussian: lambda: likelihoods.Gaussian(networks.mlp(3, [4], 6), scale=0.3, event_shape=[2, 3]),

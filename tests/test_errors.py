@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 import warnings
+from pathlib import Path
 
 import pyro
 import pytest
@@ -49,7 +51,30 @@ def compiled_svi_captures_nothing():
         svi.step(torch.ones(8))
 
 
+def fit_of_another_scale():
+    pvae.fit(reads_a_number, guide, 1e-3 * torch.randn(8), epochs=1, compile=False, progress=False)
+
+
+def evidence_in_another_order():
+    loader = DataLoader(TensorDataset(torch.randn(8, 1)), batch_size=4, shuffle=True)
+    pair = pvae.VAE.mlp(1, 1, [2], "gaussian")
+    pvae.log_evidence(pair.model, pair.guide, loader, num_samples=30)
+
+
+def resume_of_a_damaged_checkpoint():
+    pair = pvae.VAE.mlp(1, 1, [2], "gaussian")
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"checkpoint": folder, "compile": False, "progress": False}
+        pvae.fit(pair.model, pair.guide, torch.randn(8, 1), epochs=2, **options)
+        last = max(Path(folder).glob("epoch-*"))
+        next(last.glob("*.safetensors")).write_bytes(b"")
+        pvae.svi.load_checkpoint(folder, pair.model, pair.guide, torch.randn(8, 1))
+
+
 CALLS = {
+    fit_of_another_scale: "noise so wide",
+    evidence_in_another_order: "in the order",
+    resume_of_a_damaged_checkpoint: "Going back",
     fit_captures_nothing: "uncaptured",
     fit_drops_data: "drop_last",
     evidence_of_initial_values: "initial values",
@@ -64,7 +89,8 @@ def test_a_warning_points_at_the_line_that_called_pvae(call):
     lines, first = inspect.getsourcelines(call)
     for warning in caught:
         assert warning.filename == __file__, warning
-        assert "pvae.fit(" in (line := lines[warning.lineno - first]) or "log_evidence(" in line or ".step(" in line
+        line = lines[warning.lineno - first]
+        assert any(call in line for call in ("pvae.fit(", "log_evidence(", "load_checkpoint(", ".step(")), line
 
 
 def test_a_second_caller_is_warned_too():

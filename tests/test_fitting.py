@@ -432,7 +432,7 @@ def nan_at(i):
         ({"x": torch.full((300, 6), 0.5)}, "site 'x' is Bernoulli.*'dynamic'"),
         ({"x": torch.cat([torch.zeros(299, 6), torch.full((1, 6), 255)])}, "site 'x' is Bernoulli.*0.333%"),
         ({"x": torch.full((300, 6), 255, dtype=torch.uint8)}, "Bernoulli"),
-        ({"x": torch.zeros(300, 7)}, r"\(N, 6\), got \(64, 7\)"),
+        ({"x": torch.zeros(300, 7)}, r"\(N, 6\), got \(300, 7\)"),
         ({"x": torch.zeros(0, 6)}, "data is empty"),
         ({"x": "mnist"}, "data must be"),
         ({"validation": torch.zeros(0, 6)}, "validation is empty"),

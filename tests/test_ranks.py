@@ -315,6 +315,20 @@ def batch_norm(rank: int) -> dict[str, torch.Tensor]:
     return {name: buffer.clone() for name, buffer in norm.named_buffers()}
 
 
+def units(rank: int) -> list[list[float]]:
+    """Mean and scale in which networks see real data: of a tensor, and of a loader that deals them out."""
+    x, found = 5 + 3 * torch.randn(101, 6, generator=torch.Generator().manual_seed(2)), []
+    dealt = DataLoader(
+        Items(x[:100]), batch_size=20, sampler=DistributedSampler(Items(x[:100]), 2, rank, shuffle=False)
+    )
+    for data in (x, dealt) if td.is_initialized() else (x,):
+        torch.manual_seed(rank)
+        vae = pvae.VAE.mlp(6, 2, [8], "gaussian")
+        fit(vae, data, epochs=1, compile=False)
+        found.append([value.item() for value in vae.buffers()])
+    return found
+
+
 def files(rank: int, folder: Path) -> dict[str, Any]:
     """What each process writes, where each has a folder and a callback."""
     calls: list[dict[str, float]] = []
@@ -370,6 +384,7 @@ def training(rank: int, folder: Path) -> dict[str, Any]:
         "alone": alone,
         "noise": noise_and_order(rank),
         "batch_norm": batch_norm(rank),
+        "units": units(rank),
         "files": files(rank, folder),
         "late": late_parameter(rank),
         "streams": streams(rank),
@@ -417,6 +432,10 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert buffers[0]["num_batches_tracked"] == 6
     assert buffers[0]["running_mean"].max() < 1
     assert bool(buffers[1]["flag"])
+
+    # Real data are seen in the same units, those of the tensor as on one process alone.
+    assert first["units"] == second["units"]
+    assert first["units"][0] == units(0)[0] != [0.0, 1.0, 0.0, 1.0]
 
     # The first one writes, and calls.
     assert first["files"]["checkpoint"] == str(tmp_path / "checkpoints-0" / "epoch-000003")

@@ -163,7 +163,8 @@ def taken(data, **options):
         batches.append([int(value) for value in x[:, 0]])
         return x
 
-    trained(data, pair=lambda: pvae.VAE.mlp(1, 1, [4], "gaussian"), transform=transform, **{"epochs": 1, **options})
+    pair = pvae.VAE.mlp(1, 1, [4], "gaussian", units=(0, 1))
+    trained(data, pair=lambda: pair, transform=transform, **{"epochs": 1, **options})
     return batches[1:]  # the first is a look at the pair
 
 

@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae.checks import Data, as_tensors, check_supports, fingerprint
+from pvae.checks import Data, as_tensors, check_supports, fingerprint, named_shape
 from pvae.errors import NumericalError, ProgramError, warn
 from pvae.evidence.traces import Batch, Pair
 from pvae.isolation import Program, dtype_of, isolated, modules_of, outside_modules, place
@@ -154,7 +154,12 @@ def opened(
         tensors = as_tensors("data", data)
     chosen, tensors = place(modules, tensors, device)
     known = outside_modules(pyro.get_param_store())
-    with _half_precision_told(), isolated(modules, seed=ranks.seed(seed), device=chosen, params=known) as store:
+    whole = tensors if stream is None else None
+    with (
+        named_shape("data", whole),
+        _half_precision_told(),
+        isolated(modules, seed=ranks.seed(seed), device=chosen, params=known) as store,
+    ):
         pair = Pair.of(model, guide, tensors, chosen)
         untrained = outside_modules(store)["params"].keys() - known["params"].keys()
         _warn_of_initial_values(untrained)

@@ -59,6 +59,10 @@ class Batches(Protocol):
         """One batch, transformed; the same on all processes."""
         ...
 
+    def any(self) -> Rows:
+        """The first batch of the first shuffled pass, transformed: rows from all over the data, the same anywhere."""
+        ...
+
     def transformed(self, *rows: Tensor) -> Rows:
         """A batch as programs see it."""
         ...
@@ -140,6 +144,10 @@ class InMemory:
         part = Ranks(0, self.ranks.count).part
         return self.transformed(*(part(t[: self.batch_size]).to(self.device) for t in self.tensors))
 
+    def any(self) -> Rows:
+        """The first batch of the first shuffled pass, transformed."""
+        return self.transformed(*self.take(self.order(1)[: self.batch_size]))
+
     def transformed(self, *rows: Tensor) -> Rows:
         """A batch as programs see it."""
         return _transformed(self.transform, rows)
@@ -202,6 +210,10 @@ class Streamed:
         alone = replace(self, stream=self.stream.alone())
         part = Ranks(0, 1 if self.stream.dealt else self.stream.ranks.count).part
         return self.transformed(*map(part, next(alone._read(0))))
+
+    def any(self) -> Rows:
+        """The first batch of the first shuffled pass, transformed."""
+        return self.transformed(*next(replace(self, stream=self.stream.alone())._read(1)))
 
     def transformed(self, *rows: Tensor) -> Rows:
         """A batch as programs see it."""

@@ -184,6 +184,9 @@ def fit(
         lent = bounds.nested(objective, verified)
         isolation: Any = {"seed": ranks.seed(seed), "device": pair.device, "training": True, "params": state}
         with isolated(pair.modules, **isolation) as store, lent:
+            with ranks.together():
+                if saved is None:
+                    pair.find_units(batches, verified, seed)
             tensors = begun(pair, store, saved, ranks)
             options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
             # Where there are other processes, one that ended early would leave them waiting.

@@ -49,6 +49,7 @@ class Verified(NamedTuple):
     params: list[Tensor]  # unconstrained, as an optimizer moves them
     observed: list[Any]  # as `pvae.checks.observed` finds them
     subsampled_from: int | None  # the size that a plate scales each batch up to; None where no plate does
+    batch: tuple[Tensor, ...]  # what it was run on
     summed: tuple[str, ...] = ()  # latents that are enumerated in the model and are not in the guide
     enumerated: tuple[str, ...] = ()  # latents that are enumerated in the guide
     nesting: int = 0  # how many dimensions plates take
@@ -157,7 +158,14 @@ def loss_of(elbo: Any, model: Program, guide: Program, batch: tuple[Tensor, ...]
     return torch.as_tensor(elbo.loss(model, guide, *batch), dtype=torch.float64, device=batch[0].device)
 
 
-def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> Verified:
+def verify(
+    model: Program,
+    guide: Program,
+    batch: tuple[Tensor, ...],
+    data: tuple[Tensor, ...] | None,
+    *,
+    transforms: bool = False,
+) -> Verified:
     """Runs the pair once without training it, and raises where it would go wrong.
 
     Args:
@@ -166,6 +174,7 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
         batch: One batch, as it would be trained on.
         data: All the data that batches are drawn from, to check them against the observed sites' supports; ``None`` if
             the batch was transformed.
+        transforms: Whether the caller takes a ``transform`` for them.
 
     Raises:
         ProgramError: The latent sites of the model and the guide differ, the model observes nothing or the guide
@@ -173,7 +182,7 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
         DataError: Data outside the support of their site.
     """
     for role, program in (("model", model), ("guide", guide)):
-        check_signature(role, program, batch)
+        check_signature(role, program, batch, transforms=transforms)
     with torch.no_grad(), pyro.validation_enabled(True):
         try:
             model_trace, guide_trace = _traces(model, guide, batch)
@@ -189,9 +198,10 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
                     f"before the first step, {found}. Bound what its parameters come from, such as a log-scale."
                 ) from None
             shapes = ", ".join(map(kind, batch))
+            whole = f" All data are {', '.join(map(kind, data))}: if that is one, as X[0], pass X[:1]." if data else ""
             raise ProgramError(
                 f"the model and the guide do not run on a batch of {shapes}: {str(error).splitlines()[0]} "
-                "Do the data have the shape and the values that they expect?"
+                f"Do the data have the shape and the values that they expect?{whole}"
             ) from error
     sites: dict[str, Any] = {**guide_trace.nodes, **model_trace.nodes}
     latent, proposed = density_sites(model_trace.nodes), density_sites(guide_trace.nodes)
@@ -210,7 +220,7 @@ def verify(model: Program, guide: Program, batch: tuple[Tensor, ...], data: tupl
     dims = [p.dim for site in sites.values() for p in site.get("cond_indep_stack", ()) if p.vectorized]
     enumerated = tuple(name for name, site in proposed.items() if site["infer"].get("enumerate"))
     depth = -min(dims, default=0)
-    return Verified(params, found, next(subsampled, None), _summed(latent, proposed), enumerated, depth)
+    return Verified(params, found, next(subsampled, None), batch, _summed(latent, proposed), enumerated, depth)
 
 
 def _summed(latent: Mapping[str, Any], proposed: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
-from pvae.checks import Data, as_tensors
+from pvae.checks import Data, as_tensors, base_distribution, named_shape
 from pvae.errors import warn
 from pvae.isolation import Program, dtype_of, isolated, modules_of, place, resolve_device
 from pvae.ranks import ALONE, Ranks
@@ -75,20 +76,27 @@ class Pair:
         Raises:
             ProgramError, DataError: As `objectives.verify` does.
         """
-        with isolated(self.modules, seed=seed, device=self.device, params=params) as store:
-            found = []
-            for those in filter(None, (batches, held_out)):
-                whole = those.tensors if isinstance(those, InMemory) and those.transform is None else None
-                found.append(objectives.verify(self.model, self.guide, those.first(), whole))
-                if isinstance(those, Streamed):
-                    those.observed = found[-1].observed
-            for param in found[0].params:
-                if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
-                    param.data = param.data.contiguous()  # entries that share memory could not be moved one by one
-            # A batch of all data does not show that a plate would scale up a smaller one.
-            sizes = (one.subsampled_from for one in found if one.subsampled_from is not None)
-            depth = max(one.nesting for one in found)
-            return found[0]._replace(subsampled_from=next(sizes, None), nesting=depth), store.get_state()
+        found, state = [], params
+        for name, those in (("data", batches), ("validation", held_out)):
+            if those is None:
+                continue
+            whole = those.tensors if isinstance(those, InMemory) and those.transform is None else None
+            with (
+                named_shape(name, whole),
+                isolated(self.modules, seed=seed, device=self.device, params=state) as store,
+            ):
+                transforms = those is batches
+                found.append(objectives.verify(self.model, self.guide, those.first(), whole, transforms=transforms))
+                state = store.get_state()
+            if isinstance(those, Streamed):
+                those.observed = found[-1].observed
+        for param in found[0].params:
+            if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+                param.data = param.data.contiguous()  # entries that share memory could not be moved one by one
+        # A batch of all data does not show that a plate would scale up a smaller one.
+        sizes = (one.subsampled_from for one in found if one.subsampled_from is not None)
+        depth = max(one.nesting for one in found)
+        return found[0]._replace(subsampled_from=next(sizes, None), nesting=depth), state
 
     def objective(
         self,
@@ -109,6 +117,25 @@ class Pair:
             with isolated(self.modules, seed=0, device=self.device, params=params):
                 bounds.try_out(objective, self.model, self.guide, batches.first(), verified)
         return objective
+
+    def find_units(self, batches: Batches, verified: objectives.Verified, seed: int) -> None:
+        """Lets modules that want it see the scale of their data, before anything is trained; warns of other scales.
+
+        Such a module has ``wants_units(x)`` and ``find_units(x)``, as `pvae.VAE` does.
+        """
+        parts: list[Any] = [
+            part for module in self.modules for part in module.modules() if hasattr(part, "wants_units")
+        ]
+        for name, distribution, indices in verified.observed:
+            rows = verified.batch[indices[0]]
+            wanting = [part for part in parts if part.wants_units(rows)]
+            if wanting:
+                with isolated(seed=seed, device=self.device):  # a transform may draw
+                    rows = batches.any()[indices[0]]
+                for part in wanting:
+                    part.find_units(rows)
+            elif found := _far_scale(name, distribution, rows):
+                warn(found)
 
     def warn_if_collapsed(self, batches: Batches, params: Mapping[str, Any]) -> None:
         """Says so where no latent dimension follows the data."""
@@ -153,3 +180,33 @@ class Pair:
             for key, value in states
             if not isinstance(value, Tensor) or value.layout is not torch.strided
         ]
+
+
+def _far_scale(site: str, distribution: Any, value: Tensor) -> str:
+    """How far the scale of a site of real numbers is from that of its data before training, in words; empty if near.
+
+    Noise ten times as wide as the data hides what varies in them. Data a hundred times as far from the site's mean as
+    its noise is wide are out of reach: Adam moves a parameter by about its learning rate in a step. Noise that is
+    narrower than the data by less may well be right.
+    """
+    support = distribution.support
+    if getattr(support, "base_constraint", support) not in (constraints.real, constraints.real_vector):
+        return ""
+    try:
+        mean, noise = distribution.mean, distribution.stddev.median().item()
+    except (NotImplementedError, AttributeError):  # as of transformed distributions
+        return ""
+    if mean.numel() != value.numel():  # it broadcasts
+        return ""
+    value = value.to(mean).reshape(mean.shape)
+    spread, distance = value.std(correction=0).item(), (value - mean).abs().median().item()
+    said = f"site '{site}' is {type(base_distribution(distribution)).__name__} with a standard deviation of {noise:.2g}"
+    advice = (
+        "Rescale the data, such as to mean 0 and standard deviation 1, or let the scale begin at theirs: Adam moves "
+        "its logarithm by about lr in a step."
+    )
+    if 0 < 10 * spread < noise < float("inf"):
+        return f"{said}, and that of its data is {spread:.2g}: noise so wide hides what varies in them. {advice}"
+    if 100 * noise < distance < float("inf"):
+        return f"{said}, and its data are {distance:.2g} away from its mean (medians, before training). {advice}"
+    return ""
