@@ -202,18 +202,21 @@ def _read(folder: Path, file: _File) -> Tensor:
     if path is None:
         raise DatasetError(f"{folder / file.name} is missing.")
     mend = "Delete it, and it is downloaded again; or put the original file there."
+    header = 4 + 4 * len(file.shape)
+    size = header + math.prod(file.shape)
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
+            content = stream.read(size + 1)  # no more: what is packed may be a thousand times as large
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{path} cannot be read: {error}. {mend}") from error
-    header = 4 + 4 * len(file.shape)
     magic = bytes([0, 0, 8, len(file.shape)])
     if content[:4] != magic:
         raise DatasetError(f"{path} is not an IDX file: it begins with {content[:16]!r}, expected {magic!r}. {mend}")
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
-    if shape != file.shape or len(content) - header != math.prod(file.shape):
+    if shape != file.shape or len(content) != size:
+        held = f"{'at least ' if len(content) > size else ''}{len(content) - header}"
         raise DatasetError(
-            f"{path} declares the shape {shape} and holds {len(content) - header} bytes of data, expected "
+            f"{path} declares the shape {shape} and holds {held} bytes of data, expected "
             f"{file.shape} and {math.prod(file.shape)} bytes. {mend}"
         )
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pvae.bounds import BoundsError
 from pvae.errors import CheckpointError, ProgramError
 
 __all__ = ["DTYPES", "build", "class_name", "describe", "dtype_name", "tensors_of"]
@@ -27,6 +28,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isin
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SEQUENCES = {"tuple": tuple, "size": torch.Size}
 # Arguments that torch's layers take for older callers' sake, and do not keep.
+_DEVICE = "device"
 _NOT_KEPT_BY_TORCH = {"min_value", "max_value", "_weight", "_freeze"}
 
 
@@ -93,7 +95,7 @@ class _Description:
         where = f"{place or 'the model'} is a {cls.__name__}"
         arguments = {}
         for name, default in _parameters(cls, where).items():
-            if name == "device" or (name in _NOT_KEPT_BY_TORCH and _of_torch(cls)):
+            if name == _DEVICE or (name in _NOT_KEPT_BY_TORCH and _of_torch(cls)):
                 continue
             try:
                 value = getattr(module, name)
@@ -169,6 +171,8 @@ class _Builder:
         parts = description.get("children" if _is_container(cls) else "arguments")
         if not isinstance(parts, dict) or len(description) != 2:
             raise CheckpointError(f"the description of {where} is none of a {cls.__name__}.")
+        if _DEVICE in parts and not _is_container(cls):
+            raise CheckpointError(f"the description of {where} names a device, and none that was saved does.")
         given = {name: self.value(part, _join(place, name)) for name, part in parts.items()}
         try:
             if issubclass(cls, nn.ModuleList) and _is_container(cls):
@@ -176,6 +180,8 @@ class _Builder:
             else:
                 module = cls(OrderedDict(given)) if _is_container(cls) else cls(**given)
             self.set_dtypes(module, place)  # now, and not when all is built: what it is put into may run it
+        except BoundsError:
+            raise
         except Exception as error:  # whatever a constructor raises
             raise CheckpointError(
                 f"{where} cannot be built: {cls.__name__}({', '.join(given)}) raises {type(error).__name__}: {error}"
@@ -201,7 +207,7 @@ class _Builder:
             case [["type", str(name)]]:
                 return self.known(name, place)
             case [["tensor", str(name)]] if name in self.tensors:
-                return self.tensors[name].clone()
+                return self.tensors[name].clone().to(torch.get_default_device())
         raise CheckpointError(f"the description of {place} is none: {str(value)[:80]}.")
 
     def known(self, name: str, where: str) -> type[nn.Module]:

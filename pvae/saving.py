@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvae import storage
+from pvae import serialization, storage
+from pvae.bounds import Bounded, needs_numbers, recorded, replayed
 from pvae.description import DTYPES, build, class_name, describe, dtype_name, tensors_of
 from pvae.errors import CheckpointError, ProgramError
 
@@ -79,17 +80,27 @@ def unpack(files: Mapping[str, bytes], own: Iterable[type[nn.Module]] = ()) -> n
         CheckpointError: The files are none of `pack`'s, or do not fit each other; what differs is listed.
     """
     config, weights = _parsed(files)
+    options: dict[str, Any] = {"tensors": weights, "dtypes": config["dtypes"]}
+    size, own = sum(tensor.nbytes for tensor in weights.values()), tuple(own)
+    trusted = any(not cls.__module__.startswith("pvae.") for cls in own)
     with _fresh(config["default_dtype"]):
-        module = build(config["model"], own, tensors=weights, dtypes=config["dtypes"])
-        now = {name: _kind(value) for name, value in module.state_dict().items()}
-        then = {name: _kind(value) for name, value in weights.items()}
-        differences = [
-            f"{name} is {then.get(name, 'not there')} in the file and {now.get(name, 'not there')} when it is built"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name)
-        ]
-        if differences:
-            raise CheckpointError(f"the weights do not fit the configuration: {'; '.join(differences)}.")
+        # Only the shapes at first: a few bytes can describe what would fill any memory.
+        found: list[Any] = []
+        try:
+            with torch.device("meta"), recorded(found), Bounded(size, len(weights), trusted=trusted) as bounds:
+                outline = build(config["model"], own, **options)
+            _check_fits(outline, weights)
+            bounds.take(sum(t.nbytes for name, t in tensors_of(outline).items() if name not in weights))
+            del outline
+            block: Any = replayed(found)
+        except CheckpointError as error:
+            if not needs_numbers(error):
+                raise
+            block = Bounded(size, len(weights), trusted=trusted)
+        torch.default_generator.manual_seed(_SEED)
+        with block:
+            module = build(config["model"], own, **options)
+        _check_fits(module, weights)
         try:
             module.load_state_dict(weights)
             for name, parameter in module.named_parameters():
@@ -97,6 +108,21 @@ def unpack(files: Mapping[str, bytes], own: Iterable[type[nn.Module]] = ()) -> n
         except Exception as error:  # of a module's own hooks, too
             raise CheckpointError(f"the weights cannot be loaded: {type(error).__name__}: {error}") from error
     return module
+
+
+def _check_fits(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    try:
+        now = {name: _kind(value) for name, value in module.state_dict().items()}
+    except Exception as error:  # of lazy layers, and of a module's own hooks
+        raise CheckpointError(f"what is built has no weights: {type(error).__name__}: {error}") from error
+    then = {name: _kind(value) for name, value in weights.items()}
+    differences = [
+        f"{name} is {then.get(name, 'not there')} in the file and {now.get(name, 'not there')} when it is built"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+    if differences:
+        raise CheckpointError(f"the weights do not fit the configuration: {'; '.join(differences[:20])}.")
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
@@ -141,19 +167,16 @@ def _saved(state: Mapping[str, Tensor]) -> bytes:
     from safetensors import SafetensorError
 
     try:
-        return storage.tensors_as_bytes(state)
+        return serialization.tensors_as_bytes(state)
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise ProgramError(f"its weights cannot be saved: {type(error).__name__}: {error}") from error
 
 
 def _parsed(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     if missing := [name for name in (_CONFIG, _WEIGHTS) if name not in files]:
         raise CheckpointError(f"it has no {missing[0]}, but {', '.join(files) or 'nothing'}.")
     try:
-        config = json.loads(files[_CONFIG])
+        config = serialization.json_from(files[_CONFIG])
         kinds = {name: DTYPES[dtype] for name, dtype in config["dtypes"].items()}
         config = {**config, "dtypes": kinds, "default_dtype": DTYPES[config["default_dtype"]]}
         if not isinstance(config["frozen"], list) or config["default_dtype"] not in _DEFAULTS:
@@ -162,8 +185,8 @@ def _parsed(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Tenso
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{_CONFIG} is not a configuration that pvae wrote.") from None
     try:
-        return config, load(files[_WEIGHTS])
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        return config, serialization.tensors_from(files[_WEIGHTS])
+    except Exception as error:  # of a file that may be anything
         raise CheckpointError(f"{_WEIGHTS} is no file of safetensors: {error}.") from None
 
 

@@ -3,24 +3,26 @@
 Each file is written to a temporary name, flushed to the disk, and renamed. The manifest, which names the files with
 their SHA-256, comes last, so that a set of files is in force as a whole or not at all. A set that replaces another
 takes other file names until the new manifest is in place. Reading verifies everything before it returns anything.
+
+Only regular files are read, never more of them than the manifest tells, and no link is followed to one. Only what a
+manifest names is removed: that of a set which is being written or removed lies beside it under a temporary name.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save
-from torch import Tensor
+from typing import IO, Any
 
 from pvae.errors import CheckpointError
 
@@ -32,10 +34,9 @@ __all__ = [
     "check_writable",
     "exclusive",
     "holds_set",
-    "own_files",
     "put",
     "read",
-    "tensors_as_bytes",
+    "remove",
     "versions",
     "write",
 ]
@@ -45,6 +46,8 @@ SCHEMA = 1
 
 MANIFEST = "manifest.json"
 
+_MOST_OF_A_MANIFEST = 1 << 20
+_FEW = 64 << 20
 _PACKAGES = ("pvae", "torch", "pyro-ppl", "numpy", "safetensors")
 
 
@@ -73,24 +76,27 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     with _clearly(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        before = _files_of(folder)
         entries = {}
         for name, content in files.items():
-            digest = hashlib.sha256(content).hexdigest()
-            path = folder / name
-            if path.exists():  # of the set in force, or somebody else's
-                path = folder / f"{path.stem}-{digest[:12]}{path.suffix}"
-            _put(path, content)
-            entries[name] = {"file": path.name, "bytes": len(content), "sha256": digest}
+            digest, file = hashlib.sha256(content).hexdigest(), name
+            if os.path.lexists(folder / name):  # of the set in force, or somebody else's
+                file = f"{Path(name).stem}-{digest[:12]}{Path(name).suffix}"
+            entries[name] = {"file": file, "bytes": len(content), "sha256": digest}
         manifest: dict[str, Any] = {"schema": SCHEMA, "versions": versions(), "files": entries}
         manifest["sha256"] = _digest_of(manifest)
-        _flush_folder(folder)  # the files' names, before the one that tells of them
-        _flush_folder(folder.parent)
-        put(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
-        for name in before - {entry["file"] for entry in entries.values()}:
-            (folder / name).unlink(missing_ok=True)
-        for left in _left_behind(folder, entries):
-            left.unlink(missing_ok=True)
+        try:
+            coming = _left(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
+            for name, content in files.items():
+                _put(folder / entries[name]["file"], content)
+            _flush_folder(folder)  # the files' names, before the one that tells of them
+            _flush_folder(folder.parent)
+            if _files_of(folder):
+                _left(folder / MANIFEST, _bytes_of_manifest(folder / MANIFEST) or b"")  # it names what goes
+            os.replace(coming, folder / MANIFEST)
+            _flush_folder(folder)
+        finally:
+            with suppress(OSError):
+                _tidy(folder, files)
 
 
 def read(folder: Path) -> dict[str, bytes]:
@@ -104,29 +110,28 @@ def read(folder: Path) -> dict[str, bytes]:
         raise CheckpointError(f"{folder} is not a folder that was saved: there is none of that name.")
     with _clearly(folder):
         while True:
-            before = _bytes_of_manifest(folder)
+            before = _bytes_of_manifest(folder / MANIFEST)
             try:
                 return _verified(folder)
             except DamagedError:
-                if _bytes_of_manifest(folder) == before:
+                if _bytes_of_manifest(folder / MANIFEST) == before:
                     raise  # else another process replaced the set meanwhile
 
 
-def own_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The files in a folder that sets of such names, whole or not, have left there."""
-    patterns = [MANIFEST, f"*{_TEMPORARY}"]
-    patterns += [p for n in names for p in (n, f"{Path(n).stem}-{'[0-9a-f]' * 12}{Path(n).suffix}")]
-    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
-
-
-def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as the bytes of a file of safetensors. They are copied: of some that share memory it would write none."""
-    return save({n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()})
+def remove(folder: Path, names: Iterable[str]) -> None:
+    """Removes a set of files of such names, whole or not, and its folder; what else is there stays, and so do links."""
+    with suppress(OSError):
+        if folder.is_symlink():
+            return
+        if _files_of(folder):
+            os.replace(folder / MANIFEST, _temporary(folder / MANIFEST))  # what is left is no set
+        _tidy(folder, names)
+        folder.rmdir()
 
 
 def holds_set(folder: Path) -> bool:
     """Whether there is a set of files in force, damaged or not."""
-    return (folder / MANIFEST).is_file()
+    return os.path.lexists(folder / MANIFEST)
 
 
 def put(path: Path, content: bytes) -> None:
@@ -138,24 +143,39 @@ def put(path: Path, content: bytes) -> None:
 
 def append(path: Path, content: bytes) -> None:
     """Adds to the end of a file, on the disk."""
-    with _clearly(path.parent), open(path, "ab") as file:
+    with _clearly(path.parent), _opened(path, "ab") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _put(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    temporary = _left(path, content)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _left(path: Path, content: bytes) -> Path:
+    """Writes what is to be a file under a temporary name, and returns that."""
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
 
 
 def check_writable(folder: Path) -> None:
@@ -175,7 +195,7 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     """
     with _clearly(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+b")  # noqa: SIM115 (held open through the block)
+        lock = _opened(folder / ".lock", "a+b")  # held open through the block
     with lock:
         try:
             import fcntl
@@ -194,40 +214,93 @@ _TEMPORARY = ".part"
 
 
 def _verified(folder: Path) -> dict[str, bytes]:
+    entries = _manifest(folder)["files"]
+    paths = {name: folder / entry["file"] for name, entry in entries.items()}
+    size = sum(entry["bytes"] for entry in entries.values())
+    on_disk = 0
+    for name, entry in entries.items():
+        with _regular(paths[name]) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != entry["bytes"]:
+                raise DamagedError(f"{paths[name]} has {found} bytes, and had {entry['bytes']} when it was written.")
+            on_disk += _on_disk(file.fileno(), found) if size > _FEW else found
+    if 8 * on_disk < size:
+        raise DamagedError(f"{folder} holds {size} bytes, and all but {on_disk} of them are holes in its files.")
     contents = {}
-    for name, entry in _manifest(folder)["files"].items():
-        path = folder / entry["file"]
-        try:
-            content = contents[name] = path.read_bytes()
-        except (FileNotFoundError, IsADirectoryError):
-            raise DamagedError(f"{path} is missing.") from None
-        if len(content) != entry["bytes"]:
-            raise DamagedError(f"{path} has {len(content)} bytes, and had {entry['bytes']} when it was written.")
-        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise DamagedError(f"{path} is not as it was written: its SHA-256 is another.")
+    for name, entry in entries.items():
+        with _regular(paths[name]) as file:
+            contents[name] = file.read(entry["bytes"])
+        if hashlib.sha256(contents[name]).hexdigest() != entry["sha256"]:
+            raise DamagedError(f"{paths[name]} is not as it was written: its SHA-256 is another.")
     return contents
 
 
-def _bytes_of_manifest(folder: Path) -> bytes | None:
+def _regular(path: Path) -> IO[bytes]:
+    """Opens a regular file and nothing else."""
+    try:
+        return _opened(path, "rb")
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing.") from None
+
+
+def _opened(path: Path, mode: str) -> IO[bytes]:
+    """Opens a regular file: a pipe would wait, a device has no end, and a link leads elsewhere."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+    special = (
+        f"{path} is a link, a pipe, a folder or the like, and has to be a regular file. Put the file itself there."
+    )
     with suppress(FileNotFoundError):
-        return (folder / MANIFEST).read_bytes()
-    return None
+        if not stat.S_ISREG(path.lstat().st_mode):  # to open a device may already do something
+            raise DamagedError(special)
+    file = open(path, mode, opener=opener)  # noqa: SIM115 (the caller closes it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise DamagedError(special)
+    return file
+
+
+def _on_disk(descriptor: int, size: int) -> int:
+    """How much of a file is on the disk. Holes read as zeros, and anybody can make a file that is nothing else."""
+    found = end = 0
+    if not hasattr(os, "SEEK_DATA"):
+        return size
+    while end < size:
+        try:
+            begin = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, begin, os.SEEK_HOLE)
+        except OSError as error:
+            return found if error.errno == errno.ENXIO else size  # no more data, or not a system that tells
+        found += end - begin
+    return found
+
+
+def _bytes_of_manifest(path: Path) -> bytes | None:
+    """They are few; none where there is none, or no more."""
+    try:
+        with _opened(path, "rb") as file:
+            return file.read(_MOST_OF_A_MANIFEST)
+    except FileNotFoundError:
+        return None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    content = _bytes_of_manifest(folder)
+    content = _bytes_of_manifest(folder / MANIFEST)
     if content is None:
         raise DamagedError(f"{folder} is incomplete: it has no {MANIFEST}, which is written last.")
+    return _parsed(content, folder / MANIFEST)
+
+
+def _parsed(content: bytes, path: Path) -> dict[str, Any]:
     manifest, schema, made_by = {}, 0, {}
     try:
         manifest = json.loads(content)
         digest = manifest.pop("sha256")
         schema, files, made_by = manifest["schema"], manifest["files"], manifest["versions"]
-        outside = [
-            e for e in files.values() if Path(e["file"]).name != e["file"] or not {"bytes", "sha256"} <= e.keys()
-        ]
-        whole = digest == _digest_of(manifest) and isinstance(schema, int) and not outside and isinstance(made_by, dict)
+        whole = digest == _digest_of(manifest) and type(schema) is int and isinstance(made_by, dict)
+        whole = whole and all(_is_entry(name, entry) for name, entry in files.items())
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         whole = False
     if not whole:
@@ -236,7 +309,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         now = versions()
         differences = [f"{name} {v} (here {now.get(name, 'none')})" for name, v in made_by.items()]
         raise CheckpointError(
-            f"{folder} has schema {schema}, and this version of pvae reads up to {SCHEMA}. It was written by "
+            f"{path.parent} has schema {schema}, and this version of pvae reads up to {SCHEMA}. It was written by "
             f"{', '.join(differences)}. Update pvae to read it."
         )
     return manifest
@@ -246,12 +319,12 @@ def _digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _left_behind(folder: Path, entries: Mapping[str, Any]) -> list[Path]:
-    """What processes that were killed have left of sets like this one."""
-    others = {
-        path for name in entries for path in folder.glob(f"{Path(name).stem}-{'[0-9a-f]' * 12}{Path(name).suffix}")
-    }
-    return [*folder.glob(f"*{_TEMPORARY}"), *(others - {folder / entry["file"] for entry in entries.values()})]
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether a manifest's entry could have been written here; a name that leads out of the folder could not."""
+    path = Path(name)
+    inside = path.name == name and name not in ("", "..", MANIFEST) and "\0" not in name
+    named = re.fullmatch(f"{re.escape(path.stem)}(-[0-9a-f]{{12}})?{re.escape(path.suffix)}", entry["file"])
+    return inside and bool(named) and type(entry["bytes"]) is int and entry["bytes"] >= 0 and "sha256" in entry
 
 
 def _files_of(folder: Path) -> set[str]:
@@ -259,6 +332,28 @@ def _files_of(folder: Path) -> set[str]:
     with suppress(CheckpointError):
         return {entry["file"] for entry in _manifest(folder)["files"].values()}
     return set()
+
+
+def _tidy(folder: Path, names: Iterable[str]) -> None:
+    """Removes what is named by manifests that are not in force: of sets unfinished, replaced or to be removed."""
+    in_force, names = _files_of(folder), set(names)
+    for journal in _unfinished(folder, MANIFEST):
+        entries = {}
+        with suppress(CheckpointError):
+            entries = _parsed(_bytes_of_manifest(journal) or b"", journal)["files"]
+        for file in (entry["file"] for name, entry in entries.items() if name in names):
+            gone = [] if file in in_force else [folder / file]
+            for path in [*gone, *_unfinished(folder, file)]:
+                if not path.is_symlink() and path.is_file():
+                    path.unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)
+
+
+def _unfinished(folder: Path, name: str) -> list[Path]:
+    """What was written to become a file of some name."""
+    pattern = re.compile(f"{re.escape(name)}\\.[0-9a-f]{{8}}{re.escape(_TEMPORARY)}")
+    found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    return [path for path in found if not path.is_symlink() and path.is_file()]
 
 
 def _flush_folder(folder: Path) -> None:

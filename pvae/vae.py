@@ -15,6 +15,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import likelihoods, networks, posteriors, priors, saving, storage
+from pvae.bounds import tried
 from pvae.checks import Array, as_tensors, check_real, check_shape, check_support
 from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, one_of, positive_int
 from pvae.isolation import isolated, resolve_seed
@@ -54,7 +55,7 @@ class VAE(nn.Module):
         self.prior = prior
         self.decoder = decoder
         self.encoder = encoder
-        self.latent_dim, self.event_shape = _tried(self)
+        self.latent_dim, self.event_shape = tried(lambda: _tried(self))
 
     @classmethod
     def mlp(
@@ -341,7 +342,7 @@ def _tensor(name: str, x: Array) -> Tensor:
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def _ran(name: str, part: nn.Module, argument: Tensor) -> torch.distributions.Distribution:

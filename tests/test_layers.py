@@ -14,13 +14,14 @@ import pvae
 ROOT = Path(pvae.__file__).parent
 GROUND = {
     "errors",
+    "bounds",
     "checks",
     "isolation",
     "networks",
     "datasets",
-    "description",
     "ranks",
     "rewriting",
+    "serialization",
     "storage",
     "testing",
     "evidence.weights",
@@ -29,7 +30,7 @@ GROUND = {
 PARTS = {"priors", "likelihoods", "posteriors"}
 MODELS = {"vae", "autoencoder"}
 REPORTS = {"diagnostics", "io_arviz", "plots", "estimator"}
-CHECKS = {"checks", "isolation", "storage", "ranks", "streams"}
+CHECKS = {"checks", "isolation", "serialization", "storage", "ranks", "streams"}
 CAPTURE = {"guards": {"isolation"}, "capture": {"rewriting"}, "graphs": {"errors", "guards", "capture"}}
 
 MODULES = {
@@ -58,13 +59,15 @@ def allowed(name: str) -> set[str]:
     if name == "streams":
         return {"errors", "checks", "isolation", "ranks"}
     if name == "saving":
-        return {"errors", "description", "storage"}
+        return {"errors", "bounds", "description", "serialization", "storage"}
+    if name == "description":
+        return {"errors", "bounds"}
     if name in CAPTURE:
         return CAPTURE[name]
     if name in PARTS:
         return {"errors", "networks", "checks"}
     if name in MODELS:
-        return {"errors", "networks", "saving", *CHECKS, *PARTS}
+        return {"errors", "bounds", "networks", "saving", *CHECKS, *PARTS}
     if name == "svi" or name.startswith("svi."):
         return {"errors", "guards", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "svi"}
     if name == "evidence" or name.startswith("evidence."):

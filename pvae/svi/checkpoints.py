@@ -7,28 +7,23 @@ configuration, and a manifest. Nothing is unpickled that could run code.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import pickle
-import random
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from pvae import storage
+from pvae import serialization, storage
 from pvae.checks import kind
 from pvae.errors import CheckpointError, warn
+from pvae.svi.contents import check_contents
 
 __all__ = ["Folder", "Saved", "check_plain", "check_weights"]
 
@@ -36,18 +31,6 @@ _NAME = re.compile(r"epoch-(\d{6,})(-step-(\d{7,}))?")
 _HISTORY = "history.jsonl"
 _KEPT = 2
 _FILES = ("weights.safetensors", "training.pt", "history.json", "config.json")
-
-# What reading a file raises that holds something else, and looking for what it ought to hold.
-_NOT_OURS = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-)
 
 
 @dataclass(frozen=True)
@@ -109,38 +92,55 @@ class Folder:
     def check(self) -> None:
         """Raises `CheckpointError` where checkpoints cannot be written, before anything is trained."""
         storage.check_writable(self.path)
-        for path in self.path.iterdir():
-            if _NAME.fullmatch(path.name) and not path.is_dir():
+        ahead = list(takewhile(lambda path: not storage.holds_set(path), self._all(unfinished=True)))
+        for path in self._all(unfinished=True):
+            if not path.is_dir() or (path in ahead and path.is_symlink()):
                 raise CheckpointError(f"{path} is in the way of a checkpoint of that name. Use another folder.")
 
-    def newest(self) -> Saved | None:
+    def newest(self, check: Callable[[Saved], None] | None = None) -> Saved | None:
         """The newest checkpoint that is whole, or none; says so where it passes over a damaged one. The folder may be
         that of one checkpoint, too.
+
+        Args:
+            check: Raises some error where the caller cannot go on from a checkpoint that is whole otherwise.
 
         Raises:
             CheckpointError: It is of a newer version of pvae, cannot be read, or all are damaged.
         """
-        problems = []
-        for folder in [self.path] if storage.holds_set(self.path) else self._all():
-            try:
-                found = _read(folder)
-            except storage.DamagedError as error:
-                problems.append(str(error))
-                continue
-            if problems:
-                warn(f"{'; '.join(problems)} Going back to the checkpoint before, {folder}.")
-            return found
-        if problems:
-            raise CheckpointError(f"no checkpoint in {self.path} is whole. {' '.join(problems)}")
-        return None
+        while True:
+            there, problems = self._sets(), []
+            for folder in there:
+                try:
+                    found = _read(folder, check)
+                except CheckpointError as error:
+                    if self._sets() != there:
+                        break  # another process has written one meanwhile, and removed others
+                    if not isinstance(error, storage.DamagedError):
+                        raise
+                    problems.append(str(error))
+                    continue
+                if problems:
+                    warn(f"{'; '.join(problems)} Going back to the checkpoint before, {folder}.")
+                return found
+            else:
+                if problems:
+                    raise CheckpointError(f"no checkpoint in {self.path} is whole. {' '.join(problems)}")
+                return None
 
     def best(self) -> Saved | None:
         """The checkpoint of the epoch that the newest one calls the best, or none."""
         newest = self.newest()
-        if newest is None or newest.config["best_epoch"] is None:
-            return None
-        folder = self.path / _named(newest.config["best_epoch"], 0)
-        return newest if folder == newest.folder else _read(folder)
+        while newest is not None and newest.config["best_epoch"] is not None:
+            folder = self.path / _named(newest.config["best_epoch"], 0)
+            if folder == newest.folder:
+                return newest
+            try:
+                return _read(folder)
+            except CheckpointError:
+                before, newest = newest, self.newest()
+                if newest is None or newest.folder == before.folder:
+                    raise  # else another epoch became the best meanwhile
+        return None
 
     def write(self, saved: Saved) -> Path:
         """Writes a checkpoint, and removes those that need not be kept.
@@ -149,19 +149,19 @@ class Folder:
             CheckpointError: It cannot be written; those before are as they were.
         """
         folder = self.path / _named(saved.epoch, saved.training["steps"])
-        buffer = io.BytesIO()
-        torch.save(dict(saved.training), buffer)
         contents = {
-            "weights.safetensors": storage.tensors_as_bytes(saved.weights),
-            "training.pt": buffer.getvalue(),
+            "weights.safetensors": serialization.tensors_as_bytes(saved.weights),
+            "training.pt": serialization.state_as_bytes(dict(saved.training)),
             "history.json": json.dumps(saved.history).encode(),
             "config.json": json.dumps(saved.config, indent=2).encode(),
         }
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder} is a link, and in the way of a checkpoint. Use another folder.")
         if folder.exists():
             try:
                 storage.read(folder)
             except storage.DamagedError:
-                _remove(folder)
+                storage.remove(folder, _FILES)
         storage.write(folder, contents)
         self._remove_all_but(folder, saved.config["best_epoch"])
         return folder
@@ -173,6 +173,10 @@ class Folder:
     def append_history(self, record: dict[str, float]) -> None:
         """Adds an epoch's line to ``history.jsonl``."""
         storage.append(self.path / _HISTORY, _line(record))
+
+    def _sets(self) -> list[Path]:
+        """Folders of checkpoints, or the folder itself if it is that of one."""
+        return [self.path] if storage.holds_set(self.path) else self._all()
 
     def _all(self, *, unfinished: bool = False) -> list[Path]:
         """Folders of checkpoints, the newest first. One without a manifest was never finished, and is none."""
@@ -190,19 +194,16 @@ class Folder:
         keep = whole[:_KEPT] + ([] if best_epoch is None else [self.path / _named(best_epoch, 0)])
         for old in order:
             if old not in keep:
-                _remove(old)
+                storage.remove(old, _FILES)
 
 
 def check_plain(name: str, state: Any) -> None:
     """Raises `CheckpointError` where a state holds more than can be read from a file without running code."""
-    buffer = io.BytesIO()
     try:
-        torch.save(state, buffer)
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except Exception as error:
-        first_line = str(error).strip().splitlines()[0]
+        serialization.state_as_bytes(state)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{name} cannot be in a checkpoint: its state holds more than tensors and plain values ({first_line})."
+            f"{name} cannot be in a checkpoint: its state holds more than tensors and plain values ({error})."
         ) from None
 
 
@@ -210,75 +211,28 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
     """Raises `CheckpointError` where safetensors cannot hold them."""
     for name, tensor in weights.items():
         try:
-            storage.tensors_as_bytes({name: tensor.new_empty(0, device="cpu")})
+            serialization.tensors_as_bytes({name: tensor.new_empty(0, device="cpu")})
         except (KeyError, ValueError, SafetensorError):
             raise CheckpointError(f"'{name}' cannot be in a checkpoint: its dtype is {tensor.dtype}.") from None
 
 
-def _read(folder: Path) -> Saved:
+def _read(folder: Path, check: Callable[[Saved], None] | None = None) -> Saved:
     contents = storage.read(folder)
     if missing := set(_FILES) - contents.keys():
         raise CheckpointError(f"{folder} is not a checkpoint of pvae.fit: it has no {', '.join(sorted(missing))}.")
     try:
-        saved = Saved(
-            load_tensors(contents["weights.safetensors"]),
-            torch.load(io.BytesIO(contents["training.pt"]), map_location="cpu", weights_only=True),
-            json.loads(contents["history.json"]),
-            json.loads(contents["config.json"]),
-            folder,
-        )
-        _check(saved)
-    except _NOT_OURS as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise storage.DamagedError(f"{folder} holds a file that was not written by pvae.fit: {first_line}") from None
+        weights = serialization.tensors_from(contents.pop("weights.safetensors"))
+        training = serialization.state_from(contents.pop("training.pt"))
+        history, config = (serialization.json_from(contents[name]) for name in ("history.json", "config.json"))
+        check_contents(weights, training, history, config)
+        saved = Saved(weights, training, history, config, folder)
+        if check is not None:
+            check(saved)
+    except Exception as error:  # of files that may hold anything
+        raise storage.DamagedError(
+            f"{folder} holds a file that was not written by pvae.fit: {serialization.first_line(error)}"
+        ) from None
     return saved
-
-
-def _check(saved: Saved) -> None:
-    """Raises some error where a checkpoint is not what `Training` writes: kernels that are given it look at nothing."""
-    training, config = saved.training, saved.config
-    epoch, steps, seen = (int(training[name]) for name in ("epoch", "steps", "seen"))
-    ranks = len(training["totals"])
-    _demand(min(epoch, steps, seen) >= 0 and (steps > 0) == (seen > 0), "its place in the data makes no sense")
-    _demand(all(len(values) == epoch for values in saved.history.values()), "its history has another length")
-    _demand(set(training["order"]) <= saved.weights.keys(), "it trains what it does not hold")
-    _demand(set(training["optimizer"]) <= set(training["order"]), "it optimizes what it does not train")
-    for name, state in training["optimizer"].items():
-        weight = saved.weights[name]
-        moments = [state["exp_avg"], state["exp_avg_sq"]]
-        fits = all(m.shape == weight.shape and m.dtype == weight.dtype for m in moments)
-        _demand(
-            fits and state["step"].numel() == 1 and len(state) == 3, f"the optimizer's state of {name} does not fit"
-        )
-    _demand(len(training["noise"]) == ranks > 0, "it lacks random numbers")
-    for noise in training["noise"]:
-        torch.Generator().set_state(noise["torch"])
-        random.Random().setstate(noise["python"])
-        kind, keys, *places = noise["numpy"]
-        np.random.RandomState().set_state((kind, keys.numpy().astype(np.uint32), *places))
-    _demand(
-        all(isinstance(v, int | float | tuple | list | None) for v in training["group"].values()), "of its optimizer"
-    )
-    for memory in (memory for memories in training["memory"] for memory in memories):
-        _demand(memory is None or memory.keys() == {"first", "runs", "changes", "given_up"}, "of its captures")
-    _demand({"seconds", "scheduler", "constraints"} <= training.keys(), "it is incomplete")
-    _demand(
-        {"arguments", "environment", "kl_weights", "best_epoch"} <= config.keys(), "its configuration is incomplete"
-    )
-    _demand("seed" in config["arguments"], "it has no seed")
-
-
-def _demand(fulfilled: bool, complaint: str) -> None:
-    if not fulfilled:
-        raise ValueError(complaint)
-
-
-def _remove(folder: Path) -> None:
-    """Removes a checkpoint; what else is in its folder stays."""
-    with suppress(OSError):
-        for path in storage.own_files(folder, _FILES):
-            path.unlink(missing_ok=True)  # the manifest first: what is left is no checkpoint
-        folder.rmdir()
 
 
 def _named(epoch: int, steps: int) -> str:

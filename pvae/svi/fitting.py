@@ -153,7 +153,7 @@ def fit(
         raise ArgumentError("resume='auto' needs a folder to go on from: pass checkpoint=.")
 
     with heeded() as stop, opened(path, ranks) as folder:
-        saved = found(folder, resume, ranks)
+        saved = found(folder, resume, ranks, make_scheduler, schedule)
         if saved is not None and seed is None:
             seed = saved.config["arguments"]["seed"]
         seed = ranks.from_first(resolve_seed(seed))

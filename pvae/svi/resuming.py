@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import numpy as np
 import torch
 from pyro.params.param_store import ParamStoreDict
 from torch.distributions import constraints
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pvae import ranks as processes
 from pvae import storage
@@ -91,18 +96,35 @@ def opened(path: Path | None, ranks: Ranks) -> Iterator[Folder | None]:
         yield folder
 
 
-def found(folder: Folder | None, resume: str, ranks: Ranks) -> Saved | None:
-    """What there is to go on from, on all processes."""
+def found(
+    folder: Folder | None, resume: str, ranks: Ranks, make: Callable[[Optimizer], Any], schedule: str | None
+) -> Saved | None:
+    """What there is to go on from, on all processes; the scheduler is as `pvae.svi.settings.scheduled` gives it."""
     saved = None
     with ranks.together():
         if folder is not None:
-            saved = folder.newest()
+            saved = folder.newest(partial(_check_scheduler, make=make, schedule=schedule))
             if saved is not None and resume == "never":
                 raise CheckpointError(
                     f"{folder.path} holds checkpoints of {saved.epoch} epoch(s). Pass resume='auto' to go on from "
                     "them, or another folder for a new run."
                 )
     return ranks.from_first(saved)
+
+
+def _check_scheduler(saved: Saved, make: Callable[[Optimizer], Any], schedule: str | None) -> None:
+    """Raises some error where the caller's scheduler cannot go on from its state: tried on an optimizer of nothing."""
+    arguments, state = saved.config["arguments"], saved.training["scheduler"]
+    if schedule is None or arguments.get("scheduler") != schedule:
+        return  # of another run, which is told with all that differs
+    optimizer = torch.optim.Adam([torch.zeros(1)], lr=float(arguments["lr"]))
+    scheduler = make(optimizer)
+    optimizer.param_groups[0] |= saved.training["group"]
+    scheduler.load_state_dict(copy.deepcopy(state))
+    optimizer.step()
+    scheduler.step(*([0.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
+    if not math.isfinite(float(optimizer.param_groups[0]["lr"])):
+        raise ValueError("its scheduler gives no learning rate")
 
 
 def check_same_run(

@@ -21,15 +21,13 @@ from pvae.isolation import noise, set_noise
 from pvae.ranks import Ranks
 from pvae.svi import objectives
 from pvae.svi.checkpoints import Folder, Saved, check_weights
+from pvae.svi.contents import FIXED
 from pvae.svi.pairs import Pair
 from pvae.svi.passes import Epochs
 from pvae.svi.signals import Stop
 from pvae.svi.validation import Validation
 
 __all__ = ["Callback", "Plan", "Training"]
-
-# What of Adam's settings belongs to the place where it runs; schedulers may move all others.
-_FIXED = ("params", "fused", "capturable", "foreach", "differentiable")
 
 Callback = Callable[[dict[str, float]], Any]
 
@@ -237,7 +235,7 @@ class Training:
             "seconds": self.seconds,
             "order": [places[id(p)] for p in self.step.params],
             "optimizer": {places[id(p)]: dict(state) for p, state in optimizer.state.items()},
-            "group": {k: v for k, v in optimizer.param_groups[0].items() if k not in _FIXED},
+            "group": {k: v for k, v in optimizer.param_groups[0].items() if k not in FIXED},
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "noise": noises,
             "constraints": {name: repr(store._constraints[name]) for name in self.pair.bare(store._params)},
