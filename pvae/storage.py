@@ -337,16 +337,19 @@ def _files_of(folder: Path) -> set[str]:
 def _tidy(folder: Path, names: Iterable[str]) -> None:
     """Removes what is named by manifests that are not in force: of sets unfinished, replaced or to be removed."""
     in_force, names = _files_of(folder), set(names)
+    begun = {*names, *in_force}
     for journal in _unfinished(folder, MANIFEST):
         entries = {}
         with suppress(CheckpointError):
             entries = _parsed(_bytes_of_manifest(journal) or b"", journal)["files"]
         for file in (entry["file"] for name, entry in entries.items() if name in names):
-            gone = [] if file in in_force else [folder / file]
-            for path in [*gone, *_unfinished(folder, file)]:
-                if not path.is_symlink() and path.is_file():
-                    path.unlink(missing_ok=True)
+            begun.add(file)
+            path = folder / file
+            if file not in in_force and not path.is_symlink() and path.is_file():
+                path.unlink(missing_ok=True)
         journal.unlink(missing_ok=True)
+    for left in (path for file in begun for path in _unfinished(folder, file)):
+        left.unlink(missing_ok=True)
 
 
 def _unfinished(folder: Path, name: str) -> list[Path]:

@@ -10,6 +10,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -613,3 +615,15 @@ def test_the_newest_is_looked_for_again_where_it_was_removed_meanwhile(run, trai
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Folder(run).newest().epoch == 6
+
+
+# --- at random ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is watched by way of Linux's /proc")
+@pytest.mark.parametrize("trials", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_files_that_were_changed_at_random_do_no_harm(trials):
+    script = Path(__file__).with_name("attack_files.py")
+    command = [sys.executable, "-W", "ignore", str(script), "--trials", str(trials), "--seed", str(trials)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30 * trials)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
