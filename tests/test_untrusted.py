@@ -198,6 +198,7 @@ HISTORIES = {
     "none": lambda h: h["validation_elbo"].__setitem__(0, None),
     "lacks": lambda h: h.pop("seconds"),
     "more": lambda h: h.update(more=[0.0] * 3),
+    "huge": lambda h: h["seconds"].__setitem__(0, 10**30),
     "short": lambda h: h["objective"].pop(),
 }
 CONFIGS = {

@@ -170,7 +170,11 @@ def _is_setting(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     """Whether it is a finite number."""
-    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < math.inf
+    return (
+        isinstance(value, float | int)
+        and not isinstance(value, bool)
+        and abs(value) < (_MOST if isinstance(value, int) else math.inf)
+    )
 
 
 def _is_count(value: Any, most: int = _MOST) -> bool:
