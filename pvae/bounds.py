@@ -81,9 +81,11 @@ def _without_memory(value: Any) -> Any:
 
 def needs_numbers(error: BaseException | None) -> bool:
     """Whether an error on the meta device says that numbers were needed there, which it has none of."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # an error may be the cause of its own
         if isinstance(error, NotImplementedError) or "meta" in str(error):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 

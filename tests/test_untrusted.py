@@ -308,6 +308,13 @@ def test_a_prior_of_any_size_is_not_built(tmp_path):
         pvae.VAE.load(tmp_path)
 
 
+def test_parts_that_do_not_fit_each_other_are_refused_at_once(tmp_path):
+    small().save(tmp_path)
+    vouched(tmp_path, config=lambda c: c["model"]["arguments"]["decoder"]["arguments"].update(event_shape=[5]))
+    with cheaply(), pytest.raises(CheckpointError, match="expected 1 number"):
+        pvae.VAE.load(tmp_path)
+
+
 class Grows(nn.Module):
     """Needs numbers in its constructor, which the meta device has none of."""
 
