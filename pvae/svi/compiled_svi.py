@@ -29,7 +29,7 @@ _PLAIN_STEPS = 100  # from the first, after which it is said why
 
 
 class CompiledSVI(SVI):
-    """A drop-in for `pyro.infer.SVI` that takes the same arguments and steps two to three times as fast.
+    """A drop-in for `pyro.infer.SVI`: the same arguments and steps, in long runs two to three times as fast.
 
     The first step with a set of shapes is Pyro's own, with its checks and warnings; at the second, loss and gradients
     are captured as one tensor program. The program is compiled after some thousands of steps, fewer of a large network,
