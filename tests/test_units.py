@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import pvae
-from pvae import likelihoods, networks
+from pvae import likelihoods, networks, posteriors, priors, saving
 
 GAUSSIANS = ["gaussian", "gaussian-per-pixel"]
 
@@ -125,6 +126,20 @@ def test_the_old_parts_are_there_without_units(likelihood):
     z = torch.randn(3, 2)
     torch.testing.assert_close(new.decode(z).base_dist.scale, old.decode(z).base_dist.scale)
     torch.testing.assert_close(new.decode(z).mean, old.decode(z).mean)
+
+
+@pytest.mark.parametrize("likelihood", GAUSSIANS)
+def test_a_vae_that_was_saved_before_there_were_units_loads(likelihood, x):
+    old = made(likelihood, units=(0, 1))
+    files, _ = saving.pack(old)
+    config = json.loads(files["config.json"])
+    for part in ("decoder", "encoder"):
+        assert config["model"]["arguments"][part]["arguments"].pop("units") is None
+    parts = (pvae.VAE, priors.StandardNormal, likelihoods.Gaussian, posteriors.DiagonalNormal)
+    loaded = saving.unpack(files | {"config.json": json.dumps(config).encode()}, parts)
+    assert isinstance(loaded, pvae.VAE)
+    assert torch.equal(loaded.reconstruct(x), old.reconstruct(x))
+    assert loaded.state_dict().keys() == old.state_dict().keys()
 
 
 class Rows(Dataset):

@@ -77,7 +77,9 @@ def fit(
         guide: The recognition program, with the model's latent sites.
         data: ``(N, *event)``, or a tuple of arrays with the same ``N``. Floating-point data are converted to the
             modules' dtype; integers and booleans stay as they are. Or a torch ``Dataset`` of such items, read as they
-            are needed, or a ``DataLoader``, whose batches are taken as they come.
+            are needed, or a ``DataLoader``, whose batches are taken as they come. A new VAE with a Gaussian likelihood
+            first finds their mean and standard deviation in a batch of them (see ``VAE.find_units``); a warning says
+            where the scale of another site is far from theirs.
         transform: Called with each batch on its device, before model and guide see it; returns the tensor, or the
             tuple, to use in its place. Dynamic binarization is one.
         epochs: Passes over the data.
