@@ -13,6 +13,7 @@ from pvae.evidence.importance import log_evidence
 from pvae.evidence.proposals import Guide, Refined
 from pvae.evidence.sampling import Proposal
 from pvae.isolation import Program, resolve_seed
+from pvae.turns import in_turn
 
 __all__ = ["Gaps", "gaps"]
 
@@ -66,6 +67,7 @@ class Gaps:
         )
 
 
+@in_turn
 def gaps(
     model: Program,
     guide: Program,

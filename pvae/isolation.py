@@ -1,7 +1,8 @@
 """Running somebody's Pyro programs and leaving the process as it was found.
 
 While `pvae.fit` or `pvae.log_evidence` runs, the caller's random numbers, param store, gradient mode, validation
-setting and train/eval modes are set aside; afterwards they are put back. Only the modules' device may change.
+setting and train/eval modes are set aside; afterwards they are put back. Only the modules' device may change. Most of
+that is the whole process's, so blocks in several threads take turns.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import inspect
 import random
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -25,6 +27,7 @@ from torch.distributions import constraints, transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae.errors import ArgumentError, DataError, DeviceError, PVAEError
+from pvae.turns import turn
 
 __all__ = [
     "OwnParameters",
@@ -190,14 +193,18 @@ def isolated(
     cuda = [device] if device.type == "cuda" else []
     modes: dict[nn.Module, bool] = {}
     store = pyro.get_param_store()
+    thread = threading.get_ident()
 
     def set_mode(module: nn.Module, *_: Any) -> None:
+        if threading.get_ident() != thread:  # somebody else's, who is not in our block
+            return
         modes.setdefault(module, module.training)
         if module.training != training:
             module.training = training
 
     state: Any = {key: dict((params or {}).get(key, {})) for key in ("params", "constraints")}
     with ExitStack() as stack:
+        stack.enter_context(turn())
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.callback(set_noise, noise())
         stack.enter_context(torch.inference_mode(False))

@@ -22,6 +22,7 @@ from pvae.isolation import isolated, resolve_seed
 from pvae.networks import Units
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
+from pvae.turns import in_turn
 
 __all__ = ["VAE"]
 
@@ -228,6 +229,7 @@ class VAE(nn.Module):
         for part in units:
             part.find(x)
 
+    @in_turn
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the VAE into a folder: its weights (safetensors) and what it is made of (JSON), for `load`.
 
@@ -255,6 +257,7 @@ class VAE(nn.Module):
         saving.write(folder, files, overwrite=overwrite)
 
     @classmethod
+    @in_turn
     def load(cls, path: str | os.PathLike[str], *, modules: Iterable[type[nn.Module]] = ()) -> Self:
         """Returns the VAE that `save` wrote into a folder, on the CPU, in train mode; move it with ``.to("cuda")``.
 

@@ -24,13 +24,14 @@ GROUND = {
     "serialization",
     "storage",
     "testing",
+    "turns",
     "evidence.weights",
     "evidence.pareto",
 }
 PARTS = {"priors", "likelihoods", "posteriors"}
 MODELS = {"vae", "autoencoder"}
 REPORTS = {"diagnostics", "io_arviz", "plots", "estimator"}
-CHECKS = {"checks", "isolation", "serialization", "storage", "ranks", "streams"}
+CHECKS = {"checks", "isolation", "ranks", "serialization", "storage", "streams", "turns"}
 CAPTURE = {"guards": {"isolation"}, "capture": {"rewriting"}, "graphs": {"errors", "guards", "capture"}}
 
 MODULES = {
@@ -55,7 +56,7 @@ def imported(path: Path) -> set[str]:
 
 def allowed(name: str) -> set[str]:
     if name in GROUND:
-        return {"errors"} | ({"evidence.pareto"} if name == "evidence.weights" else set())
+        return {"errors"} | {"evidence.weights": {"evidence.pareto"}, "isolation": {"turns"}}.get(name, set())
     if name == "streams":
         return {"errors", "checks", "isolation", "ranks"}
     if name == "saving":

@@ -14,6 +14,7 @@ from pvae.evidence.session import opened
 from pvae.evidence.traces import Batch
 from pvae.evidence.weights import WeightSums
 from pvae.isolation import Program, resolve_seed
+from pvae.turns import in_turn
 
 __all__ = ["Bracket", "bidirectional_monte_carlo"]
 
@@ -60,6 +61,7 @@ class Bracket:
         )
 
 
+@in_turn
 def bidirectional_monte_carlo(
     model: Program,
     guide: Program,

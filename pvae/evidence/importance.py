@@ -26,6 +26,7 @@ from pvae.evidence.weights import Chunk, WeightSums
 from pvae.graphs import Captured, pays
 from pvae.isolation import Program, modules_of, resolve_seed
 from pvae.ranks import Ranks
+from pvae.turns import in_turn
 
 __all__ = ["log_evidence", "log_weights"]
 
@@ -38,6 +39,7 @@ _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_ST
 T = TypeVar("T")
 
 
+@in_turn
 def log_evidence(
     model: Program,
     guide: Program,
@@ -129,6 +131,7 @@ def log_evidence(
     )
 
 
+@in_turn
 def log_weights(
     model: Program,
     guide: Program,

@@ -18,6 +18,7 @@ from pvae.evidence.sampling import log_joint
 from pvae.evidence.session import opened
 from pvae.evidence.traces import Batch, Pair
 from pvae.isolation import Program
+from pvae.turns import in_turn
 
 __all__ = ["QuadratureEstimate", "gauss_hermite"]
 
@@ -53,6 +54,7 @@ class QuadratureEstimate:
         )
 
 
+@in_turn
 def gauss_hermite(
     model: Program,
     guide: Program,

@@ -19,6 +19,7 @@ from pvae.errors import NumericalError, warn
 from pvae.graphs import Captured
 from pvae.svi.arguments import Arguments, most_varied, named
 from pvae.svi.objectives import ItemsStayTensors, inside_handlers, params_met
+from pvae.turns import in_turn
 
 __all__ = ["CompiledSVI"]
 
@@ -83,6 +84,7 @@ class CompiledSVI(SVI):
         """How many tensor programs were captured; if this goes on growing, something changes from step to step."""
         return sum(run.captures + run.captured.captures for run in (*self._gradients, *self._losses))
 
+    @in_turn
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Takes one step and returns the loss, as `pyro.infer.SVI.step` does.
 
@@ -109,6 +111,7 @@ class CompiledSVI(SVI):
         zero_grads(params)
         return values
 
+    @in_turn
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the loss without a step, as `pyro.infer.SVI.evaluate_loss` does."""
         given = Arguments.of(args, kwargs)

@@ -30,12 +30,14 @@ from pvae.svi.settings import described, folder_path, kl_weights, patience_for, 
 from pvae.svi.signals import heeded
 from pvae.svi.training import Callback, Plan, Training
 from pvae.svi.validation import Validation
+from pvae.turns import in_turn
 
 __all__ = ["fit"]
 
 _ENOUGH_TO_JUDGE = 200  # steps; before, an encoder that tells nothing apart is only a new one
 
 
+@in_turn
 def fit(
     model: Program,
     guide: Program,

@@ -13,6 +13,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from pvae.turns import turn
+
 __all__ = ["FitResult"]
 
 
@@ -58,16 +60,19 @@ class FitResult:
     def trained(self) -> Iterator[None]:
         """A block in which ``pyro.param`` finds the trained values; needed only for parameters outside modules.
 
+        The param store is the whole process's: calls of pvae in other threads wait until the block ends.
+
         Example::
 
             with result.trained():
                 estimate = pvae.log_evidence(model, guide, x)
         """
-        store = pyro.get_param_store()
-        outside = store.get_state()
-        merged: Any = {key: {**outside[key], **self._state[key]} for key in ("params", "constraints")}
-        with store.scope(merged):
-            yield
+        with turn():
+            store = pyro.get_param_store()
+            outside = store.get_state()
+            merged: Any = {key: {**outside[key], **self._state[key]} for key in ("params", "constraints")}
+            with store.scope(merged):
+                yield
 
 
 _CURVES = ("elbo", "objective", "validation_elbo")

@@ -29,10 +29,12 @@ from pvae.svi.checkpoints import Folder, Saved
 from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
 from pvae.svi.settings import folder_path
+from pvae.turns import in_turn
 
 __all__ = ["begun", "check_same_run", "found", "load_checkpoint", "opened", "outside"]
 
 
+@in_turn
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: Program,
