@@ -68,6 +68,8 @@ def as_tensors(name: str, data: Data) -> tuple[Tensor, ...]:
     layouts = [t.layout for t in tensors if t.layout is not torch.strided]
     if layouts:
         raise DataError(f"{name} must be dense, got a tensor of layout {layouts[0]}. Pass x.to_dense().")
+    if any(t.is_meta for t in tensors):
+        raise DataError(f"{name} must be numbers, got a tensor on the meta device, which holds none.")
     shapes = [tuple(t.shape) for t in tensors]
     if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1:
         raise DataError(f"{name} must have one leading dimension of N data, the same for every tensor; got {shapes}.")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.errors import DataError, DatasetError, one_of
+from pvae.errors import ArgumentError, DataError, DatasetError, folder_path, one_of
 
 __all__ = ["BINARIZATIONS", "Dataset", "binarize", "digits", "fresh_bits", "mnist"]
 
@@ -180,8 +180,11 @@ def _root(chosen: str | os.PathLike[str] | None) -> Path:
     if chosen is None:
         chosen = os.environ.get("PVAE_DATA") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "pvae")
     try:
-        return Path(chosen).expanduser()
-    except RuntimeError as error:  # as in a container whose user has no name
+        return folder_path("root", chosen)
+    except ArgumentError as error:
+        if not str(chosen).startswith("~"):
+            raise
+        # As in a container whose user has no name.
         raise DatasetError(f"{chosen} is in nobody's home: set PVAE_DATA to a folder, or pass root=.") from error
 
 

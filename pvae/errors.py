@@ -5,9 +5,12 @@ Every error names the argument, file or site, what was expected, what came, and 
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 __all__ = [
     "ArgumentError",
@@ -19,6 +22,7 @@ __all__ = [
     "PVAEError",
     "ProgramError",
     "RankError",
+    "folder_path",
     "one_of",
     "positive_int",
     "warn",
@@ -74,6 +78,23 @@ def warn(message: str) -> None:
     registry = space.setdefault("__warningregistry__", {})
     name = space.get("__name__", "<unknown>")
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, name, registry)
+
+
+def folder_path(name: str, path: Any) -> Path:
+    """A path that stays where it is when the process goes to another folder, or raises `ArgumentError`."""
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ArgumentError(f"{name} must be the path of a folder, got {path!r}.")
+    if "\0" in str(path):
+        raise ArgumentError(f"{name} must be the path of a folder, got {path!r}: no path has a NUL character.")
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ArgumentError(f"{name}={path!r}: {error}") from None
+    except FileNotFoundError:  # of the working directory
+        raise ArgumentError(
+            f"{name}={path!r} is a path from the working directory, which has been deleted. Pass a path that begins "
+            "at the root, or go to another folder first, by os.chdir."
+        ) from None
 
 
 def positive_int(name: str, value: object) -> int:

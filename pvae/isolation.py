@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -89,7 +90,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """``"auto"`` is the GPU where there is one, else the CPU; anything else must be there.
 
     Raises:
-        DeviceError: A CUDA device was asked for and this machine has none.
+        DeviceError: A CUDA device was asked for and this machine has none, or one that computes nothing.
         ArgumentError: Not the name of a device.
     """
     if device == "auto":
@@ -105,6 +106,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         if chosen.index is not None and chosen.index >= count:
             raise DeviceError(f"device={str(device)!r}: this machine has {count} CUDA device(s), numbered from 0.")
         return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+    if chosen.type == "meta":
+        raise DeviceError(f"device={str(device)!r} holds no numbers to compute with. Use device='auto' or 'cpu'.")
     return chosen
 
 
@@ -118,11 +121,17 @@ def place(
 
     Raises:
         DataError: Data are too large for the modules' dtype.
+        DeviceError: There is no such device, or parameters are on one without numbers.
     """
     modules = list(modules)
-    if device == "auto" and not modules:
+    if device == "auto" and not modules and tensors:
         return tensors[0].device, tensors
     chosen = resolve_device(device)
+    if any(t.is_meta for module in modules for t in chain(module.parameters(), module.buffers())):
+        raise DeviceError(
+            "a module's parameters are on the meta device, which holds no numbers. Make it outside of "
+            "torch.device('meta')."
+        )
     for module in modules:
         module.to(chosen)
     if dtype := dtype_of(modules):
@@ -209,7 +218,8 @@ def isolated(
         stack.callback(set_noise, noise())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(training))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type != "meta":  # where a VAE can be made, to look at its shapes
+            stack.enter_context(torch.autocast(device.type, enabled=False))
         # Data and programs are checked once, up front, so validation in each step would only cost time.
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(store.scope(state))

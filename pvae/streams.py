@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ class Stream:
         reading = _Noise(self.seed, epoch, generators=[g for g in found if isinstance(g, torch.Generator)])
         with reading.drawn():
             iterator = iter(loader)
-        with _Workers(loader.num_workers) as workers:
+        with _Workers(self.name, iterator) as workers:
             try:
                 while True:
                     with reading.drawn(), workers.heard():
@@ -264,14 +265,19 @@ class _Noise:
             generator.set_state(state)
 
 
+class _WorkerEnded(DataError, RuntimeError):  # a RuntimeError is what torch makes of it
+    """A worker of a loader is no more."""
+
+
 class _Workers:
     """A block in which torch's news that a worker has died, an error in a signal handler, waits until data are read.
 
     Else it would be raised wherever the process happens to be, such as in the middle of an update.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, name: str, iterator: Any) -> None:
+        self.name = name
+        self.processes: list[Any] = getattr(iterator, "_workers", [])
         self.before: Any = None
         self.error: RuntimeError | None = None
         self.reading = False
@@ -289,18 +295,33 @@ class _Workers:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """A block that reads."""
-        if self.error is not None:
-            raise self.error
+        """A block that reads.
+
+        Raises:
+            DataError: A worker has ended before its time; torch says so in many ways.
+        """
         self.reading = True
         try:
+            if self.error is not None:
+                raise self.error
             yield
-        except (EOFError, ConnectionError) as error:
-            if self.count:
-                error.add_note("Has a worker of the DataLoader ended? It may have run out of memory.")
-            raise
+        except (RuntimeError, OSError, EOFError) as error:
+            self.reading = False  # a signal may tell of the same
+            # A dataset's own error is one that a worker tells of, and lives on.
+            if "in DataLoader worker process" in str(error) or not self._one_has_ended():
+                raise
+            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise _WorkerEnded(
+                f"{self.name}: a worker of the DataLoader ended as it read the data ({said.rstrip('.')}). Does the "
+                "dataset exit, or was there no memory left? With num_workers=0 it is read in this process, which shows "
+                "where."
+            ) from error
         finally:
             self.reading = False
+
+    def _one_has_ended(self) -> bool:
+        ends = [process.sentinel for process in self.processes]
+        return bool(ends and wait(ends, timeout=1.0))  # the end may be heard of before it is complete
 
     def _died(self, number: int, frame: Any) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What a call is made inside of: Pyro's handlers, and where torch makes tensors. What cannot work is refused by name."""
+"""What a call is made inside of: Pyro's handlers, and where torch makes tensors. What cannot work is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from pvae.errors import DeviceError, ProgramError
 
@@ -16,7 +17,7 @@ __all__ = ["check_surroundings"]
 # acts on the guide as on the model, on trial runs with one and two data, and on every batch.
 _OF_ONE_BATCH = {
     "ConditionMessenger": "condition",
-    "InterventionMessenger": "do",
+    "DoMessenger": "do",
     "LiftMessenger": "lift",
     "ReplayMessenger": "replay",
     "TraceMessenger": "trace",
@@ -29,28 +30,33 @@ def check_surroundings() -> None:
 
     Raises:
         ProgramError: One of Pyro's handlers around the call has values, a mask or scales for the data of one batch.
-        DeviceError: Tensors are made on the meta device, without numbers.
+        DeviceError: Tensors are made without numbers.
     """
     for handler in _PYRO_STACK:
-        kind, advice = type(handler).__name__, ""
-        if kind in _OF_ONE_BATCH and not getattr(handler, "param_only", False):
-            name = _OF_ONE_BATCH[kind]
-            advice = f"Handle the one program that is meant, as in poutine.{name}(model, ...), and pass that"
-        elif kind in ("MaskMessenger", "ScaleMessenger") and _is_of_data(handler):
-            name = kind.removesuffix("Messenger").lower()
-            advice = f"Pass it with the data, as in data=(x, {name}), and use it in the model, whose batches have its rows"
-        if advice:
+        name, advice = _trouble(handler)
+        if name:
             raise ProgramError(
                 f"the call is made inside of poutine.{name}, which acts on the model and the guide, in trial runs and "
                 f"on every batch. {advice}."
             )
-    if torch.get_default_device().type == "meta":
+    if torch.get_default_device().type == "meta" or detect_fake_mode() is not None:
         raise DeviceError(
-            "the call is made where tensors are made on the meta device, which holds no numbers: inside of "
-            "torch.device('meta'), or after torch.set_default_device('meta'). Call outside of it."
+            "the call is made where tensors hold no numbers: inside of torch.device('meta') or a FakeTensorMode, or "
+            "after torch.set_default_device('meta'). Call outside of it."
         )
 
 
-def _is_of_data(handler: Any) -> bool:
-    value = getattr(handler, "mask", getattr(handler, "scale", None))
-    return isinstance(value, Tensor) and value.numel() > 1
+def _trouble(handler: Any) -> tuple[str, str]:
+    """The name of a handler that is for one batch alone, and what to do in its place; empty for any other."""
+    kind = type(handler).__name__
+    if kind in _OF_ONE_BATCH and not getattr(handler, "param_only", False):
+        name = _OF_ONE_BATCH[kind]
+        return name, f"Handle the one program that is meant, as in poutine.{name}(model, ...), and pass that"
+    name = {"MaskMessenger": "mask", "ScaleMessenger": "scale"}.get(kind, "")
+    value = getattr(handler, name, None) if name else None
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return (
+            name,
+            f"Pass it with the data, as in data=(x, {name}), and use it in the model, whose batches have its rows",
+        )
+    return "", ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
-from pathlib import Path
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from pvae import likelihoods, networks, posteriors, priors, saving, storage
 from pvae.bounds import tried
 from pvae.checks import Array, as_tensors, check_real, check_shape, check_support
-from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, one_of, positive_int
+from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, folder_path, one_of, positive_int
 from pvae.isolation import isolated, resolve_seed
 from pvae.networks import Units
 from pvae.posteriors import DiagonalNormal
@@ -247,7 +246,7 @@ class VAE(nn.Module):
             ProgramError: A part cannot be rebuilt; which one, and why.
             CheckpointError: The folder holds something else, or cannot be written. What was there still is.
         """
-        folder = Path(path).expanduser()
+        folder = folder_path("path", path)
         saving.check_free(folder, overwrite=overwrite)
         try:
             files, rebuilt = saving.pack(self)
@@ -276,7 +275,7 @@ class VAE(nn.Module):
         modules = tuple(modules)
         if wrong := [m for m in modules if not (isinstance(m, type) and issubclass(m, nn.Module))]:
             raise ArgumentError(f"modules must be classes of nn.Module, got {wrong[0]!r}.")
-        folder = Path(path).expanduser()
+        folder = folder_path("path", path)
         files = storage.read(folder)
         try:
             vae = saving.unpack(files, (cls, VAE, *_PARTS, *modules))

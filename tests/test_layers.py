@@ -23,6 +23,7 @@ GROUND = {
     "rewriting",
     "serialization",
     "storage",
+    "surroundings",
     "testing",
     "turns",
     "evidence.weights",
@@ -31,7 +32,7 @@ GROUND = {
 PARTS = {"priors", "likelihoods", "posteriors"}
 MODELS = {"vae", "autoencoder"}
 REPORTS = {"diagnostics", "io_arviz", "plots", "estimator"}
-CHECKS = {"checks", "isolation", "ranks", "serialization", "storage", "streams", "turns"}
+CHECKS = {"checks", "isolation", "ranks", "serialization", "storage", "streams", "surroundings", "turns"}
 CAPTURE = {"guards": {"isolation"}, "capture": {"rewriting"}, "graphs": {"errors", "guards", "capture"}}
 
 MODULES = {

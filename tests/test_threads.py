@@ -288,15 +288,15 @@ def test_compiled_svi_takes_turns_with_fit(bits, module_pair, small_vae, never_c
         torch.manual_seed(0)
         svi = pvae.svi.CompiledSVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-2}), pyro.infer.Trace_ELBO())
         losses = []
-        for _ in range(30):
+        for _ in range(12):
             losses.append(svi.step(bits[:50]))
             pause()
         return losses, svi.captures
 
     def fits():
-        for _ in range(3):
+        for _ in range(2):
             vae = copy.deepcopy(small_vae)
-            pvae.fit(vae.model, vae.guide, bits, epochs=3, progress=False, compile=True)
+            pvae.fit(vae.model, vae.guide, bits, epochs=2, progress=False, compile=True)
             elbos.append([p.tolist() for p in vae.parameters()])
 
     alone = steps(copy.deepcopy(module_pair), lambda: None)
@@ -305,8 +305,8 @@ def test_compiled_svi_takes_turns_with_fit(bits, module_pair, small_vae, never_c
     among_others = steps(module_pair, lambda: None if not thread.is_alive() else thread.join(0.01))
     thread.join(WAIT)
     assert among_others == alone
-    assert len(elbos) == 3
-    assert elbos[0] == elbos[1] == elbos[2]
+    assert len(elbos) == 2
+    assert elbos[0] == elbos[1]
 
 
 def run_alone(program):
@@ -340,12 +340,13 @@ def run_alone(program):
         alone = fitted(3)
     """
     code = textwrap.dedent(shared) + textwrap.dedent(program) + '\nprint("reached the end")\n'
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=WAIT)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=4 * WAIT)
     assert run.stdout.splitlines()[-1:] == ["reached the end"], run.stderr
 
 
-def test_a_signal_to_a_thread_that_waits():
+def test_signals_among_two_threads():
     run_alone("""
+        # The main thread waits for another one.
         inside, interrupted = threading.Event(), threading.Event()
 
         def interrupts(record):
@@ -368,11 +369,9 @@ def test_a_signal_to_a_thread_that_waits():
             other.join(30)
         assert done == [alone, alone], done
         assert fitted(3) == alone
-    """)
 
-
-def test_a_signal_to_a_fit_that_another_one_waits_for():
-    run_alone("""
+        # Another one waits for the main thread.
+        done.clear()
         def stops(record):
             if record["epoch"] == 2:
                 others.append(started(3))

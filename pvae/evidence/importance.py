@@ -61,7 +61,7 @@ def log_evidence(
     ``log p(x) = log E_q[w]`` with ``w = p(x, z) / q(z)``, estimated by ``log (1/K) sum_k w_k`` over K draws of z. The
     pair can be any Pyro programs with one plate over the data around all their sites. Draws and data stream through in
     chunks; memory does not grow with K. Nothing is trained: parameters, modes, random numbers and param store are left
-    as they were, but modules stay on ``device``.
+    as they were, but modules stay on ``device``. Calls in several threads take turns.
 
     Args:
         model: The generative program.

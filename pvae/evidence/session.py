@@ -18,6 +18,7 @@ from pvae.evidence.traces import Batch, Pair
 from pvae.isolation import Program, dtype_of, isolated, modules_of, outside_modules, place
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream, is_stream
+from pvae.surroundings import check_surroundings
 
 __all__ = ["Session", "fingerprints", "opened"]
 
@@ -145,6 +146,7 @@ def opened(
         ranks: The processes that share the data.
         streams: Whether the block takes data that come in `Session.blocks`.
     """
+    check_surroundings()
     modules = modules_of(model, guide, *others)  # type: ignore[arg-type]
     stream = batches = None
     if streams and is_stream(data):

@@ -18,15 +18,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from pvae import ranks as processes
 from pvae import storage
 from pvae.checks import Data
-from pvae.errors import ArgumentError, NumericalError, one_of, positive_int, yes_no_or_auto
+from pvae.errors import ArgumentError, NumericalError, folder_path, one_of, positive_int, yes_no_or_auto
 from pvae.graphs import pays
 from pvae.isolation import Program, isolated, resolve_seed
+from pvae.surroundings import check_surroundings
 from pvae.svi import bounds, engine, objectives, passes
 from pvae.svi.batches import Batches, Transform
 from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
 from pvae.svi.resuming import begun, check_same_run, found, opened, outside
-from pvae.svi.settings import described, folder_path, kl_weights, patience_for, positive, scheduled
+from pvae.svi.settings import described, kl_weights, patience_for, positive, scheduled
 from pvae.svi.signals import heeded
 from pvae.svi.training import Callback, Plan, Training
 from pvae.svi.validation import Validation
@@ -69,7 +70,7 @@ def fit(
     The pair can be any Pyro programs called with one batch, ``model(*batch)`` and ``guide(*batch)``; parameters come
     from modules, ``pyro.module`` and ``pyro.param``. It starts with a param store of its own, so two models never
     meet, and leaves the caller's param store, random numbers and modes as they were. Modules are trained in place and
-    stay on ``device``.
+    stay on ``device``. Calls in several threads take turns.
 
     The first SIGINT or SIGTERM (Ctrl-C is one) ends the step that is being taken, saves it where there is a
     ``checkpoint``, and returns; a second one does what it always did.
@@ -139,6 +140,7 @@ def fit(
     Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes; Kingma and Ba, 2015, Adam; Hoffman et al., 2013,
     Stochastic Variational Inference; for the warm-up, Sønderby et al., 2016, Ladder Variational Autoencoders.
     """
+    check_surroundings()
     epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
     lr, clip_norm = positive("lr", lr), None if clip_norm is None else positive("clip_norm", clip_norm)
     compile, resume = yes_no_or_auto("compile", compile), one_of("resume", resume, ("auto", "never"))

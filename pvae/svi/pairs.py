@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from pvae.checks import Data, as_tensors, base_distribution, named_shape
 from pvae.errors import warn
-from pvae.isolation import Program, dtype_of, isolated, modules_of, place, resolve_device
+from pvae.isolation import Program, dtype_of, isolated, modules_of, place
 from pvae.ranks import ALONE, Ranks
 from pvae.streams import Stream, is_stream
 from pvae.svi import bounds, objectives
@@ -41,11 +41,8 @@ class Pair:
     def of(cls, model: Program, guide: Program, data: Data, device: str | torch.device, objective: Any = None) -> Pair:
         """Puts a pair, and what an objective holds, on a device; ``"auto"`` without modules is where the data are."""
         modules = modules_of(model, guide, *([] if objective is None else [objective]))
-        if is_stream(data):
-            for module in modules:
-                module.to(resolve_device(device))
-            return cls(model, guide, modules, resolve_device(device))
-        return cls(model, guide, modules, place(modules, as_tensors("data", data), device)[0])
+        tensors = () if is_stream(data) else as_tensors("data", data)
+        return cls(model, guide, modules, place(modules, tensors, device)[0])
 
     def batches(
         self,

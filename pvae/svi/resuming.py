@@ -21,14 +21,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pvae import ranks as processes
 from pvae import storage
 from pvae.checks import Data
-from pvae.errors import ArgumentError, CheckpointError, one_of
+from pvae.errors import ArgumentError, CheckpointError, folder_path, one_of
 from pvae.isolation import Program, isolated
 from pvae.ranks import Ranks
+from pvae.surroundings import check_surroundings
 from pvae.svi.batches import Transform
 from pvae.svi.checkpoints import Folder, Saved
 from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
-from pvae.svi.settings import folder_path
 from pvae.turns import in_turn
 
 __all__ = ["begun", "check_same_run", "found", "load_checkpoint", "opened", "outside"]
@@ -64,6 +64,7 @@ def load_checkpoint(
         CheckpointError: There is none, it is damaged, or it is of another architecture, with the differences; before
             any parameter has moved.
     """
+    check_surroundings()
     one_of("which", which, ("last", "best"))
     folder = Folder(folder_path("path", path))
     saved = folder.newest() if which == "last" else folder.best()

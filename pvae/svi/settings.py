@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from pvae.checks import Data
 from pvae.errors import ArgumentError, positive_int
 from pvae.svi.checkpoints import check_plain
 
-__all__ = ["described", "folder_path", "kl_weights", "patience_for", "positive", "scheduled"]
+__all__ = ["described", "kl_weights", "patience_for", "positive", "scheduled"]
 
 
 def positive(name: str, value: Any) -> float:
@@ -49,16 +47,6 @@ def patience_for(patience: int | None, validation: Data | None) -> int | None:
     if validation is None:
         raise ArgumentError("patience waits for a better validation ELBO: pass validation=.")
     return positive_int("patience", patience)
-
-
-def folder_path(name: str, path: Any) -> Path:
-    """A path that stays where it is when the process goes to another folder."""
-    if not isinstance(path, str | os.PathLike) or not str(path):
-        raise ArgumentError(f"{name} must be the path of a folder, got {path!r}.")
-    try:
-        return Path(path).expanduser().absolute()
-    except RuntimeError as error:
-        raise ArgumentError(f"{name}={path!r}: {error}") from None
 
 
 def described(thing: Any) -> str | None:
