@@ -58,10 +58,15 @@ class Units(nn.Module):
         return self.given is not None or (self.mean.item(), self.scale.item()) != (0.0, 1.0)
 
     def find(self, x: Tensor) -> None:
-        """Takes the mean and the standard deviation of all entries of ``x``; where all are alike, nothing is taken."""
-        deviation, mean = torch.std_mean(x.detach().to(torch.float64), correction=0)
-        scale = deviation.to(self.scale)
-        if scale > 0 and scale.isfinite():
+        """Takes the mean and the standard deviation of all entries of ``x``.
+
+        Nothing is taken where all are alike, or where one, as a slip of the pen, makes up most of their variance.
+        """
+        x = x.detach().to(torch.float64)
+        mean = x.mean()
+        squares = (x - mean).square()
+        scale = squares.mean().sqrt().to(self.scale)
+        if scale > 0 and scale.isfinite() and 2 * squares.max() <= squares.sum():
             self.mean.copy_(mean)
             self.scale.copy_(scale)
 

@@ -254,7 +254,7 @@ def test_features_that_are_constant_beside_others_that_are_not():
     vae = pvae.VAE.mlp(6, 2, [8], "gaussian-per-pixel")
     result = fit(vae, x, epochs=20, lr=0.05)
     assert np.isfinite(result.history["elbo"]).all()
-    assert result.history["elbo"][-1] > result.history["elbo"][0] + 5
+    assert result.history["elbo"][-1] > result.history["elbo"][0] + 3  # it begins near, in units of the data
     assert evidence(vae, x[:20]).log_px.isfinite().all()
 
 

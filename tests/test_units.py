@@ -180,6 +180,16 @@ def test_data_that_are_all_alike_have_no_scale():
     assert units(vae) == (0.0, 1.0)
 
 
+def test_one_entry_out_of_all_bounds_does_not_set_the_scale(x):
+    x[:, 2][::64] = 1e6  # in each batch; of 320 data five
+    vae = made()
+    vae.find_units(x[:60])
+    assert units(vae) == (0.0, 1.0)
+    vae.find_units(x[1:60])
+    assert units(vae) == pytest.approx((0, 1), abs=0.3)
+    assert units(vae) != (0.0, 1.0)
+
+
 def test_resume_goes_on_in_the_same_units(x, tmp_path):
     x = 5 + 0.01 * x
     whole, parts = made(), made()
