@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch._guards import detect_fake_mode
@@ -29,10 +30,17 @@ def check_surroundings() -> None:
     """Raises where a call is made inside of a block in which no pair can be run on batches.
 
     Raises:
-        ProgramError: One of Pyro's handlers around the call has values, a mask or scales for the data of one batch.
+        ProgramError: One of Pyro's handlers around the call has values, a mask or scales for the data of one batch, or
+            is a plate.
         DeviceError: Tensors are made without numbers.
     """
     for handler in _PYRO_STACK:
+        if isinstance(handler, IndepMessenger) and handler._vectorized:
+            raise ProgramError(
+                f"the call is made inside of pyro.plate('{handler.name}', {handler.size}), which would count every "
+                f"density {handler.size} times. Call outside of it: the model and the guide have their own plate over "
+                "the data."
+            )
         name, advice = _trouble(handler)
         if name:
             raise ProgramError(

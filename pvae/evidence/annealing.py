@@ -98,6 +98,7 @@ class Chains(Sampler):
     def __post_init__(self) -> None:
         self.step_sizes = torch.zeros(0)
         self._accepted: list[Tensor] = []
+        self._ends: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def tune(self, pilots: int, target: float) -> None:
         """Finds step sizes with pilot chains, whose weights are thrown away."""
@@ -124,6 +125,8 @@ class Chains(Sampler):
                 self._accepted.append(accepted.mean(0))
         if self._accepted:
             self.diagnostics["acceptance"] = torch.stack(self._accepted).mean(0)
+            self._ends.append((total, state.v, state.slope_p))
+            self.diagnostics["reach"] = _reach(*map(torch.cat, zip(*self._ends, strict=True)))
         return total
 
     def reverse_log_weights(self, latents: Latents, num_samples: int) -> Tensor:
@@ -191,6 +194,30 @@ class Chains(Sampler):
             torch.where(accept if a.dim() == 2 else accept[..., None], a, b) for a, b in zip(new, state, strict=True)
         )
         return _State(*chosen), rate
+
+
+def _reach(log_weights: Tensor, v: Tensor, slope: Tensor) -> Tensor:
+    """How wide the chains' ends lie, beside how wide the posterior is, in the direction where that is least.
+
+    ``E[-(v_i - E v_i) d log p / dv_i] = 1`` under any posterior, however scaled, in each coordinate. Weighted ends of
+    chains that never came as far as its curvature is felt have about 0, however alike their weights are.
+
+    Args:
+        log_weights: Shape ``(K, N)``.
+        v: Where chains ended, ``(K, N, D)``.
+        slope: The gradient of log p there.
+
+    Returns:
+        For each datum the least of these numbers, each with 4 standard errors added and at most 1, shape ``(N,)``.
+
+    Source: for judging draws by such identities, Gorham and Mackey, 2015, Measuring Sample Quality with Stein's Method.
+    """
+    weights = log_weights.softmax(0)[..., None]
+    v, slope = v.double(), slope.double()
+    products = -(v - (weights * v).sum(0)) * (slope - (weights * slope).sum(0))
+    mean = (weights * products).sum(0)
+    error = (weights * (products - mean)).square().sum(0).sqrt()
+    return (mean + 4 * error).amin(-1).clamp(max=1.0).nan_to_num(0.0)
 
 
 class _State(NamedTuple):

@@ -25,6 +25,7 @@ KHAT_LIMIT = 0.7
 
 _MAX_ROUNDING = 0.1  # nats
 _NAMED = 5  # indices of data, where there are many
+_MIN_REACH = 0.5
 _MIN_ESS = 20  # with fewer, a datum's error is a guess, and its k-hat may be low by luck
 
 
@@ -136,10 +137,15 @@ class EvidenceEstimate:
 
     @property
     def unreliable(self) -> Tensor:
-        """Which data have a k-hat above 0.7, or none at all, or log-weights too large to be told apart; bool, shape
-        ``(N,)``.
+        """Which data have a k-hat above 0.7, or none at all, log-weights too large to be told apart, or chains that
+        stayed near their start; bool, shape ``(N,)``.
         """
-        return ~(self.khat <= KHAT_LIMIT) | (self.rounding > _MAX_ROUNDING)
+        return ~(self.khat <= KHAT_LIMIT) | (self.rounding > _MAX_ROUNDING) | (self._reach < _MIN_REACH)
+
+    @property
+    def _reach(self) -> Tensor:
+        """How far chains came, as the sampler found it, shape ``(N,)``; 1 for other proposals."""
+        return self.diagnostics.get("reach", torch.ones_like(self.log_px))
 
     @property
     def rounding(self) -> Tensor:
@@ -159,13 +165,14 @@ class EvidenceEstimate:
     def withheld(self) -> list[str]:
         """Why `interval` gives none, for each datum; empty strings where it does."""
         pooled, limits = pooled_khat(self.sums)[0], self._khat_limits
-        tensors = (self.khat, self.samples, self.ess, self.rounding, pooled, limits)
+        tensors = (self.khat, self.samples, self.ess, self.rounding, pooled, limits, self._reach)
         return [
             _too_coarse(rounding)
+            or _too_short(reach)
             or _reason(k, n, KHAT_LIMIT)
             or (f"only {ess:.1f} effective samples of {_MIN_ESS}" if ess < _MIN_ESS else "")
             or (f"k-hat {k:.2f}, pooled with those of all data {p:.2f}, is above {limit:.2f}" if p > limit else "")
-            for k, n, ess, rounding, p, limit in zip(*(t.tolist() for t in tensors), strict=True)
+            for k, n, ess, rounding, p, limit, reach in zip(*(t.tolist() for t in tensors), strict=True)
         ]
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -217,6 +224,8 @@ class EvidenceEstimate:
         """
         if coarse := _too_coarse(self.rounding.max().item()):
             return coarse
+        if short := _too_short(self._reach.min().item()):
+            return short
         if impossible := int(self.log_px.isneginf().sum()):
             return f"log p(x) is -inf for {_of(impossible, self.num_data)}"
         what = "the k-hat of the data behind its error," if self.num_data > 1 else "k-hat"
@@ -271,7 +280,7 @@ class EvidenceEstimate:
             self.seconds + other.seconds,
             self.target_std_error,
             tuple(sorted(mine | theirs)),
-            self.diagnostics,
+            {**other.diagnostics, **self.diagnostics},
             max(self.precision, other.precision),
             self.words if self.words == other.words else f"{self.words} and {other.words}",
         )
@@ -336,6 +345,8 @@ class EvidenceEstimate:
             return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples: how far to trust this is not known"
         if coarse := _too_coarse(self.rounding.max().item()):
             return f"{_of(int((self.rounding > _MAX_ROUNDING).sum()), total)} are unreliable: {coarse}"
+        if short := _too_short(self._reach.min().item()):
+            return f"{_of(int((self._reach < _MIN_REACH).sum()), total)} are unreliable: {short}"
         if self.target_std_error is not None and unresolved:
             missed = f"a standard error above {self.target_std_error:g}"
             why = [f"{bad} with a k-hat above {KHAT_LIMIT}"] if bad else []
@@ -359,6 +370,12 @@ def _proper(level: float) -> float:
     if not 0 < level < 1:
         raise ArgumentError(f"level must lie between 0 and 1, got {level!r}.")
     return level
+
+
+def _too_short(reach: float) -> str:
+    if reach >= _MIN_REACH:
+        return ""
+    return f"the chains' ends are not spread as the posterior is: their reach, {reach:.1g}, is below {_MIN_REACH}"
 
 
 def _too_coarse(rounding: float) -> str:

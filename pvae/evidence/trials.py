@@ -11,7 +11,7 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from pvae.checks import base_distribution, simple_support
-from pvae.errors import ProgramError
+from pvae.errors import ProgramError, warn
 from pvae.evidence.families import leaf_of
 from pvae.evidence.spaces import Layout, inner_support
 
@@ -114,6 +114,35 @@ def check_densities(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
             ) from error
 
 
+def _check_plates(model: Mapping[str, Any], guide: Mapping[str, Any], dim: int) -> None:
+    """Looks for densities that plates multiply: a latent's that only one program repeats, and the data's.
+
+    Raises:
+        ProgramError: A latent has more entries in one program than in the other.
+    """
+    for name, site in model.items():
+        if site["is_observed"]:
+            shape = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)]
+            others = [plate for plate in plates_of(site) if plate.size > 1 and plate.dim != dim]
+            many = [plate for plate in others if -plate.dim > len(shape) or shape[plate.dim] == 1]
+            for plate in many:
+                warn(
+                    f"plate '{plate.name}' makes log p(x|z) {plate.size} times as large: the data of site '{name}' do "
+                    "not vary along it, and are counted once for each of its entries. Take the site out of the plate, "
+                    "or give it data for each."
+                )
+            continue
+        ours, theirs = (tuple(one["fn"].shape()) for one in (site, guide[name]))
+        depth = max(len(ours), len(theirs))
+        if (1,) * (depth - len(ours)) + ours != (1,) * (depth - len(theirs)) + theirs:
+            plates = [[(p.name, p.size) for p in plates_of(one)] for one in (site, guide[name])]
+            raise ProgramError(
+                f"site '{name}' has shape {ours} in the model, in plates {plates[0]}, and {theirs} in the guide, in "
+                f"plates {plates[1]}, on two data: each would count its density another number of times. Use the same "
+                "plates in both."
+            )
+
+
 def normal_moments(site: Any, layout: Layout) -> tuple[Tensor, Tensor] | None:
     """Mean and Cholesky factor of a site run for three particles, where that is normal and the same in all.
 
@@ -147,6 +176,7 @@ def data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> 
     ]
     common = set.intersection(*follows) if follows else set()
     if len(common) == 1:
+        _check_plates(two["model"], two["guide"], *common)
         return common.pop()
     shown = "; ".join(
         f"'{label}' has plates {[(p.name, p.size) for p in plates_of(site)]}, "
