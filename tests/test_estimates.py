@@ -289,7 +289,7 @@ def wider(x):
         (Annealed(Refined()), "chains annealed from a Gaussian fitted to each datum over 100 temperatures"),
         (wider, "the guide 'wider'"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_first_line_says_where_samples_came_from(proposal, words):
     assert resolve(proposal).words == words
