@@ -79,7 +79,7 @@ def all_ways(vae: pvae.VAE, x: Tensor, batch_size: int) -> dict[str, Way]:
     ways: dict[str, Way] = {
         PYRO: pyro_svi(*args),
         f"{PYRO}, validation off": pyro_svi(*args, validation=False),
-        "pvae.svi.CompiledSVI": pyro_svi(*args, kind=CompiledSVI),
+        "pvae.svi.CompiledSVI": pyro_svi(*args, kind=partial(CompiledSVI, compile=True)),
         "pvae.fit, not compiled": pvae_fit(*args, compile=False),
         FIT: compiled(),
         f"{FIT}, bfloat16": compiled(precision="bfloat16"),

@@ -524,3 +524,16 @@ def test_compiling_waits_until_it_would_have_paid(bits, monkeypatch):
     for step in range(50):
         svi.step(bits)
         assert len(compiled) == (step >= 41)  # after one step of Pyro's and 40 that saved 2.5 ms each
+
+
+@pytest.mark.parametrize("compile, compiled", [(True, 1), ("auto", 0), (False, 0)])
+def test_when_to_compile_can_be_said(compile, compiled, bits, monkeypatch):
+    graphs = count_compiles(monkeypatch)
+    monkeypatch.setattr(pvae.graphs, "pays", lambda runs, *_: compile is False)  # never, or always
+    pair = ModulePair()
+    svi = CompiledSVI(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO(), compile=compile)
+    for _ in range(5):
+        svi.step(bits)
+    assert (svi.captures, len(graphs)) == (1, compiled)
+    with pytest.raises(pvae.ArgumentError, match="compile must be True, False or 'auto', got 3"):
+        CompiledSVI(pair.model, pair.guide, Adam({}), Trace_ELBO(), compile=3)

@@ -15,7 +15,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pvae.errors import NumericalError, warn
+from pvae.errors import NumericalError, warn, yes_no_or_auto
 from pvae.graphs import Captured
 from pvae.svi.arguments import Arguments, most_varied, named
 from pvae.svi.objectives import ItemsStayTensors, inside_handlers, params_met
@@ -54,6 +54,8 @@ class CompiledSVI(SVI):
         loss: ``Trace_ELBO``, ``TraceMeanField_ELBO``, ``RenyiELBO``, ``TraceEnum_ELBO``, another ELBO object, or a
             function.
         loss_and_grads: As for `pyro.infer.SVI`.
+        compile: ``"auto"`` as above; ``True`` compiles the first set of shapes as soon as it is captured, which takes
+            some seconds; ``False`` never compiles.
         kwargs: As for `pyro.infer.SVI`.
 
     Example::
@@ -70,10 +72,13 @@ class CompiledSVI(SVI):
         optim: PyroOptim,
         loss: Any,
         loss_and_grads: Callable[..., Any] | None = None,
+        *,
+        compile: bool | str = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(model, guide, optim, loss, loss_and_grads, **kwargs)
         self._sees = (model, guide, loss, loss_and_grads)
+        self._compile = yes_no_or_auto("compile", compile)
         self._gradients: list[_Run] = []
         self._losses: list[_Run] = []
         self._taken = 0
@@ -179,7 +184,9 @@ class _Run(ABC):
         self.stored: dict[str, Tensor] = {}
         self.seen: dict[Any, int] = {}  # runs of Pyro's by shapes
         self.allowed: set[Any] = set()  # shapes to capture
-        options: Any = {"compile_first": False, "tolerances": self.tolerances, "looks": False}
+        compile = self.svi._compile
+        options: Any = {"tolerances": self.tolerances, "looks": False, "compile_after": "auto" if compile else None}
+        options["compile_first"] = compile is True and isinstance(self, _Gradients)
         self.captured = Captured(self.evaluate, self.name, (*self.svi._sees, *self.given.objects), **options)
 
     def is_ready(self, given: Arguments) -> bool:
