@@ -144,7 +144,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(step, options, bits, tmp_pat
     first = fit(stopped, grey, checkpoint=tmp_path / "run", **options)
     assert (first.stopped, first.signal) == ("signal", signal.SIGTERM)
     assert len(first.history["elbo" if "elbo" in first.history else "objective"]) == (step - 1) // 5
-    assert first.checkpoint.name == f"epoch-{(step - 1) // 5:06d}-step-{(step - 1) % 5 + 1:07d}"
+    taken = f"epoch-{(step - 1) // 5:06d}-step-{(step - 1) % 5 + 1:07d}"
+    # A first step that would have to be compiled before it is taken after resuming.
+    assert first.checkpoint.name == ("epoch-000000" if step == 1 and "compile" in options else taken)
     other = pvae.VAE.mlp(6, 2, [8])  # as a new process would begin
     before = caller_state()
     result = fit(other, grey, checkpoint=tmp_path / "run", resume="auto", **options)
