@@ -147,7 +147,7 @@ def lda() -> Program:
     def model(documents: Tensor, batch_size: int) -> None:
         with pyro.plate("topics", topics):
             topic_weights = pyro.sample("topic_weights", dist.Gamma(1.0 / topics, 1.0))
-            topic_words = pyro.sample("topic_words", dist.Dirichlet(torch.ones(words) / words))
+            topic_words = pyro.sample("topic_words", dist.Dirichlet(torch.ones(words)))
         with pyro.plate("documents", num_docs, batch_size) as rows:
             doc_topics = pyro.sample("doc_topics", dist.Dirichlet(topic_weights))
             with pyro.plate("words", num_words):
@@ -167,7 +167,8 @@ def lda() -> Program:
         with pyro.plate("documents", num_docs, batch_size) as rows:
             chosen = documents[:, rows]
             counts = torch.zeros(words, chosen.shape[1]).scatter_add(0, chosen, torch.ones(chosen.shape))
-            pyro.sample("doc_topics", dist.Delta(predictor(counts.T), event_dim=1))
+            mix = 0.99 * predictor(counts.T) + 0.01 / topics  # a Dirichlet's density may be infinite at 0
+            pyro.sample("doc_topics", dist.Delta(mix, event_dim=1))
 
     return Program([(model, guide, TraceEnum_ELBO(max_plate_nesting=2))], lambda _: (documents, 32), lr=0.01)
 
