@@ -22,6 +22,7 @@ __all__ = [
     "PVAEError",
     "ProgramError",
     "RankError",
+    "first_line",
     "folder_path",
     "one_of",
     "positive_int",
@@ -78,6 +79,11 @@ def warn(message: str) -> None:
     registry = space.setdefault("__warningregistry__", {})
     name = space.get("__name__", "<unknown>")
     warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, name, registry)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its class where it says nothing; some go on with pages."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def folder_path(name: str, path: Any) -> Path:

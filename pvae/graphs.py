@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pvae.capture import READS_A_NUMBER, Graph, Unfaithful
-from pvae.errors import PVAEError, warn
+from pvae.errors import PVAEError, first_line, warn
 from pvae.guards import Guard
 
 __all__ = ["Captured", "pays"]
@@ -315,7 +315,7 @@ def _undone(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[lis
 
 def _cause(error: Exception) -> str:
     """What went wrong and, where it is known, at which line of the user's."""
-    cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
+    cause = first_line(error).strip().rstrip(".")
     if "_local_scalar_dense" in str(error):
         cause = READS_A_NUMBER
     ours = [str(Path(module.__file__ or "").parent) for module in (torch, pyro)] + [str(Path(__file__).parent)]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pvae.errors import ArgumentError, RankError, yes_no_or_auto
+from pvae.errors import ArgumentError, RankError, first_line, yes_no_or_auto
 
 __all__ = ["ALONE", "Ranks", "resolve"]
 
@@ -152,11 +152,10 @@ class Ranks:
         try:
             yield
         except Exception as error:  # of another process's making, it may be anything
-            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise RankError(
                 f"rank {self.number} of {self.count} lost contact with another one, which has died, hangs or does "
-                f"something else: {first_line}. Look for the first error among the ranks. A call on one of them alone "
-                "needs distributed=False."
+                f"something else: {first_line(error)}. Look for the first error among the ranks. A call on one of "
+                "them alone needs distributed=False."
             ) from error
 
 

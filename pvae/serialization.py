@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pvae.errors import CheckpointError
+from pvae.errors import CheckpointError, first_line
 
-__all__ = ["first_line", "json_from", "state_as_bytes", "state_from", "tensors_as_bytes", "tensors_from"]
+__all__ = ["json_from", "state_as_bytes", "state_from", "tensors_as_bytes", "tensors_from"]
 
 _MOST_JSON = 64 << 20
 _MOST_HEADER = 16 << 20
@@ -115,11 +115,6 @@ def state_from(content: bytes) -> Any:
         return _Copier(len(content)).copy(state)
     except Exception as error:  # of a file that may be anything
         raise CheckpointError(first_line(error)) from None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says in its first line; some go on with pages."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _members(content: bytes) -> dict[str, memoryview]:

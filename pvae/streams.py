@@ -29,7 +29,7 @@ from torch.utils.data import (
 )
 
 from pvae.checks import as_tensors
-from pvae.errors import DataError, warn
+from pvae.errors import DataError, first_line, warn
 from pvae.isolation import noise, set_noise
 from pvae.ranks import ALONE, Ranks
 
@@ -310,7 +310,7 @@ class _Workers:
             # A dataset's own error is one that a worker tells of, and lives on.
             if "in DataLoader worker process" in str(error) or not self._one_has_ended():
                 raise
-            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            said = first_line(error)
             raise _WorkerEnded(
                 f"{self.name}: a worker of the DataLoader ended as it read the data ({said.rstrip('.')}). Does the "
                 "dataset exit, or was there no memory left? With num_workers=0 it is read in this process, which shows "

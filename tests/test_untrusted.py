@@ -588,16 +588,21 @@ def test_a_manifest_cannot_name_what_is_not_of_the_set(tmp_path):
         assert (tmp_path / "thesis.tex").exists()
 
 
+def go_on_without(epoch, data):
+    """What another process may do meanwhile: three more epochs, after which one of those before is gone."""
+    options = {"checkpoint": epoch.parent, "resume": "auto", "validation": data[:100], **OPTIONS}
+    fit(ModulePair(), data, epochs=6, **options)
+    shutil.rmtree(epoch, ignore_errors=True)
+
+
 def test_the_best_is_read_again_where_another_became_it_meanwhile(run, trained, monkeypatch):
-    options = {"checkpoint": run, "resume": "auto", "validation": trained[1][:100], **OPTIONS}
     vouched(run / "epoch-000003", config=lambda c: c.update(best_epoch=2))
     read, trains = checkpoints._read, [True]
 
     def meanwhile(folder, *args):
         if folder.name == "epoch-000002" and trains:
             trains.clear()
-            fit(ModulePair(), trained[1], epochs=6, **options)
-            shutil.rmtree(run / "epoch-000002", ignore_errors=True)
+            go_on_without(run / "epoch-000002", trained[1])
         return read(folder, *args)
 
     monkeypatch.setattr(checkpoints, "_read", meanwhile)
@@ -614,9 +619,7 @@ def test_the_newest_is_looked_for_again_where_it_was_removed_meanwhile(run, trai
     def meanwhile(folder, *args):
         if trains:
             trains.clear()
-            options = {"checkpoint": run, "resume": "auto", "validation": trained[1][:100], **OPTIONS}
-            fit(ModulePair(), trained[1], epochs=6, **options)
-            shutil.rmtree(run / "epoch-000003", ignore_errors=True)
+            go_on_without(run / "epoch-000003", trained[1])
         return read(folder, *args)
 
     monkeypatch.setattr(checkpoints, "_read", meanwhile)

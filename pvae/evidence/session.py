@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.checks import Data, as_tensors, check_supports, fingerprint, named_shape
-from pvae.errors import NumericalError, ProgramError, warn
+from pvae.errors import NumericalError, ProgramError, first_line, warn
 from pvae.evidence.traces import Batch, Pair
 from pvae.isolation import Program, dtype_of, isolated, modules_of, outside_modules, place
 from pvae.ranks import ALONE, Ranks
@@ -182,7 +182,7 @@ def _half_precision_told() -> Iterator[None]:
         if not any(f"not implemented for '{kind}'" in str(error) for kind in ("Half", "BFloat16")):
             raise
         raise ProgramError(
-            f"the pair computes in numbers of 16 bits, and torch says: {str(error).splitlines()[0]}. Convert the "
+            f"the pair computes in numbers of 16 bits, and torch says: {first_line(error)}. Convert the "
             "modules and the data with .float()."
         ) from error
 

@@ -26,7 +26,7 @@ from pyro.infer import (
 )
 from torch import Tensor
 
-from pvae.errors import ArgumentError, ProgramError, PVAEError, warn
+from pvae.errors import ArgumentError, ProgramError, PVAEError, first_line, warn
 from pvae.isolation import Program
 from pvae.svi.objectives import Objective, Verified, loss_of
 
@@ -123,7 +123,7 @@ def try_out(
         except PVAEError:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
-            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            said = first_line(error)
             raise ProgramError(
                 f"{type(objective).__name__} cannot enumerate {verified.marked} in this pair: {said} Values of an "
                 "enumerated latent come in a dimension of their own, left of all plates, which programs broadcast over."

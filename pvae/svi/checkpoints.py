@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pvae import serialization, storage
 from pvae.checks import kind
-from pvae.errors import CheckpointError, warn
+from pvae.errors import CheckpointError, first_line, warn
 from pvae.svi.contents import check_contents
 
 __all__ = ["Folder", "Saved", "check_plain", "check_weights"]
@@ -230,7 +230,7 @@ def _read(folder: Path, check: Callable[[Saved], None] | None = None) -> Saved:
             check(saved)
     except Exception as error:  # of files that may hold anything
         raise storage.DamagedError(
-            f"{folder} holds a file that was not written by pvae.fit: {serialization.first_line(error)}"
+            f"{folder} holds a file that was not written by pvae.fit: {first_line(error)}"
         ) from None
     return saved
 

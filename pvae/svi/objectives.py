@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pvae.checks import base_distribution, check_pair, check_signature, check_supports, density_sites, kind, observed
-from pvae.errors import ArgumentError, NumericalError, ProgramError, PVAEError
+from pvae.errors import ArgumentError, NumericalError, ProgramError, PVAEError, first_line
 from pvae.isolation import Program
 
 __all__ = [
@@ -200,7 +200,7 @@ def verify(
             shapes = ", ".join(map(kind, batch))
             whole = f" All data are {', '.join(map(kind, data))}: if that is one, as X[0], pass X[:1]." if data else ""
             raise ProgramError(
-                f"the model and the guide do not run on a batch of {shapes}: {str(error).splitlines()[0]} "
+                f"the model and the guide do not run on a batch of {shapes}: {first_line(error)} "
                 f"Do the data have the shape and the values that they expect?{whole}"
             ) from error
     sites: dict[str, Any] = {**guide_trace.nodes, **model_trace.nodes}
