@@ -16,7 +16,7 @@ from side_by_side import arguments, header
 
 import pvae
 from pvae.evidence.proposals import Annealed, Defensive, Guide, Laplace, Prior, Refined, Sobol, StudentT
-from pvae.isolation import resolve_device
+from pvae.runtime.programs import resolve_device
 
 WAYS = [
     ("guide", Guide(), 100),

@@ -23,9 +23,9 @@ from side_by_side import Multiply, Values, Way, add_peers, arguments, header, lo
 from torch import Tensor
 
 import pvae
+from pvae.capture.captured import Captured
 from pvae.evidence import importance
-from pvae.graphs import Captured
-from pvae.isolation import resolve_device
+from pvae.runtime.programs import resolve_device
 
 PVAE, EAGER = "pvae.log_evidence, compiled", "pvae.log_evidence, not compiled"
 REST = f"{PVAE}, less compiling"

@@ -21,9 +21,12 @@ from side_by_side import Multiply, Values, Way, add_peers, arguments, header, lo
 from torch import Tensor
 
 import pvae
-from pvae.isolation import isolated, resolve_device
-from pvae.svi import CompiledSVI, bounds, engine, objectives
-from pvae.svi.batches import InMemory
+from pvae.data.batches import InMemory
+from pvae.runtime.isolation import isolated
+from pvae.runtime.programs import resolve_device
+from pvae.svi import CompiledSVI, objectives
+from pvae.svi import elbos as bounds
+from pvae.svi import step as engine
 from pvae.svi.passes import epochs
 
 PYRO, NUMPYRO, FIT, PRODUCTS = "pyro.infer.SVI", "NumPyro, an epoch jitted", "pvae.fit, compiled", "products alone"

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 import pvae
-from pvae import storage
+from pvae.persistence import storage
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
 FIRST = os.environ.get("RANK", "0") == "0"  # the one that prints and writes

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pvae import datasets, diagnostics, evidence, likelihoods, networks, plots, posteriors, priors, svi, testing
+from pvae.capture import use_onednn
 from pvae.errors import (
     ArgumentError,
     CheckpointError,
@@ -49,4 +50,5 @@ __all__ = [
     "priors",
     "svi",
     "testing",
+    "use_onednn",
 ]

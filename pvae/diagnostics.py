@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.checks import Data
+from pvae.data import Data
 from pvae.evidence.estimates import EvidenceEstimate
 from pvae.evidence.importance import log_evidence
 from pvae.evidence.proposals import Guide, Refined
-from pvae.evidence.sampling import Proposal
-from pvae.isolation import Program, resolve_seed
-from pvae.turns import in_turn
+from pvae.evidence.proposals.base import Proposal
+from pvae.runtime import Program, in_turn, resolve_seed
 
 __all__ = ["Gaps", "gaps"]
 

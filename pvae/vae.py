@@ -13,15 +13,14 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
-from pvae import likelihoods, networks, posteriors, priors, saving, storage
-from pvae.bounds import tried
-from pvae.checks import Array, as_tensors, check_real, check_shape, check_support
+from pvae import likelihoods, networks, posteriors, priors
+from pvae.data import Array, as_tensors, check_shape
 from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, folder_path, one_of, positive_int
-from pvae.isolation import isolated, resolve_seed
 from pvae.networks import Units
+from pvae.persistence import saving, storage, tried
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
-from pvae.turns import in_turn
+from pvae.runtime import check_real, check_support, in_turn, isolated, resolve_seed
 
 __all__ = ["VAE"]
 

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import pvae
-from pvae import storage
+from pvae.persistence import storage
 from pvae.svi.checkpoints import Folder
 
 SLACK = 64 << 20

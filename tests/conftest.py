@@ -9,7 +9,7 @@ from pyro import distributions as dist
 from torch import nn
 
 import pvae
-from pvae.graphs import Captured
+from pvae.capture.captured import Captured
 
 torch.set_num_threads(1)  # the tensors are small, and the workers share the cores
 

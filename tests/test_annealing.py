@@ -14,8 +14,8 @@ from pyro import distributions as dist
 
 import pvae
 from pvae.evidence import bidirectional_monte_carlo
-from pvae.evidence.annealing import ladder
 from pvae.evidence.proposals import Annealed, Guide, Laplace, Prior
+from pvae.evidence.proposals.annealing import ladder
 from pvae.evidence.traces import Pair
 from pvae.testing import linear_gaussian, two_modes
 

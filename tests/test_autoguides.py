@@ -16,7 +16,8 @@ from pyro.optim import Adam
 from torch import nn
 
 import pvae
-from pvae.svi import CompiledSVI, compiled_svi, engine
+from pvae.svi import CompiledSVI, compiled_svi
+from pvae.svi import step as engine
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(40, 3, generator=GENERATOR), torch.randn(40, generator=GENERATOR)

@@ -29,9 +29,11 @@ from torch import nn
 from torch.distributions import constraints
 
 import pvae
-from pvae import graphs, storage
-from pvae.capture import Graph
-from pvae.svi import engine, load_checkpoint
+from pvae.capture import captured as graphs
+from pvae.capture.graph import Graph
+from pvae.persistence import storage
+from pvae.svi import load_checkpoint
+from pvae.svi import step as engine
 from pvae.svi.checkpoints import Folder
 from pvae.svi.validation import Validation
 

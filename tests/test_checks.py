@@ -12,8 +12,9 @@ from pyro import distributions as dist
 from torch.distributions import constraints
 
 import pvae
-from pvae.checks import as_tensors, check_support, check_supports, observed
+from pvae.data.arrays import as_tensors
 from pvae.errors import DataError
+from pvae.runtime.sites import check_support, check_supports, observed
 
 
 def test_one_array_or_several():

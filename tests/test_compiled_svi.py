@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pvae
+from pvae.capture import captured as captured_module
 from pvae.errors import NumericalError
 from pvae.svi import CompiledSVI, compiled_svi
 
@@ -313,7 +314,7 @@ def test_losses_in_tuples(bits):
 
 
 def test_compiled(bits, monkeypatch):
-    monkeypatch.setattr(pvae.graphs, "pays", lambda runs, *_: runs >= 2)
+    monkeypatch.setattr(captured_module, "pays", lambda runs, *_: runs >= 2)
     svi = assert_like_pyro(ModulePair, calls(*[bits] * 6))
     (gradients,) = svi._gradients
     assert gradients.captured.compiled
@@ -322,8 +323,8 @@ def test_compiled(bits, monkeypatch):
 def count_compiles(monkeypatch):
     """Graphs that were to be compiled, which they are not."""
     compiled = []
-    monkeypatch.setattr(compiled_svi, "Captured", pvae.graphs.Captured)
-    monkeypatch.setattr(pvae.graphs.Captured, "_compile", lambda _, graph, inputs: compiled.append(graph) or graph)
+    monkeypatch.setattr(compiled_svi, "Captured", captured_module.Captured)
+    monkeypatch.setattr(captured_module.Captured, "_compile", lambda _, graph, inputs: compiled.append(graph) or graph)
     return compiled
 
 
@@ -518,7 +519,7 @@ def test_a_short_run_captures_once_and_compiles_nothing(bits, patient, monkeypat
 
 
 def test_compiling_waits_until_it_would_have_paid(bits, monkeypatch):
-    monkeypatch.setattr(pvae.graphs, "_COMPILING", {"cpu": 0.1})
+    monkeypatch.setattr(captured_module, "_COMPILING", {"cpu": 0.1})
     compiled, pair = count_compiles(monkeypatch), ModulePair()
     svi = CompiledSVI(pair.model, pair.guide, Adam({}), Trace_ELBO())
     for step in range(50):
@@ -529,7 +530,7 @@ def test_compiling_waits_until_it_would_have_paid(bits, monkeypatch):
 @pytest.mark.parametrize("compile, compiled", [(True, 1), ("auto", 0), (False, 0)])
 def test_when_to_compile_can_be_said(compile, compiled, bits, monkeypatch):
     graphs = count_compiles(monkeypatch)
-    monkeypatch.setattr(pvae.graphs, "pays", lambda runs, *_: compile is False)  # never, or always
+    monkeypatch.setattr(captured_module, "pays", lambda runs, *_: compile is False)  # never, or always
     pair = ModulePair()
     svi = CompiledSVI(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO(), compile=compile)
     for _ in range(5):

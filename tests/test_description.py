@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from pvae import likelihoods, networks, posteriors, priors
-from pvae.description import build, describe
 from pvae.errors import CheckpointError, ProgramError
+from pvae.persistence.description import build, describe
 from pvae.vae import _PARTS
 
 VECTOR, SEQUENCE, IMAGE = (2, 4), (2, 4, 6), (2, 4, 6, 6)

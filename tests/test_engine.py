@@ -22,11 +22,13 @@ from pyro.infer import (
 from torch import nn
 
 import pvae
+from pvae.data.batches import InMemory
 from pvae.errors import NumericalError
-from pvae.isolation import isolated
-from pvae.svi import bounds, engine, objectives
+from pvae.runtime.isolation import isolated
+from pvae.svi import elbos as bounds
+from pvae.svi import objectives
 from pvae.svi import passes as passes_
-from pvae.svi.batches import InMemory
+from pvae.svi import step as engine
 
 
 def vae(likelihood="bernoulli"):

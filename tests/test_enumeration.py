@@ -22,8 +22,10 @@ from pyro.infer import (
 from torch import nn
 
 import pvae
-from pvae.isolation import isolated
-from pvae.svi import bounds, engine, objectives, validation
+from pvae.runtime.isolation import isolated
+from pvae.svi import elbos as bounds
+from pvae.svi import objectives, validation
+from pvae.svi import step as engine
 
 CENTRES = (-3.0, 0.0, 4.0)
 

@@ -22,7 +22,7 @@ from torch.distributions import constraints
 
 import pvae
 from pvae.evidence import proposals
-from pvae.evidence.chunks import chunk_shape, default_chunk_size
+from pvae.evidence.planning import chunk_shape, default_chunk_size
 from pvae.evidence.session import Session
 from pvae.evidence.traces import Pair
 from pvae.testing import linear_gaussian

@@ -8,7 +8,7 @@ import torch
 from pyro import distributions as dist
 
 import pvae
-from pvae.evidence.families import FAMILIES, parameters_of, product
+from pvae.evidence.exponential_families import FAMILIES, parameters_of, product
 from pvae.evidence.proposals import Prior
 
 E = 5  # entries of a datum

@@ -15,10 +15,10 @@ import torch
 from pyro import distributions as dist
 from torch import nn
 
-from pvae import graphs
-from pvae.capture import Graph
+from pvae.capture import captured as graphs
+from pvae.capture.captured import Captured, pays
+from pvae.capture.graph import Graph
 from pvae.errors import DataError
-from pvae.graphs import Captured, pays
 
 
 class Net(nn.Module):
@@ -426,7 +426,7 @@ def test_entries_of_the_param_store_that_a_program_replaces():
 def test_one_warning_for_a_missing_compiler(monkeypatch):
     import torch._inductor.compile_fx as module
 
-    from pvae import graphs
+    from pvae.capture import captured as graphs
 
     def missing(*_, **__):
         raise RuntimeError("No working C++ compiler found in the list: ('/nonexistent',).")

@@ -13,7 +13,7 @@ from pyro import distributions as dist
 from torch import nn
 
 import pvae
-from pvae.guards import Guard
+from pvae.capture.guards import Guard
 
 BETA = 1.0
 

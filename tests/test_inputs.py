@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
-from pvae.checks import as_tensors
+from pvae.data.arrays import as_tensors
 
 
 def made(event_shape=6, likelihood="gaussian") -> pvae.VAE:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from pvae import isolation
 from pvae.errors import ArgumentError, DeviceError
-from pvae.isolation import isolated, modules_of, outside_modules, place, resolve_device, resolve_seed
+from pvae.runtime.isolation import isolated, outside_modules, resolve_seed
+from pvae.runtime.programs import modules_of, place, resolve_device
 
 GLOBAL_MODULE = nn.Linear(1, 1)
 
@@ -145,7 +145,3 @@ def test_seeds():
     for bad in (-1, 2**63, 1.5, "0", True):
         with pytest.raises(ArgumentError, match="seed"):
             resolve_seed(bad)
-
-
-def test_everything_public_is_exported():
-    assert set(isolation.__all__) >= {"isolated", "place"}

@@ -12,28 +12,12 @@ import pytest
 import pvae
 
 ROOT = Path(pvae.__file__).parent
-GROUND = {
-    "errors",
-    "bounds",
-    "checks",
-    "isolation",
-    "networks",
-    "datasets",
-    "ranks",
-    "rewriting",
-    "serialization",
-    "storage",
-    "surroundings",
-    "testing",
-    "turns",
-    "evidence.weights",
-    "evidence.pareto",
-}
+GROUND = {"errors", "networks", "datasets", "testing", "evidence.weights", "evidence.pareto"}
 PARTS = {"priors", "likelihoods", "posteriors"}
 MODELS = {"vae", "autoencoder"}
-REPORTS = {"diagnostics", "io_arviz", "plots", "estimator"}
-CHECKS = {"checks", "isolation", "ranks", "serialization", "storage", "streams", "surroundings", "turns"}
-CAPTURE = {"guards": {"isolation"}, "capture": {"rewriting"}, "graphs": {"errors", "guards", "capture"}}
+REPORTS = {"diagnostics", "io_arviz", "plots", "estimator", "explorer"}
+# What each folder may import beside errors and itself.
+NEEDS = {"persistence": set(), "runtime": set(), "data": {"runtime"}, "capture": {"runtime"}}
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -55,26 +39,25 @@ def imported(path: Path) -> set[str]:
     return found & MODULES.keys()
 
 
+def inside(*folders: str) -> set[str]:
+    return {name for name in MODULES if name.partition(".")[0] in folders}
+
+
 def allowed(name: str) -> set[str]:
+    folder = name.partition(".")[0]
     if name in GROUND:
-        return {"errors"} | {"evidence.weights": {"evidence.pareto"}, "isolation": {"turns"}}.get(name, set())
-    if name == "streams":
-        return {"errors", "checks", "isolation", "ranks"}
-    if name == "saving":
-        return {"errors", "bounds", "description", "serialization", "storage"}
-    if name == "description":
-        return {"errors", "bounds"}
-    if name in CAPTURE:
-        return CAPTURE[name]
-    if name in PARTS:
-        return {"errors", "networks", "checks"}
-    if name in MODELS:
-        return {"errors", "bounds", "networks", "saving", *CHECKS, *PARTS}
-    if name == "svi" or name.startswith("svi."):
-        return {"errors", "guards", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "svi"}
-    if name == "evidence" or name.startswith("evidence."):
-        return {"errors", "guards", "graphs", *CHECKS} | {m for m in MODULES if m.split(".")[0] == "evidence"}
-    if name in REPORTS:
+        return {"errors"} | ({"evidence.pareto"} if name == "evidence.weights" else set())
+    if folder in NEEDS:
+        return {"errors"} | inside(folder, *NEEDS[folder])
+    if folder in PARTS:
+        return {"errors", "networks"} | inside("runtime")
+    if folder in MODELS:
+        return {"errors", "networks", *PARTS} | inside("persistence", "runtime", "data")
+    if folder == "svi":
+        return {"errors"} | inside("svi", "capture", "data", "runtime", "persistence")
+    if folder == "evidence":
+        return {"errors"} | inside("evidence", "capture", "data", "runtime")
+    if folder in REPORTS:
         return MODULES.keys() - REPORTS - {"__init__"}
     raise AssertionError(f"pvae/{name}: say in this test which layer it belongs to")
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pvae
-from pvae.svi import engine
+from pvae.svi import step as engine
 
 
 def channels_last():

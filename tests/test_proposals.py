@@ -16,7 +16,7 @@ from pyro import distributions as dist
 
 import pvae
 from pvae.evidence.proposals import Annealed, Defensive, Guide, Inflated, Laplace, Prior, Refined, Sobol, StudentT
-from pvae.evidence.sampling import Density
+from pvae.evidence.proposals.base import Density
 from pvae.evidence.traces import Pair
 from pvae.testing import linear_gaussian, two_modes
 

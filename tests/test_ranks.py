@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 import pvae
 from pvae.errors import ArgumentError
-from pvae.ranks import ALONE, Ranks, resolve
-from pvae.svi.signals import Stop
+from pvae.runtime.processes import ALONE, Processes, resolve
+from pvae.runtime.signals import Stop
 
 PATIENCE = 100  # seconds; a launch that takes longer hangs
 LIMIT = 60.0  # seconds after which a process gives another one up
@@ -784,13 +784,13 @@ def test_a_group_of_one_is_one_process(bits, tmp_path):
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 8, 23])
 def test_rows_are_dealt_out_once_in_order_and_evenly(rows):
-    parts = [Ranks(number, 4).part(torch.arange(rows)) for number in range(4)]
+    parts = [Processes(number, 4).part(torch.arange(rows)) for number in range(4)]
     assert torch.equal(torch.cat(parts), torch.arange(rows))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_seeds_of_ranks_differ_and_fit_torch():
-    seeds = [Ranks(number, 1000).seed(seed) for number in range(1000) for seed in (0, 1, 2**63 - 1)]
+    seeds = [Processes(number, 1000).seed(seed) for number in range(1000) for seed in (0, 1, 2**63 - 1)]
     assert len(set(seeds)) == 3000
     assert seeds[:3] == [0, 1, 2**63 - 1]  # the first one's is the caller's
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -5,7 +5,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from pvae import rewriting
+from pvae.capture import rewriting
 from pvae.errors import ArgumentError
 
 EDGES = torch.tensor([-torch.inf, -1e4, -100.0, -20.0, -1e-6, -0.0, 0.0, 1e-6, 20.0, 100.0, 1e4, torch.inf, torch.nan])

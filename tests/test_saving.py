@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 import pvae
-from pvae import likelihoods, networks, posteriors, priors, storage
+from pvae import likelihoods, networks, posteriors, priors
 from pvae.errors import ArgumentError, CheckpointError, ProgramError
-from pvae.isolation import isolated
+from pvae.persistence import storage
+from pvae.runtime.isolation import isolated
 
 
 class Scale(nn.Module):

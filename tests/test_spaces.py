@@ -8,7 +8,7 @@ from pyro.distributions import constraints as pyro_constraints
 from torch.distributions import constraints
 
 from pvae.errors import ProgramError
-from pvae.evidence.spaces import Latents, LatentSpace, Layout
+from pvae.evidence.latents import Latents, LatentSpace, Layout
 
 K, N = 4, 3
 

@@ -37,10 +37,10 @@ from torch.utils.data import (
 )
 
 import pvae
+from pvae.data.streams import Stream
 from pvae.evidence import importance, session
-from pvae.ranks import ALONE, Ranks
-from pvae.streams import Stream
-from pvae.svi import engine
+from pvae.runtime.processes import ALONE, Processes
+from pvae.svi import step as engine
 from pvae.testing import linear_gaussian
 
 # Python 3.12 warns of any fork where there are threads.
@@ -682,7 +682,7 @@ def distributed(length, **options):
 
 
 def test_a_distributed_sampler_says_what_it_pads_and_drops():
-    two = Ranks(0, 2)
+    two = Processes(0, 2)
     with pytest.warns(UserWarning, match="data: its DistributedSampler pads 17 data to 18 in each pass"):
         padded = Stream("data", distributed(17), 1, 0, two)
     with pytest.warns(UserWarning, match="data: its DistributedSampler draws 16 of 17 data in each pass"):
@@ -699,7 +699,7 @@ def test_what_each_process_drops_is_added_up():
     sampler = DistributedSampler(range(18), 2, 0, shuffle=False)
     data = batched(torch.zeros(18, 6), sampler=sampler, batch_size=4, drop_last=True)
     with pytest.warns(UserWarning, match="the loader drops the last 2 of 18 data"):
-        assert Stream("data", data, 1, 0, Ranks(1, 2)).num_data == 16
+        assert Stream("data", data, 1, 0, Processes(1, 2)).num_data == 16
 
 
 def test_a_distributed_sampler_for_other_processes_is_an_error(bits):
@@ -887,7 +887,7 @@ def test_each_process_reads_its_part_of_a_dataset_alone(numbers):
     for rank in range(3):
         data = Watched(numbers[:17])
         data.rank = rank
-        parts.append(list(Stream("data", data, 8, 0, Ranks(rank, 3)).batches(1)))
+        parts.append(list(Stream("data", data, 8, 0, Processes(rank, 3)).batches(1)))
     assert [[number for number, _ in batches] for batches in parts] == [[1, 2, 3]] * 3
     whole = [torch.cat([batches[n][1][0] for batches in parts]) for n in range(3)]
     reference = [rows for _, (rows,) in Stream("data", Items(numbers[:17]), 8, 0, ALONE).batches(1)]
@@ -899,7 +899,8 @@ def test_each_process_reads_its_part_of_a_dataset_alone(numbers):
 def test_each_process_evaluates_every_so_many_batches(numbers):
     for make in (Items, lambda x: batched(x, batch_size=8)):
         parts = [
-            dict(Stream("data", make(numbers), 8, 0, Ranks(rank, 2), evaluated=True).batches(0)) for rank in range(2)
+            dict(Stream("data", make(numbers), 8, 0, Processes(rank, 2), evaluated=True).batches(0))
+            for rank in range(2)
         ]
         assert [[*part] for part in parts] == [[1, 3], [2]]
         found = parts[0] | parts[1]
@@ -908,7 +909,7 @@ def test_each_process_evaluates_every_so_many_batches(numbers):
 
 def test_a_loaders_batches_are_divided(numbers):
     parts = [
-        [x for _, (x,) in Stream("", batched(numbers, batch_size=9), 1, 0, Ranks(r, 2)).batches(1)] for r in (0, 1)
+        [x for _, (x,) in Stream("", batched(numbers, batch_size=9), 1, 0, Processes(r, 2)).batches(1)] for r in (0, 1)
     ]
     assert [[len(x) for x in part] for part in parts] == [[5, 5, 1], [4, 4, 1]]
     assert torch.equal(torch.cat([torch.cat(both) for both in zip(*parts, strict=True)]), numbers)

@@ -23,8 +23,9 @@ from pyro import distributions as dist
 from torch import nn
 
 import pvae
-from pvae.svi import compiled_svi, engine
-from pvae.turns import in_turn, turn
+from pvae.runtime.turns import in_turn, turn
+from pvae.svi import compiled_svi
+from pvae.svi import step as engine
 
 WAIT = 60  # seconds, after which a test that hangs fails
 

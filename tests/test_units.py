@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import pvae
-from pvae import likelihoods, networks, posteriors, priors, saving
+from pvae import likelihoods, networks, posteriors, priors
+from pvae.persistence import saving
 
 GAUSSIANS = ["gaussian", "gaussian-per-pixel"]
 

@@ -24,8 +24,9 @@ from conftest import ModulePair
 from torch import nn
 
 import pvae
-from pvae import datasets, storage
+from pvae import datasets
 from pvae.errors import CheckpointError, DatasetError
+from pvae.persistence import storage
 from pvae.svi import checkpoints, load_checkpoint
 from pvae.svi.checkpoints import Folder
 
@@ -392,7 +393,7 @@ def test_json_without_end_is_refused(content, run):
 
 
 def test_brackets_in_text_are_none():
-    from pvae.serialization import json_from
+    from pvae.persistence.serialization import json_from
 
     value = {"[" * 1000: ['"' + "{" * 1000, "\\", "]"]}
     assert json_from(json.dumps(value).encode()) == value

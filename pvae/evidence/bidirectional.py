@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.checks import Data
+from pvae.data import Data
 from pvae.errors import ArgumentError, positive_int
-from pvae.evidence.annealing import Annealed
+from pvae.evidence.proposals.annealing import Annealed
 from pvae.evidence.session import opened
 from pvae.evidence.traces import Batch
 from pvae.evidence.weights import WeightSums
-from pvae.isolation import Program, resolve_seed
-from pvae.turns import in_turn
+from pvae.runtime import Program, in_turn, resolve_seed
 
 __all__ = ["Bracket", "bidirectional_monte_carlo"]
 

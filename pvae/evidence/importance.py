@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae import ranks as processes
-from pvae.checks import Data
+from pvae.capture import Captured, pays
+from pvae.data import Data
 from pvae.errors import ArgumentError, positive_int, yes_no_or_auto
 from pvae.evidence import proposals
-from pvae.evidence.chunks import chunk_shape, default_chunk_size
 from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
-from pvae.evidence.sampling import Proposal, Sampler
+from pvae.evidence.planning import chunk_shape, default_chunk_size
+from pvae.evidence.proposals.base import Proposal, Sampler
 from pvae.evidence.session import Session, fingerprints, opened
 from pvae.evidence.traces import Batch
 from pvae.evidence.weights import Chunk, WeightSums
-from pvae.graphs import Captured, pays
-from pvae.isolation import Program, modules_of, resolve_seed
-from pvae.ranks import Ranks
-from pvae.turns import in_turn
+from pvae.runtime import Processes, Program, in_turn, modules_of, resolve_processes, resolve_seed
 
 __all__ = ["log_evidence", "log_weights"]
 
@@ -178,28 +175,28 @@ class _Task(NamedTuple):
 
     def done(self, work: Callable[[_Draws], T], chunk_size: int | None) -> tuple[list[T], int, bool, float]:
         """The work's results for each block of the data, in order; the seed; if data shared draws; the precision."""
-        ranks = processes.resolve(self.distributed)
-        seed = ranks.from_first(self.seed)
+        processes = resolve_processes(self.distributed)
+        seed = processes.broadcast(self.seed)
         alike: dict[str, Any] = {"num_samples": self.num_samples, "proposal": self.proposal.name}
-        if ranks.count > 1:
-            with ranks.together():
+        if processes.world_size > 1:
+            with processes.together():
                 alike |= fingerprints(self.data, self.model, self.guide, self.proposal)
-        ranks.agree(**alike)
+        processes.agree(**alike)
         size = None if chunk_size is None else positive_int("chunk_size", chunk_size)
-        with ranks.together():
+        with processes.together():
             done, shared, precision = _with_the_memory_there_is(
-                lambda halvings: self._tried(work, size, halvings, ranks, seed)
+                lambda halvings: self._tried(work, size, halvings, processes, seed)
             )
-        parts = sorted((part for parts in ranks.gathered(done) for part in parts), key=itemgetter(0))
+        parts = sorted((part for parts in processes.all_gather(done) for part in parts), key=itemgetter(0))
         return [part for _, part in parts], seed, shared, precision
 
     def _tried(
-        self, work: Callable[[_Draws], T], chunk_size: int | None, halvings: int, ranks: Ranks, seed: int
+        self, work: Callable[[_Draws], T], chunk_size: int | None, halvings: int, processes: Processes, seed: int
     ) -> tuple[list[tuple[int, T]], bool, float]:
-        options: dict[str, Any] = {"others": (self.proposal,), "ranks": ranks, "streams": True}
+        options: dict[str, Any] = {"others": (self.proposal,), "ranks": processes, "streams": True}
         with (
             opened(self.model, self.guide, self.data, seed=seed, device=self.device, **options) as session,
-            _bar(self.progress and ranks.first) as bar,
+            _bar(self.progress and processes.is_main) as bar,
         ):
             capture = _to_capture(self.compile, session, self.proposal, self.num_samples)
             size = (chunk_size or default_chunk_size(session, self.proposal)) >> halvings

@@ -76,10 +76,10 @@ def fit_tail(largest: Tensor, num_samples: int) -> Tail:
     khat = torch.where(too_few, torch.inf, torch.where(equal, -torch.inf, shrunk))
 
     scale = -fitted / theta
-    ranks = (torch.arange(m, dtype=excess.dtype, device=excess.device) + 0.5) / m
+    processes = (torch.arange(m, dtype=excess.dtype, device=excess.device) + 0.5) / m
     flat = shrunk.abs() < 1e-12
     k = torch.where(flat, 1.0, shrunk)[:, None]
-    minus_log = -torch.log1p(-ranks)
+    minus_log = -torch.log1p(-processes)
     quantiles = torch.where(flat[:, None], minus_log, torch.expm1(k * minus_log) / k) * scale[:, None]
     smooth = (quantiles + threshold[:, None]).clamp(max=1.0)  # never above the largest weight that was drawn
     log_smoothed = torch.where(khat.isfinite(), smooth.sum(1).log() + top, torch.nan)

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.checks import Data
+from pvae.data import Data
 from pvae.errors import ArgumentError, ProgramError, positive_int
-from pvae.evidence.gaussians import Elliptical
-from pvae.evidence.local import Laplace
-from pvae.evidence.sampling import log_joint
+from pvae.evidence.proposals.base import log_joint
+from pvae.evidence.proposals.gaussians import Elliptical
+from pvae.evidence.proposals.local import Laplace
 from pvae.evidence.session import opened
 from pvae.evidence.traces import Batch, Pair
-from pvae.isolation import Program
-from pvae.turns import in_turn
+from pvae.runtime import Program, in_turn
 
 __all__ = ["QuadratureEstimate", "gauss_hermite"]
 

@@ -12,13 +12,21 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae.checks import Data, as_tensors, check_supports, fingerprint, named_shape
+from pvae.data import Data, Stream, as_tensors, fingerprint, is_stream, named_shape
 from pvae.errors import NumericalError, ProgramError, first_line, warn
 from pvae.evidence.traces import Batch, Pair
-from pvae.isolation import Program, dtype_of, isolated, modules_of, outside_modules, place
-from pvae.ranks import ALONE, Ranks
-from pvae.streams import Stream, is_stream
-from pvae.surroundings import check_surroundings
+from pvae.runtime import (
+    ALONE,
+    Processes,
+    Program,
+    check_supports,
+    check_surroundings,
+    dtype_of,
+    isolated,
+    modules_of,
+    outside_modules,
+    place,
+)
 
 __all__ = ["Session", "fingerprints", "opened"]
 
@@ -37,7 +45,7 @@ class Session:
         pair: The checked pair.
         data: The tensors, where the caller keeps them; of a stream, some.
         device: Where programs run.
-        ranks: The processes that share the data.
+        processes: The processes that share the data.
         modules: Those that were placed, whose dtype data get.
         stream: Where the data are read, if that is so.
         batches: Of the stream, this process's, each with its number.
@@ -47,7 +55,7 @@ class Session:
     pair: Pair
     data: Batch
     device: torch.device
-    ranks: Ranks = ALONE
+    processes: Processes = ALONE
     modules: Sequence[nn.Module] = ()
     stream: Stream | None = None
     batches: Iterator[tuple[int, Batch]] | None = None
@@ -82,14 +90,14 @@ class Session:
     def expected(self) -> int:
         """About how many data this process will evaluate; many if a stream does not know."""
         known = self.num_data if self.stream is None else self.stream.num_data
-        return 2**20 if known is None else -(-known // self.ranks.count)
+        return 2**20 if known is None else -(-known // self.processes.world_size)
 
     def blocks(self) -> Iterator[tuple[int, Session]]:
         """The same pair with one part after another of the data of this process, each with its place among all."""
         if self.stream is None or self.batches is None:
-            data = tuple(self.ranks.part(t) for t in self.data)
+            data = tuple(self.processes.shard(t) for t in self.data)
             if len(data[0]):
-                yield self.ranks.number, replace(self, data=data)
+                yield self.processes.rank, replace(self, data=data)
             return
         for number, rows in self.batches:
             with self.stream.named(number):
@@ -131,7 +139,7 @@ def opened(
     seed: int,
     device: str | torch.device,
     others: tuple[object, ...] = (),
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
     streams: bool = False,
 ) -> Iterator[Session]:
     """Checks a pair and its data, and runs a block in which they can be evaluated.
@@ -143,14 +151,14 @@ def opened(
         seed: Of the block's random numbers.
         device: As for `pvae.log_evidence`.
         others: What else may hold modules to place.
-        ranks: The processes that share the data.
+        processes: The processes that share the data.
         streams: Whether the block takes data that come in `Session.blocks`.
     """
     check_surroundings()
     modules = modules_of(model, guide, *others)  # type: ignore[arg-type]
     stream = batches = None
     if streams and is_stream(data):
-        stream = _stream(data, seed, ranks)
+        stream = _stream(data, seed, processes)
         tensors, batches = _begun(stream)
     else:
         tensors = as_tensors("data", data)
@@ -160,12 +168,12 @@ def opened(
     with (
         named_shape("data", whole),
         _half_precision_told(),
-        isolated(modules, seed=ranks.seed(seed), device=chosen, params=known) as store,
+        isolated(modules, seed=processes.rank_seed(seed), device=chosen, params=known) as store,
     ):
         pair = Pair.of(model, guide, tensors, chosen)
         untrained = outside_modules(store)["params"].keys() - known["params"].keys()
         _warn_of_initial_values(untrained)
-        session = Session(pair, tensors, chosen, ranks, modules, stream, batches)
+        session = Session(pair, tensors, chosen, processes, modules, stream, batches)
         if stream is None:
             session.check()
         yield session
@@ -198,13 +206,13 @@ def fingerprints(data: Data, *programs: object) -> dict[str, str]:
     return found
 
 
-def _stream(data: Data, seed: int, ranks: Ranks) -> Stream:
+def _stream(data: Data, seed: int, processes: Processes) -> Stream:
     """A dataset in blocks of a size that fits its data, or a loader's batches."""
-    stream = Stream("data", data, 1, seed, ranks, evaluated=True)
+    stream = Stream("data", data, 1, seed, processes, evaluated=True)
     if stream.loader is None:
         _, datum = next(stream.alone().batches(0))
         size = max(1, min(_MOST_DATA, _MOST_ENTRIES // max(t.numel() for t in datum)))
-        stream = Stream("data", data, size, seed, ranks, evaluated=True)
+        stream = Stream("data", data, size, seed, processes, evaluated=True)
     if stream.drawn_by:
         warn(f"data: results are in the order in which the loader's {stream.drawn_by} draws the data.")
     return stream
@@ -213,7 +221,7 @@ def _stream(data: Data, seed: int, ranks: Ranks) -> Stream:
 def _begun(stream: Stream) -> tuple[Batch, Iterator[tuple[int, Batch]]]:
     """The first batch, the same on all processes, and all of this process's."""
     batches = stream.batches(0)
-    if stream.ranks.count > 1:
+    if stream.processes.world_size > 1:
         return next(stream.alone().batches(0))[1], batches
     first = next(batches)
     return first[1], chain([first], batches)

@@ -22,11 +22,10 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pvae.checks import check_pair, check_signature, check_supports, density_sites, observed, tensors_of
 from pvae.errors import DataError, ProgramError, PVAEError
-from pvae.evidence.families import FAMILIES, PARAMETERS, leaf_of, parameters_of, product
-from pvae.evidence.spaces import Latents, LatentSpace, Layout
-from pvae.evidence.trials import (
+from pvae.evidence.exponential_families import FAMILIES, PARAMETERS, leaf_of, parameters_of, product
+from pvae.evidence.latents import Latents, LatentSpace, Layout
+from pvae.evidence.pair_checks import (
     check_densities,
     check_names,
     data_dim,
@@ -39,7 +38,7 @@ from pvae.evidence.trials import (
     refusal,
     support_of,
 )
-from pvae.isolation import Program
+from pvae.runtime import Program, check_pair, check_signature, check_supports, density_sites, observed, tensors_of
 
 __all__ = ["Pair"]
 
@@ -60,7 +59,7 @@ class Pair:
         guide: The recognition program.
         layout: Where particles and data stand in the programs' tensors.
         trial: Two data, on which programs are tried.
-        observed: What observes the data, as `pvae.checks.observed` finds it.
+        observed: What observes the data, as `pvae.runtime.sites.observed` finds it.
         shares_prior: Whether draws from the prior can serve all data at once: p(x|z) is one site of an exponential
             family whose parameters depend on the latents alone.
     """
@@ -180,7 +179,7 @@ class Pair:
     def draw_shared_prior(self, batch: Batch, num_samples: int, *, exact: bool = True) -> Tensor:
         """Draws K latents from the prior and returns log p(x|z) of all data at each of them, shape ``(K, N)``.
 
-        Where `shares_prior`: the K latents are decoded once, and the rest is `pvae.evidence.families.product`.
+        Where `shares_prior`: the K latents are decoded once, and the rest is one product of matrices.
         """
         (site,) = observed_of(self._shared_run(batch, num_samples)).values()
         return self._product(site, exact=exact)

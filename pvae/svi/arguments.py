@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pvae.guards import foreign, same
+from pvae.capture import foreign, same
 
 __all__ = ["Arguments", "most_varied", "named"]
 

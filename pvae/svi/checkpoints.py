@@ -20,9 +20,9 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pvae import serialization, storage
-from pvae.checks import kind
+from pvae.data import kind
 from pvae.errors import CheckpointError, first_line, warn
+from pvae.persistence import serialization, storage
 from pvae.svi.contents import check_contents
 
 __all__ = ["Folder", "Saved", "check_plain", "check_weights"]

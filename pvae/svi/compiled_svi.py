@@ -15,11 +15,11 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pvae.capture import Captured
 from pvae.errors import NumericalError, warn, yes_no_or_auto
-from pvae.graphs import Captured
+from pvae.runtime import in_turn
 from pvae.svi.arguments import Arguments, most_varied, named
 from pvae.svi.objectives import ItemsStayTensors, inside_handlers, params_met
-from pvae.turns import in_turn
 
 __all__ = ["CompiledSVI"]
 

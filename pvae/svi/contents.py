@@ -40,9 +40,9 @@ def check_contents(
     _check_place(training, config)
     _check_history(training["epoch"], history, config)
     _check_optimizer(weights, training)
-    ranks = len(_demanded(list, training["totals"], "totals"))
+    processes = len(_demanded(list, training["totals"], "totals"))
     _demand(all(_is_number(total) for total in training["totals"]), "its totals are no numbers")
-    _demand(ranks == len(training["noise"]) == len(training["memory"]) > 0, "it lacks random numbers")
+    _demand(processes == len(training["noise"]) == len(training["memory"]) > 0, "it lacks random numbers")
     for noise in training["noise"]:
         _check_noise(noise)
     for memories in training["memory"]:
@@ -151,7 +151,7 @@ def _words(tensor: Tensor, dtype: torch.dtype, size: int) -> np.ndarray:
 
 
 def _is_memory(memory: Any) -> bool:
-    """Whether it is what `pvae.graphs.Captured` remembers."""
+    """Whether it is what `pvae.capture.captured.Captured` remembers."""
     if not (isinstance(memory, dict) and memory.keys() == {"first", "runs", "changes", "given_up"}):
         return False
     runs = memory["runs"]

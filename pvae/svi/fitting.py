@@ -15,23 +15,20 @@ from pyro.params.param_store import ParamStoreDict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pvae import ranks as processes
-from pvae import storage
-from pvae.checks import Data
+from pvae.capture import pays
+from pvae.data import Batches, Data, Transform
 from pvae.errors import ArgumentError, NumericalError, folder_path, one_of, positive_int, yes_no_or_auto
-from pvae.graphs import pays
-from pvae.isolation import Program, isolated, resolve_seed
-from pvae.surroundings import check_surroundings
-from pvae.svi import bounds, engine, objectives, passes
-from pvae.svi.batches import Batches, Transform
+from pvae.persistence import storage
+from pvae.runtime import Program, check_surroundings, heeded, in_turn, isolated, resolve_processes, resolve_seed
+from pvae.svi import elbos as bounds
+from pvae.svi import objectives, passes
+from pvae.svi import step as engine
+from pvae.svi.loading import begun, check_same_run, found, opened, outside
 from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
-from pvae.svi.resuming import begun, check_same_run, found, opened, outside
+from pvae.svi.run import Callback, Plan, Training
 from pvae.svi.settings import described, kl_weights, patience_for, positive, scheduled
-from pvae.svi.signals import heeded
-from pvae.svi.training import Callback, Plan, Training
 from pvae.svi.validation import Validation
-from pvae.turns import in_turn
 
 __all__ = ["fit"]
 
@@ -148,7 +145,7 @@ def fit(
     weights, patience = kl_weights(kl_weight, epochs), patience_for(patience, validation)
     path = None if checkpoint is None else folder_path("checkpoint", checkpoint)
     make_scheduler, schedule = scheduled(scheduler, lr, checkpoint)
-    ranks = processes.resolve(distributed)
+    processes = resolve_processes(distributed)
     bounds.resolve(objective)
     resolve_seed(seed)
     if callback is not None and not callable(callback):
@@ -158,14 +155,14 @@ def fit(
     if resume == "auto" and checkpoint is None:
         raise ArgumentError("resume='auto' needs a folder to go on from: pass checkpoint=.")
 
-    with heeded() as stop, opened(path, ranks) as folder:
-        saved = found(folder, resume, ranks, make_scheduler, schedule)
+    with heeded() as stop, opened(path, processes) as folder:
+        saved = found(folder, resume, processes, make_scheduler, schedule)
         if saved is not None and seed is None:
             seed = saved.config["arguments"]["seed"]
-        seed = ranks.from_first(resolve_seed(seed))
-        with ranks.together():
+        seed = processes.broadcast(resolve_seed(seed))
+        with processes.together():
             pair = Pair.of(model, guide, data, device, objective)
-            shared: dict[str, Any] = {"seed": seed, "ranks": ranks, "asked_to_stop": stop}
+            shared: dict[str, Any] = {"seed": seed, "ranks": processes, "asked_to_stop": stop}
             batches = pair.batches("data", data, batch_size, transform=transform, **shared)
             held_out = None
             if validation is not None:
@@ -176,38 +173,38 @@ def fit(
         arguments: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "lr": lr, "clip_norm": clip_norm}
         arguments |= {"scheduler": schedule, "precision": precision}
         arguments |= {"objective": described(objective), "transform": described(transform)}
-        if path is not None or ranks.count > 1:
+        if path is not None or processes.world_size > 1:
             arguments["data"] = batches.fingerprint()
             arguments["validation"] = held_out.fingerprint() if held_out else None
-        ranks.agree(**arguments, epochs=epochs, kl_weights=weights, patience=patience, capture=capture)
-        with ranks.together():
+        processes.agree(**arguments, epochs=epochs, kl_weights=weights, patience=patience, capture=capture)
+        with processes.together():
             if saved is not None:
                 check_same_run(saved, pair, state, arguments, weights, epochs)
 
-        environment = {"device": str(pair.device), "threads": torch.get_num_threads(), "ranks": ranks.count}
+        environment = {"device": str(pair.device), "threads": torch.get_num_threads(), "ranks": processes.world_size}
         environment |= {"compiled": capture, **storage.versions()}
         plan = Plan(epochs, weights, patience, arguments, environment)
         lent = bounds.nested(objective, verified)
-        isolation: Any = {"seed": ranks.seed(seed), "device": pair.device, "training": True, "params": state}
+        isolation: Any = {"seed": processes.rank_seed(seed), "device": pair.device, "training": True, "params": state}
         with isolated(pair.modules, **isolation) as store, lent:
-            with ranks.together():
+            with processes.together():
                 if saved is None:
                     pair.find_units(batches, verified, seed)
-            tensors = begun(pair, store, saved, ranks)
+            tensors = begun(pair, store, saved, processes)
             options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
             # Where there are other processes, one that ended early would leave them waiting.
-            compiling = stop.interrupting if ranks.count == 1 else nullcontext
-            options |= {"weighted": weights is not None, "ranks": ranks, "compiling": compiling}
-            with ranks.together():
+            compiling = stop.interrupting if processes.world_size == 1 else nullcontext
+            options |= {"weighted": weights is not None, "ranks": processes, "compiling": compiling}
+            with processes.together():
                 step = engine.Step(model, guide, objective, verified, batches, lr=lr, **options)
                 evaluate = None
                 if held_out is not None:
-                    about: Any = (pair.modules, held_out, verified, seed, capture, ranks, stop, compiling)
+                    about: Any = (pair.modules, held_out, verified, seed, capture, processes, stop, compiling)
                     evaluate = Validation(model, guide, bounds.bound(objective, verified), *about)
                 made = make_scheduler(step.optimizer)
-                training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair, ranks)
+                training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair, processes)
                 if saved is not None:
-                    if ranks.first:  # the others' devices have other numbers
+                    if processes.is_main:  # the others' devices have other numbers
                         saved.warn_of_another_place(environment)
                     training.restore(saved)
                     del saved  # as large as all that is trained
@@ -223,10 +220,10 @@ def fit(
             finally:
                 step.forget_gradients()
             result = _result(training, pair, store, seed, why)
-        stopped = ranks.any(stop())  # all say the same: they go on alike
+        stopped = processes.any(stop())  # all say the same: they go on alike
         if training.done * (batches.steps or 1) >= _ENOUGH_TO_JUDGE and not stopped:
             pair.warn_if_collapsed(held_out or batches, result._state)
-        stopped = stopped or (ranks.count == 1 and stop())
+        stopped = stopped or (processes.world_size == 1 and stop())
         return replace(result, stopped="signal", signal=stop.signal) if stopped else result
 
 

@@ -22,9 +22,17 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pvae.checks import base_distribution, check_pair, check_signature, check_supports, density_sites, kind, observed
+from pvae.data import kind
 from pvae.errors import ArgumentError, NumericalError, ProgramError, PVAEError, first_line
-from pvae.isolation import Program
+from pvae.runtime import (
+    Program,
+    base_distribution,
+    check_pair,
+    check_signature,
+    check_supports,
+    density_sites,
+    observed,
+)
 
 __all__ = [
     "ItemsStayTensors",
@@ -47,7 +55,7 @@ class Verified(NamedTuple):
     """What `verify` found out about a pair."""
 
     params: list[Tensor]  # unconstrained, as an optimizer moves them
-    observed: list[Any]  # as `pvae.checks.observed` finds them
+    observed: list[Any]  # as `pvae.runtime.sites.observed` finds them
     subsampled_from: int | None  # the size that a plate scales each batch up to; None where no plate does
     batch: tuple[Tensor, ...]  # what it was run on
     summed: tuple[str, ...] = ()  # latents that are enumerated in the model and are not in the guide

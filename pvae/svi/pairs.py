@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.checks import Data, as_tensors, base_distribution, named_shape
+from pvae.data import Batches, Data, InMemory, Stream, Streamed, Transform, as_tensors, is_stream, named_shape
 from pvae.errors import warn
-from pvae.isolation import Program, dtype_of, isolated, modules_of, place
-from pvae.ranks import ALONE, Ranks
-from pvae.streams import Stream, is_stream
-from pvae.svi import bounds, objectives
-from pvae.svi.batches import Batches, InMemory, Streamed, Transform
+from pvae.runtime import ALONE, Processes, Program, base_distribution, dtype_of, isolated, modules_of, place
+from pvae.svi import elbos as bounds
+from pvae.svi import objectives
 
 __all__ = ["Pair"]
 
@@ -52,17 +50,17 @@ class Pair:
         *,
         seed: int = 0,
         transform: Transform | None = None,
-        ranks: Ranks = ALONE,
+        processes: Processes = ALONE,
         evaluated: bool = False,
         asked_to_stop: Callable[[], bool] = bool,
     ) -> Batches:
         """Checks data, and cuts them into batches on the pair's device."""
         if not is_stream(data):
             _, tensors = place(self.modules, as_tensors(name, data), self.device)
-            return InMemory(tensors, batch_size, self.device, transform, seed, ranks)
-        stream = Stream(name, data, batch_size, seed, ranks, evaluated=evaluated)
+            return InMemory(tensors, batch_size, self.device, transform, seed, processes)
+        stream = Stream(name, data, batch_size, seed, processes, evaluated=evaluated)
         # Where there are other processes, one that ended early would leave them waiting.
-        asked = asked_to_stop if ranks.count == 1 else bool
+        asked = asked_to_stop if processes.world_size == 1 else bool
         return Streamed(stream, self.device, dtype_of(self.modules), transform, asked)
 
     def verified(

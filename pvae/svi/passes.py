@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.data import InMemory, Rows
 from pvae.errors import NumericalError
-from pvae.svi.batches import InMemory, Rows
-from pvae.svi.engine import Step
-from pvae.svi.signals import Interrupted
+from pvae.runtime import Interrupted
+from pvae.svi.step import Step
 
 __all__ = ["CudaEpochs", "Epochs", "epochs"]
 
@@ -52,7 +52,7 @@ class Epochs:
             NumericalError: As `Step` does; names the step.
         """
         self.step.begin()
-        stop, alone = False, self.step.ranks.count == 1
+        stop, alone = False, self.step.processes.world_size == 1
         for rows, problem in self._parts(number, alone):
             try:
                 taken = self.step(rows, self.asked_to_stop(), problem)
@@ -185,7 +185,7 @@ class CudaEpochs(Epochs):
 def epochs(step: Step, asked_to_stop: Callable[[], bool] = bool) -> Epochs:
     """The fastest way to run a step over all data: on the GPU if it was captured and the data fit there."""
     batches = step.batches
-    alone = step.ranks.count == 1
+    alone = step.processes.world_size == 1
     if (
         step.captured is not None
         and step.fused

@@ -13,7 +13,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pvae.turns import turn
+from pvae.runtime import turn
 
 __all__ = ["FitResult"]
 

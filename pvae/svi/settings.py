@@ -14,7 +14,7 @@ from pyro.infer import ELBO
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pvae.checks import Data
+from pvae.data import Data
 from pvae.errors import ArgumentError, positive_int
 from pvae.svi.checkpoints import check_plain
 

@@ -11,13 +11,11 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pvae.capture import Captured
+from pvae.data import Batches
 from pvae.errors import warn
-from pvae.graphs import Captured
-from pvae.isolation import Program, isolated
-from pvae.ranks import Ranks
+from pvae.runtime import Interrupted, Processes, Program, isolated
 from pvae.svi import objectives
-from pvae.svi.batches import Batches
-from pvae.svi.signals import Interrupted
 
 __all__ = ["Validation"]
 
@@ -35,15 +33,15 @@ class Validation:
         verified: objectives.Verified,
         seed: int,
         capture: bool,
-        ranks: Ranks,
+        processes: Processes,
         asked_to_stop: Callable[[], bool] = bool,
         compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.guide = model, guide
         # Where there are other processes, one that ended early would leave them waiting.
-        self.asked_to_stop = asked_to_stop if ranks.count == 1 else bool
-        self.modules, self.batches, self.verified, self.ranks = modules, batches, verified, ranks
-        self.seed = ranks.seed(seed)
+        self.asked_to_stop = asked_to_stop if processes.world_size == 1 else bool
+        self.modules, self.batches, self.verified, self.processes = modules, batches, verified, processes
+        self.seed = processes.rank_seed(seed)
         self.captured: Captured | None = None
 
         def loss(*batch: Tensor) -> Tensor:
@@ -61,7 +59,7 @@ class Validation:
     def __call__(self, epoch: int) -> float | None:
         """Returns the bound in nats per datum, over the data of all processes; nothing if asked to stop meanwhile."""
         total, seen = 0.0, 0
-        with self.ranks.together(), self._isolated():
+        with self.processes.together(), self._isolated():
             for batch in self.batches.in_order():
                 try:
                     loss = self.loss(*batch).item() * self.verified.share(batch)
@@ -76,7 +74,7 @@ class Validation:
         if self.asked_to_stop():  # the batches may have ended early, too
             return None
         sums = torch.tensor([total, seen], dtype=torch.float64, device=self.batches.device)
-        total, seen = self.ranks.sums([sums])[0].tolist()
+        total, seen = self.processes.all_reduce([sums])[0].tolist()
         return -total / seen
 
     def _warn(self, epoch: int, loss: float, batch: tuple[Tensor, ...]) -> None:

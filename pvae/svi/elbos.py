@@ -27,7 +27,7 @@ from pyro.infer import (
 from torch import Tensor
 
 from pvae.errors import ArgumentError, ProgramError, PVAEError, first_line, warn
-from pvae.isolation import Program
+from pvae.runtime import Program
 from pvae.svi.objectives import Objective, Verified, loss_of
 
 __all__ = ["bound", "nested", "resolve", "try_out"]

@@ -17,14 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from pvae.errors import CheckpointError, NumericalError
-from pvae.isolation import noise, set_noise
-from pvae.ranks import Ranks
+from pvae.runtime import Processes, Stop, noise, set_noise
 from pvae.svi import objectives
 from pvae.svi.checkpoints import Folder, Saved, check_weights
 from pvae.svi.contents import FIXED
 from pvae.svi.pairs import Pair
 from pvae.svi.passes import Epochs
-from pvae.svi.signals import Stop
 from pvae.svi.validation import Validation
 
 __all__ = ["Callback", "Plan", "Training"]
@@ -73,10 +71,10 @@ class Training:
         scheduler: LRScheduler | None,
         tensors: Callable[[], dict[str, Tensor]],
         pair: Pair,
-        ranks: Ranks,
+        processes: Processes,
     ) -> None:
         self.plan, self.passes, self.validation, self.scheduler = plan, passes, validation, scheduler
-        self.tensors, self.pair, self.ranks = tensors, pair, ranks
+        self.tensors, self.pair, self.processes = tensors, pair, processes
         self.step = passes.step
         self.step.names = tensors
         self.curve = "elbo" if objectives.is_elbo(self.step.objective) and not plan.kl_weights else "objective"
@@ -116,10 +114,10 @@ class Training:
         """Trains; returns why it ended."""
         total = None if self.step.batches.num_data is None else self.plan.epochs * self.step.batches.num_data
         initial = self.done * (self.step.batches.num_data or 0) + self.passes.seen
-        off = None if progress and self.ranks.first else True
+        off = None if progress and self.processes.is_main else True
         with tqdm(total=total, initial=initial, unit=" data", unit_scale=True, disable=off) as bar:
             while self.done < self.plan.epochs:
-                if self.ranks.any(stop()):
+                if self.processes.any(stop()):
                     self._save(folder)
                     return "signal"
                 if self.out_of_patience:
@@ -127,11 +125,11 @@ class Training:
                 if not self._epoch(bar):
                     self._save(folder)
                     return "signal"
-                with self.ranks.together():
-                    if self.ranks.first:
+                with self.processes.together():
+                    if self.processes.is_main:
                         self._tell(folder, callback)
                 self._save(folder)
-        return "signal" if self.ranks.any(stop()) else "epochs"
+        return "signal" if self.processes.any(stop()) else "epochs"
 
     def _tell(self, folder: Folder | None, callback: Callback | None) -> None:
         record = {"epoch": self.done, **{name: values[-1] for name, values in self.history.items()}}
@@ -142,7 +140,7 @@ class Training:
             try:
                 callback(record)
             except Exception:
-                if self.ranks.count == 1:
+                if self.processes.world_size == 1:
                     self._set_noise(before)
                     self._save(folder)  # the epoch is not lost for it
                 raise
@@ -158,7 +156,7 @@ class Training:
         passes, total = self.passes, self.step.batches.num_data
         for count in passes.epoch(number):
             bar.update(count)
-            if (passes.running and self.ranks.count == 1) or passes.seen == total:
+            if (passes.running and self.processes.world_size == 1) or passes.seen == total:
                 mean = -passes.total / max(passes.seen, 1)
                 bar.set_description(f"epoch {number}/{epochs}, {self.curve} {mean:.2f} nats", False)
         self.seconds = time.perf_counter() - start
@@ -166,9 +164,9 @@ class Training:
             return False
         self._check_weights()
         # Statistics of batches, such as those of batch normalization, are each process's own.
-        self.ranks.copy_first([b for module in self.pair.modules for b in module.buffers()])
+        self.processes.broadcast_tensors([b for module in self.pair.modules for b in module.buffers()])
         sums = torch.tensor([passes.total], dtype=torch.float64, device=self.step.batches.device)
-        values = {self.curve: -self.ranks.sums([sums])[0].item() / passes.seen}
+        values = {self.curve: -self.processes.all_reduce([sums])[0].item() / passes.seen}
         if self.validation is not None:
             held_out = self.validation(number)
             if held_out is None:
@@ -197,12 +195,12 @@ class Training:
 
     def _save(self, folder: Folder | None) -> None:
         """Writes a checkpoint of where it stands; the first process does so for all."""
-        if self._saved == (self.done, self.passes.steps) or not self.ranks.from_first(folder is not None):
+        if self._saved == (self.done, self.passes.steps) or not self.processes.broadcast(folder is not None):
             return
-        noises, totals = self.ranks.gathered(self._noise()), self.ranks.gathered(self.passes.total)
+        noises, totals = self.processes.all_gather(self._noise()), self.processes.all_gather(self.passes.total)
         # Parts of one batch may have other shapes on other processes.
-        memories = self.ranks.gathered([c.memory() if c else None for c in self._captured()])
-        with self.ranks.together():
+        memories = self.processes.all_gather([c.memory() if c else None for c in self._captured()])
+        with self.processes.together():
             if folder is not None:
                 self.last = folder.write(self.saved(noises, totals, memories))
         self._saved = (self.done, self.passes.steps)
@@ -266,17 +264,21 @@ class Training:
         if self.scheduler is not None and training["scheduler"] is not None:
             self.scheduler.load_state_dict(dict(training["scheduler"]))
         self.history = {name: list(values) for name, values in saved.history.items() if name in self.history}
-        same_ranks = len(training["totals"]) == self.ranks.count
-        total = training["totals"][self.ranks.number] if same_ranks else sum(training["totals"]) / self.ranks.count
+        same_ranks = len(training["totals"]) == self.processes.world_size
+        total = (
+            training["totals"][self.processes.rank]
+            if same_ranks
+            else sum(training["totals"]) / self.processes.world_size
+        )
         self.passes.begin(total, training["seen"], training["steps"])
         self.seconds, self.last = training["seconds"], saved.folder
         self._saved = (self.done, self.passes.steps)
         optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  (what schedulers look for)
         if same_ranks:
-            for captured, memory in zip(self._captured(), training["memory"][self.ranks.number], strict=True):
+            for captured, memory in zip(self._captured(), training["memory"][self.processes.rank], strict=True):
                 if captured is not None and memory is not None:
                     captured.recall(memory)
-            self._set_noise(training["noise"][self.ranks.number])
+            self._set_noise(training["noise"][self.processes.rank])
 
     def _captured(self) -> list[Any]:
         return [self.step.captured, self.validation.captured if self.validation else None]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvae import serialization, storage
-from pvae.bounds import Bounded, needs_numbers, recorded, replayed
-from pvae.description import DTYPES, build, class_name, describe, dtype_name, tensors_of
 from pvae.errors import CheckpointError, ProgramError
+from pvae.persistence import serialization, storage
+from pvae.persistence.bounds import Bounded, needs_numbers, recorded, replayed
+from pvae.persistence.description import DTYPES, build, class_name, describe, dtype_name, tensors_of
 
 __all__ = ["check_free", "pack", "unpack", "write"]
 

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.checks import check_supports, fingerprint
+from pvae.data.arrays import fingerprint
+from pvae.data.streams import Stream
 from pvae.errors import ArgumentError
-from pvae.isolation import cast
-from pvae.ranks import ALONE, Ranks
-from pvae.streams import Stream
+from pvae.runtime import ALONE, Processes, cast, check_supports
 
 __all__ = ["Batches", "InMemory", "Rows", "Streamed", "Transform"]
 
@@ -96,7 +95,7 @@ class InMemory:
         device: Where batches go.
         transform: What is made of each batch there before a program sees it; nothing if left out.
         seed: Of the order of each pass.
-        ranks: The processes that take parts of each batch.
+        processes: The processes that take parts of each batch.
     """
 
     tensors: Rows
@@ -104,7 +103,7 @@ class InMemory:
     device: torch.device
     transform: Transform | None = None
     seed: int = 0
-    ranks: Ranks = ALONE
+    processes: Processes = ALONE
 
     @property
     def num_data(self) -> int:
@@ -130,18 +129,18 @@ class InMemory:
 
     def shuffled(self, epoch: int, begin: int = 0) -> Iterator[Rows]:
         """The batches of a pass from one of them on, as they are; a part may have no rows."""
-        return (self.take(self.ranks.part(rows)) for rows in self.order(epoch).split(self.batch_size)[begin:])
+        return (self.take(self.processes.shard(rows)) for rows in self.order(epoch).split(self.batch_size)[begin:])
 
     def in_order(self) -> Iterator[Rows]:
         """Batches with every datum once among all processes, as they are."""
         batches = zip(*(t.split(self.batch_size) for t in self.tensors), strict=True)
-        for rows in islice(batches, self.ranks.number, None, self.ranks.count):
+        for rows in islice(batches, self.processes.rank, None, self.processes.world_size):
             yield tuple(t.to(self.device) for t in rows)
 
     def first(self) -> Rows:
         """One batch, transformed; the same on all processes."""
         # Of several processes a part: a plate over all the data shows that it scales up only on fewer of them.
-        part = Ranks(0, self.ranks.count).part
+        part = Processes(0, self.processes.world_size).shard
         return self.transformed(*(part(t[: self.batch_size]).to(self.device) for t in self.tensors))
 
     def any(self) -> Rows:
@@ -167,7 +166,7 @@ class Streamed:
         dtype: Of floating-point data; ``None`` leaves it.
         transform: As for `InMemory`.
         asked_to_stop: Asked where reading fails: an interrupt from the keyboard ends a loader's workers, too.
-        observed: What `pvae.checks.observed` found in a trial run on one batch.
+        observed: What `pvae.runtime.sites.observed` found in a trial run on one batch.
     """
 
     stream: Stream
@@ -208,7 +207,7 @@ class Streamed:
     def first(self) -> Rows:
         """One batch, transformed; the same on all processes."""
         alone = replace(self, stream=self.stream.alone())
-        part = Ranks(0, 1 if self.stream.dealt else self.stream.ranks.count).part
+        part = Processes(0, 1 if self.stream.dealt else self.stream.processes.world_size).shard
         return self.transformed(*map(part, next(alone._read(0))))
 
     def any(self) -> Rows:

@@ -10,10 +10,10 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pvae.checks import base_distribution, simple_support
 from pvae.errors import ProgramError, warn
-from pvae.evidence.families import leaf_of
-from pvae.evidence.spaces import Layout, inner_support
+from pvae.evidence.exponential_families import leaf_of
+from pvae.evidence.latents import Layout, inner_support
+from pvae.runtime import base_distribution, simple_support
 
 __all__ = [
     "check_densities",

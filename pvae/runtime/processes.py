@@ -14,41 +14,41 @@ from torch import Tensor
 
 from pvae.errors import ArgumentError, RankError, first_line, yes_no_or_auto
 
-__all__ = ["ALONE", "Ranks", "resolve"]
+__all__ = ["ALONE", "Processes", "resolve_processes"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """This process among those of the default process group. With one process everything here is the identity.
 
     Attributes:
-        number: Of this process, from 0.
-        count: How many there are.
+        rank: Number of this process, from 0.
+        world_size: How many there are.
     """
 
-    number: int
-    count: int
+    rank: int
+    world_size: int
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes and prints."""
-        return self.number == 0
+        return self.rank == 0
 
-    def seed(self, seed: int) -> int:
+    def rank_seed(self, seed: int) -> int:
         """A seed for this process: the seed itself on the first, and an unrelated one on each other."""
-        if self.first:
+        if self.is_main:
             return seed
-        return int(np.random.SeedSequence((seed, self.number)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return int(np.random.SeedSequence((seed, self.rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
-    def part(self, rows: Tensor) -> Tensor:
+    def shard(self, rows: Tensor) -> Tensor:
         """This process's rows: all are dealt out once, nearly evenly and in order; there may be none."""
-        return rows.tensor_split(self.count)[self.number]
+        return rows.tensor_split(self.world_size)[self.rank]
 
-    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each tensor summed over all processes, by one exchange; the same bits on all of them."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(tensors)
         flat = torch.cat([t.reshape(-1) for t in tensors])
         with self._in_contact():
@@ -56,7 +56,7 @@ class Ranks:
         parts = flat.split([t.numel() for t in tensors])
         return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
-    def copy_first(self, tensors: Sequence[Tensor], name: str = "tensor") -> None:
+    def broadcast_tensors(self, tensors: Sequence[Tensor], name: str = "tensor") -> None:
         """Gives every process's tensors the first one's values, bit for bit and in place.
 
         Args:
@@ -66,7 +66,7 @@ class Ranks:
         Raises:
             RankError: They are not of the same shapes on all processes.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return
         # Else what arrives would be cut off, or end the process.
         self.agree(**{f"{name} {n}": f"{t.dtype}{list(t.shape)}" for n, t in enumerate(tensors, 1)})
@@ -79,15 +79,15 @@ class Ranks:
                 if sent.data_ptr() != tensor.data_ptr():
                     tensor.copy_(sent.view(tensor.dtype).view(tensor.shape))
 
-    def gathered(self, thing: T) -> list[T]:
+    def all_gather(self, thing: T) -> list[T]:
         """Every process's thing, in the order of their numbers, on all of them."""
-        return self._gathered("gathered", thing)
+        return self._all_gather("all_gather", thing)
 
-    def from_first(self, thing: T) -> T:
+    def broadcast(self, thing: T) -> T:
         """The first process's thing."""
-        if self.count == 1:
+        if self.world_size == 1:
             return thing
-        self._gathered("from_first", None)
+        self._all_gather("broadcast", None)
         things: list[Any] = [thing]
         with self._in_contact():
             dist.broadcast_object_list(things, 0)
@@ -95,7 +95,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return any(self._gathered("any", flag))
+        return any(self._all_gather("any", flag))
 
     def agree(self, **values: Any) -> None:
         """Raises `RankError` on all processes where they were not called alike.
@@ -103,7 +103,7 @@ class Ranks:
         Args:
             values: What has to be the same, by name.
         """
-        everyone = self._gathered("agree", values)
+        everyone = self._all_gather("agree", values)
         names = {name: None for theirs in everyone for name in theirs}
         wrong = [
             f"{name} is {', '.join(f'{theirs.get(name)!r} on rank {rank}' for rank, theirs in enumerate(everyone))}"
@@ -125,7 +125,7 @@ class Ranks:
             error = caught
         said = None if error is None else f"{type(error).__name__}: {error}"
         try:
-            everyone = self._gathered("together", said)
+            everyone = self._all_gather("together", said)
         finally:
             if error is not None:
                 raise error  # whatever became of the others
@@ -133,11 +133,11 @@ class Ranks:
             if text is not None:
                 raise RankError(f"rank {rank} stopped, and with it all others: {text}")
 
-    def _gathered(self, call: str, thing: T) -> list[T]:
-        """As `gathered`. A call that meets another one on another process would wait for what never comes."""
-        if self.count == 1:
+    def _all_gather(self, call: str, thing: T) -> list[T]:
+        """As `all_gather`. A call that meets another one on another process would wait for what never comes."""
+        if self.world_size == 1:
             return [thing]
-        things: list[Any] = [None] * self.count
+        things: list[Any] = [None] * self.world_size
         with self._in_contact():
             dist.all_gather_object(things, (call, thing))
         if len({theirs for theirs, _ in things}) > 1:
@@ -153,16 +153,16 @@ class Ranks:
             yield
         except Exception as error:  # of another process's making, it may be anything
             raise RankError(
-                f"rank {self.number} of {self.count} lost contact with another one, which has died, hangs or does "
+                f"rank {self.rank} of {self.world_size} lost contact with another one, which has died, hangs or does "
                 f"something else: {first_line(error)}. Look for the first error among the ranks. A call on one of "
                 "them alone needs distributed=False."
             ) from error
 
 
-ALONE = Ranks(0, 1)
+ALONE = Processes(0, 1)
 
 
-def resolve(distributed: bool | str) -> Ranks:
+def resolve_processes(distributed: bool | str) -> Processes:
     """The processes to work with: those of `torch.distributed`'s default group where there is one.
 
     Args:
@@ -173,7 +173,7 @@ def resolve(distributed: bool | str) -> Ranks:
     """
     distributed = yes_no_or_auto("distributed", distributed)
     if distributed and dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size())
+        return Processes(dist.get_rank(), dist.get_world_size())
     if distributed is True:
         raise ArgumentError(
             "distributed=True needs a process group: start the program by torchrun, and call "

@@ -12,13 +12,13 @@ is run as it is.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pvae.capture import READS_A_NUMBER, Graph, Unfaithful
+import pvae
+from pvae.capture.graph import READS_A_NUMBER, Graph, Unfaithful
+from pvae.capture.guards import Guard
 from pvae.errors import PVAEError, first_line, warn
-from pvae.guards import Guard
 
 __all__ = ["Captured", "pays"]
 
@@ -313,11 +314,13 @@ def _undone(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[lis
                         tensor.copy_(values)
 
 
+_OURS = [os.path.join(path, "") for module in (pvae, torch, pyro) for path in module.__path__]
+
+
 def _cause(error: Exception) -> str:
     """What went wrong and, where it is known, at which line of the user's."""
     cause = first_line(error).strip().rstrip(".")
     if "_local_scalar_dense" in str(error):
         cause = READS_A_NUMBER
-    ours = [str(Path(module.__file__ or "").parent) for module in (torch, pyro)] + [str(Path(__file__).parent)]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_OURS, "<"))]
     return f"{cause} ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else cause

@@ -21,7 +21,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from pvae.isolation import reached
+from pvae.runtime import reached
 
 __all__ = ["Guard", "foreign", "same"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from pvae.errors import ArgumentError
-from pvae.evidence.spaces import Latents, LatentSpace
+from pvae.evidence.latents import Latents, LatentSpace
 
 __all__ = ["Elliptical", "SobolNormals"]
 

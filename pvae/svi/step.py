@@ -18,12 +18,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
 
+from pvae.capture import Captured
+from pvae.data import Batches, Rows
 from pvae.errors import NumericalError, ProgramError
-from pvae.graphs import Captured
-from pvae.isolation import Program
-from pvae.ranks import ALONE, Ranks
+from pvae.runtime import ALONE, Processes, Program
 from pvae.svi import objectives
-from pvae.svi.batches import Batches, Rows
 
 __all__ = ["PRECISIONS", "Step", "Taken", "in_precision"]
 
@@ -52,7 +51,7 @@ class Step:
         capture: Whether to capture and compile.
         clip_norm: The most that the norm of all gradients together may be; longer ones are shortened to it.
         weighted: Whether latents' log-densities get a weight, `kl_weight`, which the caller sets.
-        ranks: The processes that take the step together.
+        processes: The processes that take the step together.
         compiling: As for `Captured`.
     """
 
@@ -69,11 +68,11 @@ class Step:
         capture: bool = False,
         clip_norm: float | None = None,
         weighted: bool = False,
-        ranks: Ranks = ALONE,
+        processes: Processes = ALONE,
         compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.guide, self.objective, self.verified = model, guide, objective, verified
-        self.batches, self.precision, self.clip_norm, self.ranks = batches, precision, clip_norm, ranks
+        self.batches, self.precision, self.clip_norm, self.processes = batches, precision, clip_norm, processes
         self.names: Callable[[], dict[str, Tensor]] = dict  # of parameters, for messages; the caller may know better
         # An input of captured programs, which see its changes.
         self.kl_weight = torch.ones((), device=batches.device) if weighted else None
@@ -113,10 +112,10 @@ class Step:
                 loss, finite, grads = self.evaluate(rows)
                 value, fine = loss.item(), bool(finite)
         except Exception as caught:
-            if self.ranks.count == 1:
+            if self.processes.world_size == 1:
                 raise
             error = caught
-        if self.ranks.count > 1:
+        if self.processes.world_size > 1:
             seen, all_fine, stop, grads = self._over_ranks(known, seen, fine, stop, error, grads)
             if fine and not all_fine:
                 raise NumericalError("the loss or a gradient is not finite on another rank")
@@ -249,15 +248,15 @@ class Step:
             Of all processes: data, whether all are fine, whether any is to stop, and gradients.
         """
         if self.shared < known:  # at first
-            self.ranks.copy_first(self.params[self.shared : known], "parameter")
+            self.processes.broadcast_tensors(self.params[self.shared : known], "parameter")
         told = [not fine, stop, error is not None, len(self.params) > known]
         seen_by_all, (wrong, stops, failed, late), whole = self._summed(range(known), seen, told, grads)
         if failed:
-            with self.ranks.together():
+            with self.processes.together():
                 if error is not None:
                     raise error
         if late and not wrong:
-            self.ranks.copy_first(self.params[known:], "parameter made in a later step")
+            self.processes.broadcast_tensors(self.params[known:], "parameter made in a later step")
             whole |= self._summed(range(known, len(self.params)), seen, [], grads)[2]
         self.shared = len(self.params)
         return seen_by_all, not wrong, stops > 0, whole
@@ -272,7 +271,9 @@ class Step:
         kind = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)  # counts are exact to 2^24
         said = torch.tensor([seen, *told, *(n in grads for n in numbers)], dtype=kind, device=self.batches.device)
         dense = [grads[n] if n in grads else torch.zeros_like(p) for n, p in zip(numbers, params, strict=True)]
-        said, *dense = self.ranks.sums([said, *(g.to(said) * seen if averaged else g.to(said) for g in dense)])
+        said, *dense = self.processes.all_reduce(
+            [said, *(g.to(said) * seen if averaged else g.to(said) for g in dense)]
+        )
         seen_by_all, *counts = said.tolist()
         divisor = seen_by_all if averaged else 1
         summed = {

@@ -28,10 +28,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from pvae.checks import as_tensors
+from pvae.data.arrays import as_tensors
 from pvae.errors import DataError, first_line, warn
-from pvae.isolation import noise, set_noise
-from pvae.ranks import ALONE, Ranks
+from pvae.runtime import ALONE, Processes, noise, set_noise
 
 __all__ = ["Stream", "is_stream"]
 
@@ -61,7 +60,7 @@ class Stream:
         data: The dataset or the loader.
         batch_size: For a dataset.
         seed: Of the order, and of random numbers drawn in reading.
-        ranks: The processes that read it.
+        processes: The processes that read it.
         evaluated: Whether every datum has to come once.
 
     Attributes:
@@ -74,9 +73,9 @@ class Stream:
     """
 
     def __init__(
-        self, name: str, data: Any, batch_size: int, seed: int, ranks: Ranks, *, evaluated: bool = False
+        self, name: str, data: Any, batch_size: int, seed: int, processes: Processes, *, evaluated: bool = False
     ) -> None:
-        self.name, self.data, self.batch_size, self.seed, self.ranks = name, data, batch_size, seed, ranks
+        self.name, self.data, self.batch_size, self.seed, self.processes = name, data, batch_size, seed, processes
         self.evaluated, self.dealt, self.drawn_by = evaluated, False, ""
         self.loader = _reproducible(data) if isinstance(data, DataLoader) else None
         if isinstance(data, IterableDataset):
@@ -119,7 +118,7 @@ class Stream:
     def alone(self) -> Stream:
         """The same for this process alone."""
         stream = copy.copy(self)
-        stream.ranks = ALONE
+        stream.processes = ALONE
         return stream
 
     @property
@@ -134,13 +133,13 @@ class Stream:
         if epoch and not self.evaluated:
             order = torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(length))
         for number in range(begin, self.steps or 0):
-            if self.evaluated and number % self.ranks.count != self.ranks.number:
+            if self.evaluated and number % self.processes.world_size != self.processes.rank:
                 continue
             rows = torch.arange(number * self.batch_size, min((number + 1) * self.batch_size, length))
             rows = rows if order is None else order[rows]
-            ours = rows if self.evaluated else self.ranks.part(rows)
+            ours = rows if self.evaluated else self.processes.shard(rows)
             # Each batch has noise of its own, so that one need not be read for the sake of the next.
-            with _Noise(self.seed, epoch, number, self.ranks.number).drawn():
+            with _Noise(self.seed, epoch, number, self.processes.rank).drawn():
                 batch = self._collated((ours if len(ours) else rows[:1]).tolist())
             yield number + 1, tuple(t[: len(ours)] for t in self._tensors(number + 1, batch))
 
@@ -149,20 +148,20 @@ class Stream:
         return default_collate(fetch(rows) if fetch else [self.data[row] for row in rows])
 
     def _of_loader(self, loader: DataLoader[Any], epoch: int, begin: int) -> Iterator[tuple[int, Rows]]:
-        ranks, seen, number = self.ranks, 0, 0
+        processes, seen, number = self.processes, 0, 0
         for number, batch in enumerate(self._read(loader, epoch), 1):
-            ours = not self.evaluated or self.dealt or (number - 1) % ranks.count == ranks.number
+            ours = not self.evaluated or self.dealt or (number - 1) % processes.world_size == processes.rank
             if number > begin and ours:
                 rows = self._tensors(number, batch)
                 seen += len(rows[0])
                 whole = self.evaluated or self.dealt
-                place = (number - 1) * ranks.count + ranks.number + 1 if self.dealt else number
-                yield place, rows if whole else tuple(ranks.part(t) for t in rows)
+                place = (number - 1) * processes.world_size + processes.rank + 1 if self.dealt else number
+                yield place, rows if whole else tuple(processes.shard(t) for t in rows)
         if not number:
             raise DataError(
                 f"{self.name} gave no batch in pass {epoch}. An iterable dataset has to begin anew in each __iter__."
             )
-        if not begin and ranks.count == 1 and self.num_data not in (None, seen):
+        if not begin and processes.world_size == 1 and self.num_data not in (None, seen):
             self._warn([f"{seen} data came in a pass, and by its length there are {self.num_data}"])
 
     def _read(self, loader: DataLoader[Any], epoch: int) -> Iterator[Any]:
@@ -196,10 +195,10 @@ class Stream:
         if isinstance(sampler, DistributedSampler):
             self.dealt, copies = True, sampler.num_replicas
             in_order = copies == 1 and not sampler.shuffle
-            if copies != self.ranks.count:
+            if copies != self.processes.world_size:
                 raise DataError(
-                    f"{self.name} has a DistributedSampler for {copies} processes, and there are {self.ranks.count}. "
-                    "Pass the dataset, or a loader without it: each process then takes its part."
+                    f"{self.name} has a DistributedSampler for {copies} processes, and there are "
+                    f"{self.processes.world_size}. Pass the dataset, or a loader without it: each process then takes its part."
                 )
         self.drawn_by = "" if in_order else what
         each = there if iterable else _length(sampler)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, positive_int
-from pvae.evidence.gaussians import Elliptical
-from pvae.evidence.sampling import Gaussian, Guide, log_joint
+from pvae.evidence.proposals.base import Gaussian, Guide, log_joint
+from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.traces import Batch, Pair
 
 __all__ = ["Laplace", "Refined", "find_mode"]

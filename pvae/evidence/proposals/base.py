@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from pvae.errors import ArgumentError
-from pvae.evidence.gaussians import Elliptical
-from pvae.evidence.spaces import Latents
+from pvae.evidence.latents import Latents
+from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.traces import Batch, Pair
-from pvae.isolation import Program
+from pvae.runtime import Program
 
 __all__ = ["Density", "Gaussian", "GaussianDensity", "Guide", "Prior", "Proposal", "Sampler", "log_joint"]
 

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pvae.rewriting import DECOMPOSITIONS, swap_matrix_products
+from pvae.capture.rewriting import DECOMPOSITIONS, swap_matrix_products
 
 __all__ = ["READS_A_NUMBER", "Graph", "Unfaithful"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, positive_int
-from pvae.evidence.gaussians import Elliptical
-from pvae.evidence.sampling import Gaussian, Guide, Prior, Proposal, Sampler, log_joint
-from pvae.evidence.spaces import Latents
+from pvae.evidence.latents import Latents
+from pvae.evidence.proposals.base import Gaussian, Guide, Prior, Proposal, Sampler, log_joint
+from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.traces import Batch, Pair
 
 __all__ = ["Annealed", "Chains"]
@@ -31,7 +31,7 @@ class Annealed(Proposal):
     standard.
 
     Args:
-        start: `pvae.evidence.sampling.Guide` (seen as a Gaussian), another Gaussian proposal, or the prior.
+        start: `pvae.evidence.proposals.Guide` (seen as a Gaussian), another Gaussian proposal, or the prior.
         temperatures: ``T``, how many steps from q to p; the error falls about as ``1 / T``.
         leapfrog_steps: For each temperature.
         acceptance: Of moves, aimed at in tuning.

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pvae.bounds import BoundsError
 from pvae.errors import CheckpointError, ProgramError
+from pvae.persistence.bounds import BoundsError
 
 __all__ = ["DTYPES", "build", "class_name", "describe", "dtype_name", "tensors_of"]
 

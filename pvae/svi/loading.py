@@ -18,18 +18,13 @@ from torch.distributions import constraints
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pvae import ranks as processes
-from pvae import storage
-from pvae.checks import Data
+from pvae.data import Data, Transform
 from pvae.errors import ArgumentError, CheckpointError, folder_path, one_of
-from pvae.isolation import Program, isolated
-from pvae.ranks import Ranks
-from pvae.surroundings import check_surroundings
-from pvae.svi.batches import Transform
+from pvae.persistence import storage
+from pvae.runtime import ALONE, Processes, Program, check_surroundings, in_turn, isolated
 from pvae.svi.checkpoints import Folder, Saved
 from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
-from pvae.turns import in_turn
 
 __all__ = ["begun", "check_same_run", "found", "load_checkpoint", "opened", "outside"]
 
@@ -79,7 +74,7 @@ def load_checkpoint(
     _add_unconstrained(saved, state)
     _raise_differences(saved, saved.differences(pair.named_tensors(state["params"])))
     with isolated(pair.modules, seed=0, device=pair.device, params=state) as store:
-        begun(pair, store, saved, processes.ALONE)
+        begun(pair, store, saved, ALONE)
         history = {name: np.array(values) for name, values in saved.history.items()}
         params, state = outside(pair, store)
     seed = saved.config["arguments"]["seed"]
@@ -87,12 +82,12 @@ def load_checkpoint(
 
 
 @contextmanager
-def opened(path: Path | None, ranks: Ranks) -> Iterator[Folder | None]:
+def opened(path: Path | None, processes: Processes) -> Iterator[Folder | None]:
     """A block that uses a folder of checkpoints, on the first process alone."""
     with ExitStack() as stack:
         folder = None
-        with ranks.together():
-            if path is not None and ranks.first:
+        with processes.together():
+            if path is not None and processes.is_main:
                 folder = Folder(path)
                 stack.enter_context(storage.exclusive(path, "trains with these checkpoints"))
                 folder.check()
@@ -100,11 +95,11 @@ def opened(path: Path | None, ranks: Ranks) -> Iterator[Folder | None]:
 
 
 def found(
-    folder: Folder | None, resume: str, ranks: Ranks, make: Callable[[Optimizer], Any], schedule: str | None
+    folder: Folder | None, resume: str, processes: Processes, make: Callable[[Optimizer], Any], schedule: str | None
 ) -> Saved | None:
     """What there is to go on from, on all processes; the scheduler is as `pvae.svi.settings.scheduled` gives it."""
     saved = None
-    with ranks.together():
+    with processes.together():
         if folder is not None:
             saved = folder.newest(partial(_check_scheduler, make=make, schedule=schedule))
             if saved is not None and resume == "never":
@@ -112,7 +107,7 @@ def found(
                     f"{folder.path} holds checkpoints of {saved.epoch} epoch(s). Pass resume='auto' to go on from "
                     "them, or another folder for a new run."
                 )
-    return ranks.from_first(saved)
+    return processes.broadcast(saved)
 
 
 def _check_scheduler(saved: Saved, make: Callable[[Optimizer], Any], schedule: str | None) -> None:
@@ -172,7 +167,7 @@ def _raise_differences(saved: Saved, differences: Sequence[str]) -> None:
         )
 
 
-def begun(pair: Pair, store: ParamStoreDict, saved: Saved | None, ranks: Ranks) -> Callable[[], dict[str, Any]]:
+def begun(pair: Pair, store: ParamStoreDict, saved: Saved | None, processes: Processes) -> Callable[[], dict[str, Any]]:
     """Gives all processes the same weights to begin from; returns what names them."""
 
     def tensors() -> dict[str, Any]:
@@ -184,8 +179,10 @@ def begun(pair: Pair, store: ParamStoreDict, saved: Saved | None, ranks: Ranks) 
                 weight = saved.weights[name].to(tensor.device)
                 if not torch.equal(tensor, weight):  # what is expanded cannot be written to, and need not be
                     tensor.copy_(weight)
-        if ranks.count > 1:
-            ranks.copy_first([*tensors().values(), *(b for module in pair.modules for b in module.buffers())])
+        if processes.world_size > 1:
+            processes.broadcast_tensors(
+                [*tensors().values(), *(b for module in pair.modules for b in module.buffers())]
+            )
     return tensors
 
 

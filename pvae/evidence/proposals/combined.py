@@ -1,8 +1,4 @@
-"""Where importance samples come from: small objects that, for a batch of data, draw latents and give their density.
-
-They combine: ``StudentT(Laplace(), df=5)`` is a Laplace approximation with heavier tails, ``Sobol(Guide())`` the guide
-with evenly spread draws, ``Defensive(Refined())`` a refined guide with a share of the prior.
-"""
+"""Proposals made of others, and all of them by name."""
 
 from __future__ import annotations
 
@@ -15,28 +11,14 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, one_of, positive_int
-from pvae.evidence.annealing import Annealed
-from pvae.evidence.gaussians import Elliptical, SobolNormals
-from pvae.evidence.local import Laplace, Refined
-from pvae.evidence.sampling import Density, Gaussian, Guide, Prior, Proposal, Sampler
-from pvae.evidence.spaces import Latents
+from pvae.evidence.latents import Latents
+from pvae.evidence.proposals.annealing import Annealed
+from pvae.evidence.proposals.base import Density, Gaussian, Guide, Prior, Proposal, Sampler
+from pvae.evidence.proposals.gaussians import Elliptical, SobolNormals
+from pvae.evidence.proposals.local import Laplace, Refined
 from pvae.evidence.traces import Batch, Pair
 
-__all__ = [
-    "Annealed",
-    "Defensive",
-    "Gaussian",
-    "Guide",
-    "Inflated",
-    "Laplace",
-    "Prior",
-    "Proposal",
-    "Refined",
-    "Sampler",
-    "Sobol",
-    "StudentT",
-    "resolve",
-]
+__all__ = ["Defensive", "Inflated", "Sobol", "StudentT", "resolve"]
 
 
 class _MadeOf(Proposal):

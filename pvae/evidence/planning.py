@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pvae.evidence.sampling import Proposal
+from pvae.evidence.proposals.base import Proposal
 from pvae.evidence.session import Session
 
 __all__ = ["chunk_shape", "default_chunk_size"]

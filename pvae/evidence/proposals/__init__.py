@@ -1,0 +1,32 @@
+"""Where importance samples come from: small objects that, for a batch of data, draw latents and give their density.
+
+They combine: ``StudentT(Laplace(), df=5)`` is a Laplace approximation with heavier tails, ``Sobol(Guide())`` the guide
+with evenly spread draws, ``Defensive(Refined())`` a refined guide with a share of the prior.
+"""
+
+from pvae.evidence.latents import Latents, LatentSpace
+from pvae.evidence.proposals.annealing import Annealed
+from pvae.evidence.proposals.base import Density, Gaussian, Guide, Prior, Proposal, Sampler
+from pvae.evidence.proposals.combined import Defensive, Inflated, Sobol, StudentT, resolve
+from pvae.evidence.proposals.gaussians import Elliptical
+from pvae.evidence.proposals.local import Laplace, Refined
+
+__all__ = [
+    "Annealed",
+    "Defensive",
+    "Density",
+    "Elliptical",
+    "Gaussian",
+    "Guide",
+    "Inflated",
+    "Laplace",
+    "LatentSpace",
+    "Latents",
+    "Prior",
+    "Proposal",
+    "Refined",
+    "Sampler",
+    "Sobol",
+    "StudentT",
+    "resolve",
+]
