@@ -193,7 +193,7 @@ class _Task(NamedTuple):
     def _tried(
         self, work: Callable[[_Draws], T], chunk_size: int | None, halvings: int, processes: Processes, seed: int
     ) -> tuple[list[tuple[int, T]], bool, float]:
-        options: dict[str, Any] = {"others": (self.proposal,), "ranks": processes, "streams": True}
+        options: dict[str, Any] = {"others": (self.proposal,), "processes": processes, "streams": True}
         with (
             opened(self.model, self.guide, self.data, seed=seed, device=self.device, **options) as session,
             _bar(self.progress and processes.is_main) as bar,

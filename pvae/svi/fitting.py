@@ -162,7 +162,7 @@ def fit(
         seed = processes.broadcast(resolve_seed(seed))
         with processes.together():
             pair = Pair.of(model, guide, data, device, objective)
-            shared: dict[str, Any] = {"seed": seed, "ranks": processes, "asked_to_stop": stop}
+            shared: dict[str, Any] = {"seed": seed, "processes": processes, "asked_to_stop": stop}
             batches = pair.batches("data", data, batch_size, transform=transform, **shared)
             held_out = None
             if validation is not None:
@@ -194,7 +194,7 @@ def fit(
             options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
             # Where there are other processes, one that ended early would leave them waiting.
             compiling = stop.interrupting if processes.world_size == 1 else nullcontext
-            options |= {"weighted": weights is not None, "ranks": processes, "compiling": compiling}
+            options |= {"weighted": weights is not None, "processes": processes, "compiling": compiling}
             with processes.together():
                 step = engine.Step(model, guide, objective, verified, batches, lr=lr, **options)
                 evaluate = None
