@@ -198,8 +198,8 @@ class Stream:
             if copies != self.processes.world_size:
                 raise DataError(
                     f"{self.name} has a DistributedSampler for {copies} processes, and there are "
-                    f"{self.processes.world_size}. Pass the dataset, or a loader without it: each process then takes its "
-                    "part."
+                    f"{self.processes.world_size}. Pass the dataset, or a loader without it: each process then takes "
+                    "its part."
                 )
         self.drawn_by = "" if in_order else what
         each = there if iterable else _length(sampler)
