@@ -16,12 +16,12 @@ import pvae
 from pvae.evidence import bidirectional_monte_carlo
 from pvae.evidence.proposals import Annealed, Guide, Laplace, Prior
 from pvae.evidence.proposals.annealing import ladder
-from pvae.evidence.traces import Pair
+from pvae.evidence.traces import Densities
 from pvae.testing import linear_gaussian, two_modes
 
 
 def chains_of(oracle, x, proposal):
-    return proposal.on(Pair.of(oracle.model, oracle.guide, (x,), torch.device("cpu")), (x,))
+    return proposal.on(Densities.of(oracle.model, oracle.guide, (x,), torch.device("cpu")), (x,))
 
 
 @pytest.mark.parametrize("temperatures", [1, 2, 7, 100])
@@ -50,7 +50,7 @@ def test_the_mean_reverse_weight_is_one_over_p(start):
     """E[1/w] = 1/p(x) for chains back from exact posterior draws, here 10,000 data that are all the same; 5 sigma."""
     oracle = linear_gaussian(2, 3, noise=1.0, guide_shift=0.3, guide_scale=1.2)
     x = oracle.sample(1).expand(10_000, 3)
-    pair = Pair.of(oracle.model, linear_gaussian(2, 3, noise=1.0).guide, (x,), torch.device("cpu"))
+    pair = Densities.of(oracle.model, linear_gaussian(2, 3, noise=1.0).guide, (x,), torch.device("cpu"))
     with torch.no_grad():
         latents, _ = pair.draw_guide((x,), 1)
         chains = chains_of(oracle, x, Annealed(start, temperatures=40, leapfrog_steps=3, pilots=1))

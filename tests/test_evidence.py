@@ -24,7 +24,7 @@ import pvae
 from pvae.evidence import proposals
 from pvae.evidence.planning import chunk_shape, default_chunk_size
 from pvae.evidence.session import Session
-from pvae.evidence.traces import Pair
+from pvae.evidence.traces import Densities
 from pvae.testing import linear_gaussian
 
 
@@ -228,7 +228,7 @@ def test_shared_draws_are_weighed_as_the_model_weighs_them(make):
     vae = make()
     x = torch.bernoulli(torch.full((9, *vae.event_shape), 0.5))
     with torch.no_grad():
-        pair = Pair.of(vae.model, vae.guide, (x,), torch.device("cpu"))
+        pair = Densities.of(vae.model, vae.guide, (x,), torch.device("cpu"))
         assert pair.shares_prior
         torch.manual_seed(0)
         shared = pair.draw_shared_prior((x,), 20)
@@ -244,7 +244,9 @@ def test_shared_and_separate_draws_estimate_the_same(small_vae, bits):
             return False
 
         def on(self, pair, batch):
-            return super().on(dataclasses.replace(pair, shares_prior=False), batch)
+            separate = dataclasses.replace(pair)
+            vars(separate)["shares_prior"] = False
+            return super().on(separate, batch)
 
     shared = evidence(small_vae, bits[:50], num_samples=2000, proposal="prior")
     separate = evidence(small_vae, bits[:50], num_samples=2000, proposal=Separate())

@@ -16,7 +16,7 @@ from pvae.evidence.proposals.base import log_joint
 from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.proposals.local import Laplace
 from pvae.evidence.session import opened
-from pvae.evidence.traces import Batch, Pair
+from pvae.evidence.traces import Batch, Densities
 from pvae.runtime import Program, in_turn
 
 __all__ = ["QuadratureEstimate", "gauss_hermite"]
@@ -104,7 +104,7 @@ def gauss_hermite(
     return QuadratureEstimate(log_px, error, num_nodes)
 
 
-def _rule(pair: Pair, batch: Batch, around: Elliptical, num_nodes: int) -> Tensor:
+def _rule(pair: Densities, batch: Batch, around: Elliptical, num_nodes: int) -> Tensor:
     """``log sum_t w_t exp(t't) p(x, u_t) |sqrt(2) L|``, shape ``(N,)``."""
     nodes, weights = np.polynomial.hermite.hermgauss(num_nodes)
     dim = around.loc.shape[1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pvae.data import Data, Stream, as_tensors, fingerprint, is_stream, named_shape
 from pvae.errors import NumericalError, ProgramError, first_line, warn
-from pvae.evidence.traces import Batch, Pair
+from pvae.evidence.traces import Batch, Densities
 from pvae.runtime import (
     ALONE,
     Processes,
@@ -52,7 +52,7 @@ class Session:
         where: Of which batch of a stream the data are, in words.
     """
 
-    pair: Pair
+    pair: Densities
     data: Batch
     device: torch.device
     processes: Processes = ALONE
@@ -170,7 +170,7 @@ def opened(
         _half_precision_told(),
         isolated(modules, seed=processes.rank_seed(seed), device=chosen, params=known) as store,
     ):
-        pair = Pair.of(model, guide, tensors, chosen)
+        pair = Densities.of(model, guide, tensors, chosen)
         untrained = outside_modules(store)["params"].keys() - known["params"].keys()
         _warn_of_initial_values(untrained)
         session = Session(pair, tensors, chosen, processes, modules, stream, batches)

@@ -40,7 +40,7 @@ from pvae.evidence.pair_checks import (
 )
 from pvae.runtime import Program, check_pair, check_signature, check_supports, density_sites, observed, tensors_of
 
-__all__ = ["Pair"]
+__all__ = ["Densities"]
 
 logger = logging.getLogger("pvae")
 
@@ -49,8 +49,8 @@ Sites = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
-    """A model and a guide whose sites all lie in one plate over the data.
+class Densities:
+    """A pair's densities for each datum: of a model and a guide whose sites all lie in one plate over the data.
 
     Scales (``poutine.scale``, a subsampling plate) are no part of log p(x) and are left out; masks are applied.
 
@@ -60,8 +60,6 @@ class Pair:
         layout: Where particles and data stand in the programs' tensors.
         trial: Two data, on which programs are tried.
         observed: What observes the data, as `pvae.runtime.sites.observed` finds it.
-        shares_prior: Whether draws from the prior can serve all data at once: p(x|z) is one site of an exponential
-            family whose parameters depend on the latents alone.
     """
 
     model: Program
@@ -69,11 +67,10 @@ class Pair:
     layout: Layout
     trial: Batch
     observed: tuple[Any, ...] = ()
-    shares_prior: bool = False
-    _others: dict[Program, Pair] = field(default_factory=dict, repr=False)
+    _others: dict[Program, Densities] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, model: Program, guide: Program, data: Batch, device: torch.device, *, nesting: int = 0) -> Pair:
+    def of(cls, model: Program, guide: Program, data: Batch, device: torch.device, *, nesting: int = 0) -> Densities:
         """Looks at a pair and its data, and raises where log p(x) for each datum is not defined by them.
 
         The data plate is the one whose size follows the number of data: the pair is run on one datum and on two, on
@@ -95,7 +92,7 @@ class Pair:
         with pyro.validation_enabled(True):
             for rows in ([0], [0, first_other_row(data)]):
                 batch = tuple(t[rows].to(device) for t in data)
-                traces[len(rows)] = _tried(model, guide, batch)
+                traces[len(rows)] = _trace_once(model, guide, batch)
         check_names(traces[1]["model"], traces[2]["model"])
         check_pair(traces[2]["model"], traces[2]["guide"], strict=True)
         check_densities(**traces[2])
@@ -103,14 +100,13 @@ class Pair:
         check_supports(found, data)
         dim = data_dim(traces[1], traces[2])
         depths = [-plate.dim for sites in traces[2].values() for s in sites.values() for plate in plates_of(s)]
-        pair = _running_particles(cls(model, guide, Layout(dim, -max(nesting, *depths) - 1), batch, found))
-        return replace(pair, shares_prior=pair._can_share_prior())
+        return _lay_out_particles(cls(model, guide, Layout(dim, -max(nesting, *depths) - 1), batch, found))
 
-    def with_guide(self, guide: Program) -> Pair:
+    def with_guide(self, guide: Program) -> Densities:
         """The same model with another guide."""
         if guide not in self._others:
             nesting = -self.layout.particle_dim - 1
-            other = Pair.of(self.model, guide, self.trial, self.trial[0].device, nesting=nesting)
+            other = Densities.of(self.model, guide, self.trial, self.trial[0].device, nesting=nesting)
             if other.layout.particle_dim != self.layout.particle_dim:
                 raise ProgramError("another guide for the pair has plates further to the left than the pair itself.")
             self._others[guide] = other
@@ -137,20 +133,20 @@ class Pair:
     def space(self) -> LatentSpace:
         """The latents as vectors of real numbers."""
         sites = latent_of(self._run(self.model, self.trial, 3))
-        values = self._gathered(sites, 3)
+        values = self._gather(sites, 3)
         supports = {name: (support_of(site), values[name]) for name, site in sites.items()}
         return LatentSpace.of(supports, {name: refusal(site) for name, site in sites.items()})
 
     def draw_guide(self, batch: Batch, num_samples: int) -> tuple[Latents, Tensor]:
         """Draws latents from the guide, and returns them with log q(z|x), shape ``(K, N)``."""
         sites = self._run(self.guide, batch, num_samples)
-        return Latents(self._gathered(sites, num_samples), num_samples), self._log_density(sites, batch, num_samples)
+        return Latents(self._gather(sites, num_samples), num_samples), self._log_density(sites, batch, num_samples)
 
     def draw_prior(self, batch: Batch, num_samples: int) -> Latents:
         """Draws latents from the prior, afresh for each datum; their densities come with them."""
         sites = self._run(self.model, batch, num_samples)
         densities = self._densities(sites, batch, num_samples)
-        return Latents(self._gathered(latent_of(sites), num_samples), num_samples, densities)
+        return Latents(self._gather(latent_of(sites), num_samples), num_samples, densities)
 
     def log_qz(self, batch: Batch, latents: Latents) -> Tensor:
         """Returns the guide's log q(z|x) at some latents, shape ``(K, N)``.
@@ -175,6 +171,27 @@ class Pair:
         """Returns log p(x, z) at some latents, shape ``(K, N)``."""
         log_pz, log_px_given_z = self.densities(batch, latents)
         return log_pz + log_px_given_z
+
+    @cached_property
+    def shares_prior(self) -> bool:
+        """Whether draws from the prior can serve all data at once: p(x|z) is one site of a known exponential family
+        whose parameters depend on the latents alone. Runs the model once, when first asked.
+        """
+        if self.layout.folded:
+            return False
+        try:
+            sites = self._shared_run(self.trial, 3)
+        except (RuntimeError, ValueError, IndexError):  # the model wants one latent for each datum
+            return False
+        observed = list(observed_of(sites).values())
+        if len(observed) != 1 or not all(self._is_shared(site) for site in sites.values()):
+            return False
+        (site,) = observed
+        plain = type(leaf_of(site["fn"])) in FAMILIES and site["mask"] is None
+        if not plain or site["value"].shape != (len(self.trial[0]), *site["fn"].event_shape):
+            return False
+        exact = self._log_density({"x": site}, self.trial, 3)
+        return torch.allclose(self._product(site).double(), exact, rtol=1e-4, atol=1e-4)
 
     def draw_shared_prior(self, batch: Batch, num_samples: int, *, exact: bool = True) -> Tensor:
         """Draws K latents from the prior and returns log p(x|z) of all data at each of them, shape ``(K, N)``.
@@ -211,7 +228,7 @@ class Pair:
         """
         observed = observed_of(self._run(self.model, batch, 1))
         sites = self._run(poutine.uncondition(self.model), batch, 1)
-        drawn = self._gathered(sites, 1)
+        drawn = self._gather(sites, 1)
         simulated = list(batch)
         for name, site in observed.items():
             same = tensors_of(site["value"], batch)
@@ -262,7 +279,7 @@ class Pair:
         sites = latent_of(density_sites(poutine.trace(self.model).get_trace(*self.trial).nodes))
         return {name: (len(site["fn"].event_shape), len(site["fn"].batch_shape)) for name, site in sites.items()}
 
-    def _gathered(self, sites: Sites, num_samples: int) -> dict[str, Tensor]:
+    def _gather(self, sites: Sites, num_samples: int) -> dict[str, Tensor]:
         gather = self.layout.gather
         return {name: gather(s["value"], len(s["fn"].event_shape), num_samples) for name, s in sites.items()}
 
@@ -279,33 +296,13 @@ class Pair:
 
     def _shared_run(self, batch: Batch, num_samples: int) -> Sites:
         """Runs the model on a batch with K latents that were drawn for its first datum."""
-        latents = self._gathered(
-            latent_of(self._run(self.model, tuple(t[:1] for t in batch), num_samples)), num_samples
-        )
+        latents = self._gather(latent_of(self._run(self.model, tuple(t[:1] for t in batch), num_samples)), num_samples)
         return self._run(self.model, batch, num_samples, Latents(latents, num_samples))
 
     def _product(self, site: Any, *, exact: bool = True) -> Tensor:
         leaf = leaf_of(site["fn"])
         parameters = {n: t.select(self._parameter_dim(site, n), 0) for n, t in parameters_of(leaf).items()}
         return product(type(leaf), parameters, site["value"], exact=exact)
-
-    def _can_share_prior(self) -> bool:
-        """Whether the model's distributions are the same for all data, and its likelihood one of the known families."""
-        if self.layout.folded:
-            return False
-        try:
-            sites = self._shared_run(self.trial, 3)
-        except (RuntimeError, ValueError, IndexError):  # the model wants one latent for each datum
-            return False
-        observed = list(observed_of(sites).values())
-        if len(observed) != 1 or not all(self._is_shared(site) for site in sites.values()):
-            return False
-        (site,) = observed
-        plain = type(leaf_of(site["fn"])) in FAMILIES and site["mask"] is None
-        if not plain or site["value"].shape != (len(self.trial[0]), *site["fn"].event_shape):
-            return False
-        exact = self._log_density({"x": site}, self.trial, 3)
-        return torch.allclose(self._product(site).double(), exact, rtol=1e-4, atol=1e-4)
 
     def _is_shared(self, site: Any) -> bool:
         """Whether a site's distribution is the same for all data.
@@ -324,7 +321,7 @@ class Pair:
         return self.layout.data_dim - len(site["fn"].event_shape) - classes
 
 
-def _tried(model: Program, guide: Program, batch: Batch) -> dict[str, Sites]:
+def _trace_once(model: Program, guide: Program, batch: Batch) -> dict[str, Sites]:
     """Runs a pair as it is, once."""
     try:
         guide_trace = poutine.trace(guide).get_trace(*batch)
@@ -339,24 +336,24 @@ def _tried(model: Program, guide: Program, batch: Batch) -> dict[str, Sites]:
     return {"model": density_sites(model_trace.nodes), "guide": density_sites(guide_trace.nodes)}
 
 
-def _running_particles(pair: Pair) -> Pair:
-    """The pair laid out so that particles run together and each alone have the same densities.
+def _lay_out_particles(densities: Densities) -> Densities:
+    """The same, laid out so that particles have the densities together that each has alone.
 
     Raises:
         ProgramError: There is no such layout.
     """
-    trials = [_draw_alone(pair) for _ in range(3)]  # not 2, which would look like the data
+    trials = [_draw_alone(densities) for _ in range(3)]  # not 2, which would look like the data
     values = {name: torch.cat([trial[0][name] for trial in trials]) for name in trials[0][0]}
     alone = {program: torch.cat([trial[1][program] for trial in trials]) for program in ("model", "guide")}
     problems = []
     for folded in (False, True):
-        laid_out = replace(pair, layout=replace(pair.layout, folded=folded))
+        laid_out = replace(densities, layout=replace(densities.layout, folded=folded))
         try:
             latents = Latents(values, 3)
-            together = {"model": laid_out.log_pxz(pair.trial, latents)}
+            together = {"model": laid_out.log_pxz(densities.trial, latents)}
             with suppress(_Unscored):  # a guide that only knows its own draws can still be drawn from
-                together["guide"] = laid_out.log_qz(pair.trial, latents)
-            laid_out.draw_guide(pair.trial, 3)
+                together["guide"] = laid_out.log_qz(densities.trial, latents)
+            laid_out.draw_guide(densities.trial, 3)
         except (RuntimeError, ValueError, IndexError) as error:
             problems.append(str(error))
             continue
@@ -376,16 +373,16 @@ def _running_particles(pair: Pair) -> Pair:
     )
 
 
-def _draw_alone(pair: Pair) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _draw_alone(densities: Densities) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Draws latents for the two trial data, each run alone: their values ``(1, 2, ...)`` and densities ``(1, 2)``."""
-    alone = replace(pair, layout=replace(pair.layout, folded=True))
+    alone = replace(densities, layout=replace(densities.layout, folded=True))
     rows = []
     for row in range(2):
-        batch = tuple(t[row : row + 1] for t in pair.trial)
+        batch = tuple(t[row : row + 1] for t in densities.trial)
         latents, log_qz = alone.draw_guide(batch, 1)
         rows.append((latents.values, {"model": alone.log_pxz(batch, latents), "guide": log_qz}))
-    values, densities = ({n: torch.cat([row[part][n] for row in rows], 1) for n in rows[0][part]} for part in (0, 1))
-    return values, densities
+    values, log_probs = ({n: torch.cat([row[part][n] for row in rows], 1) for n in rows[0][part]} for part in (0, 1))
+    return values, log_probs
 
 
 class _Unscored(ProgramError):

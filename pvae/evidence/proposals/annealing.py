@@ -17,7 +17,7 @@ from pvae.errors import ArgumentError, positive_int
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.base import Gaussian, Guide, Prior, Proposal, Sampler, log_joint
 from pvae.evidence.proposals.gaussians import Elliptical
-from pvae.evidence.traces import Batch, Pair
+from pvae.evidence.traces import Batch, Densities
 
 __all__ = ["Annealed", "Chains"]
 
@@ -65,7 +65,7 @@ class Annealed(Proposal):
         """The same for a reader."""
         return f"chains annealed from {self.start.words} over {self.temperatures} temperatures"
 
-    def on(self, pair: Pair, batch: Batch) -> Chains:
+    def on(self, pair: Densities, batch: Batch) -> Chains:
         """Chains for the data of one batch, with step sizes tuned and frozen."""
         start = None if isinstance(self.start, Prior) else replace(self.start.gaussian(pair, batch), sobol=None)
         chains = Chains(pair, batch, start, ladder(self.temperatures), self.leapfrog_steps)

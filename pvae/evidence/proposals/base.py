@@ -10,7 +10,7 @@ from torch import Tensor
 from pvae.errors import ArgumentError
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.gaussians import Elliptical
-from pvae.evidence.traces import Batch, Pair
+from pvae.evidence.traces import Batch, Densities
 from pvae.runtime import Program
 
 __all__ = ["Density", "Gaussian", "GaussianDensity", "Guide", "Prior", "Proposal", "Sampler", "log_joint"]
@@ -27,7 +27,7 @@ class Sampler(ABC):
         exact: Whether draws that need more than tensor operations get it; otherwise their weights are nan.
     """
 
-    pair: Pair
+    pair: Densities
     batch: Batch
     diagnostics: dict[str, Tensor] = field(default_factory=dict, kw_only=True)
     exact: bool = field(default=True, kw_only=True)
@@ -94,12 +94,12 @@ class Proposal(ABC):
         """The same for a reader, to go after "samples from"."""
         return f"the proposal '{self.name}'"
 
-    def shares_draws(self, pair: Pair) -> bool:
+    def shares_draws(self, pair: Densities) -> bool:
         """Whether all data of a batch get the same draws, so that a large batch costs little more than a small one."""
         return False
 
     @abstractmethod
-    def on(self, pair: Pair, batch: Batch) -> Sampler:
+    def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The proposal for the data of one batch, prepared to draw."""
 
 
@@ -107,7 +107,7 @@ class Gaussian(Proposal):
     """A proposal that is, or can be seen as, a Gaussian in the latents' unconstrained space."""
 
     @abstractmethod
-    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+    def gaussian(self, pair: Densities, batch: Batch) -> Elliptical:
         """Its density for each datum of a batch."""
 
     @staticmethod
@@ -119,7 +119,7 @@ class Gaussian(Proposal):
             )
         return proposal
 
-    def on(self, pair: Pair, batch: Batch) -> Sampler:
+    def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The proposal for the data of one batch, prepared to draw."""
         return GaussianDensity(pair, batch, self.gaussian(pair, batch))
 
@@ -175,11 +175,11 @@ class Guide(Gaussian):
         """The same for a reader."""
         return "the guide" if self.program is None else f"the guide '{self.name}'"
 
-    def on(self, pair: Pair, batch: Batch) -> Sampler:
+    def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The guide as it is."""
         return GuideDensity(pair if self.program is None else pair.with_guide(self.program), batch)
 
-    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+    def gaussian(self, pair: Densities, batch: Batch) -> Elliptical:
         """The Gaussian with the guide's mean and covariance, which is the guide itself where that is normal."""
         pair = pair if self.program is None else pair.with_guide(self.program)
         return Elliptical(pair.space, *pair.guide_moments(batch))
@@ -216,11 +216,11 @@ class Prior(Proposal):
         """The same for a reader."""
         return "the prior"
 
-    def shares_draws(self, pair: Pair) -> bool:
+    def shares_draws(self, pair: Densities) -> bool:
         """Yes where p(x|z) is of a known exponential family and depends on the latents alone: one decoding for all."""
         return pair.shares_prior
 
-    def on(self, pair: Pair, batch: Batch) -> Sampler:
+    def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The prior, shared by the batch's data where that is sound."""
         return PriorDensity(pair, batch)
 
@@ -250,7 +250,7 @@ class PriorDensity(Density):
         return self.pair.densities(self.batch, latents)[1]
 
 
-def log_joint(pair: Pair, batch: Batch, u: Tensor) -> Tensor:
+def log_joint(pair: Densities, batch: Batch, u: Tensor) -> Tensor:
     """``log p(x, z(u)) + log |dz/du|``, the joint density in unconstrained space, for u of shape ``(K, N, D)``."""
     latents, log_det = pair.space.unflatten(u)
     return pair.log_pxz(batch, latents) + log_det

@@ -16,7 +16,7 @@ from pvae.evidence.proposals.annealing import Annealed
 from pvae.evidence.proposals.base import Density, Gaussian, Guide, Prior, Proposal, Sampler
 from pvae.evidence.proposals.gaussians import Elliptical, SobolNormals
 from pvae.evidence.proposals.local import Laplace, Refined
-from pvae.evidence.traces import Batch, Pair
+from pvae.evidence.traces import Batch, Densities
 
 __all__ = ["Defensive", "Inflated", "Sobol", "StudentT", "resolve"]
 
@@ -73,7 +73,7 @@ class Inflated(_Around):
         """The same for a reader."""
         return f"{self.base.words}, made {self.scale:g} times as wide"
 
-    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+    def gaussian(self, pair: Densities, batch: Batch) -> Elliptical:
         """The base's density, widened."""
         inner = self.base.gaussian(pair, batch)
         return replace(inner, factor=self.scale * inner.factor)
@@ -106,7 +106,7 @@ class StudentT(_Around):
         """The same for a reader."""
         return f"{self.base.words}, with the tails of a Student-t of {self.df:g} degrees of freedom"
 
-    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+    def gaussian(self, pair: Densities, batch: Batch) -> Elliptical:
         """The base's density with heavier tails."""
         return replace(self.base.gaussian(pair, batch), df=float(self.df))
 
@@ -141,7 +141,7 @@ class Sobol(_Around):
         """The same for a reader."""
         return f"{self.base.words}, by Sobol points in {self.replicates} replicates"
 
-    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+    def gaussian(self, pair: Densities, batch: Batch) -> Elliptical:
         """The base's density, with Sobol points below it."""
         return replace(self.base.gaussian(pair, batch), sobol=SobolNormals())
 
@@ -179,7 +179,7 @@ class Defensive(_MadeOf):
         """The same for a reader."""
         return f"a mixture: {1 - self.share:.3g} of them from {self.base.words}, {self.share:.3g} from the prior"
 
-    def on(self, pair: Pair, batch: Batch) -> Sampler:
+    def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The mixture for the data of one batch."""
         base = self.base.on(pair, batch)
         if not isinstance(base, Density):

@@ -14,7 +14,7 @@ from torch import Tensor
 from pvae.errors import ArgumentError, positive_int
 from pvae.evidence.proposals.base import Gaussian, Guide, log_joint
 from pvae.evidence.proposals.gaussians import Elliptical
-from pvae.evidence.traces import Batch, Pair
+from pvae.evidence.traces import Batch, Densities
 
 __all__ = ["Laplace", "Refined", "find_mode"]
 
@@ -54,7 +54,7 @@ class Laplace(Gaussian):
         """The same for a reader."""
         return "a Laplace approximation made for each datum"
 
-    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+    def gaussian(self, pair: Densities, batch: Batch) -> Elliptical:
         """The approximation for each datum of a batch."""
         start = self.start.gaussian(pair, batch)
         mode, factor = find_mode(pair, batch, start.loc, self.max_steps)
@@ -102,7 +102,7 @@ class Refined(Gaussian):
         """The same for a reader."""
         return "a Gaussian fitted to each datum"
 
-    def gaussian(self, pair: Pair, batch: Batch) -> Elliptical:
+    def gaussian(self, pair: Densities, batch: Batch) -> Elliptical:
         """The refined Gaussian for each datum of a batch."""
         start = self.start.gaussian(pair, batch)
         # Coordinates in which the start is standard: e = shift + spread noise, u = loc + factor e.
@@ -136,7 +136,7 @@ def _lower(log_scale: Tensor, lower: Tensor | None) -> Tensor:
     return diagonal if lower is None else diagonal + lower.tril(-1)
 
 
-def find_mode(pair: Pair, batch: Batch, start: Tensor, max_steps: int = 30) -> tuple[Tensor, Tensor]:
+def find_mode(pair: Densities, batch: Batch, start: Tensor, max_steps: int = 30) -> tuple[Tensor, Tensor]:
     """Climbs to a mode of ``log p(x, u)`` for each datum, by damped Newton steps.
 
     Where the density is not log-concave the curvature's absolute value is used, so that steps lead away from saddles.
@@ -175,7 +175,7 @@ def find_mode(pair: Pair, batch: Batch, start: Tensor, max_steps: int = 30) -> t
     return mode, factor
 
 
-def _curvature(pair: Pair, batch: Batch, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _curvature(pair: Densities, batch: Batch, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Value ``(N,)``, gradient ``(N, D)`` and Hessian ``(N, D, D)`` of the log joint at u, shape ``(N, D)``."""
     dim = u.shape[1]
     parts = []
