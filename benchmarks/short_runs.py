@@ -32,7 +32,7 @@ x = torch.bernoulli(torch.full((batch, data), 0.3))
 start = time.perf_counter()
 for _ in range(steps):
     loss = svi.step(x)
-print(time.perf_counter() - start, loss, any(r.captured.compiled for r in getattr(svi, "_gradients", ())))
+print(time.perf_counter() - start, loss, any(r.captured.is_compiled for r in getattr(svi, "_gradients", ())))
 """
 
 

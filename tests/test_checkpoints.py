@@ -175,7 +175,7 @@ def test_every_kind_of_pair_goes_on_bit_for_bit(name, bits, tmp_path, interrupt)
 
 def test_shapes_are_compiled_when_they_would_have_been(bits, tmp_path, monkeypatch):
     """A ragged last batch is compiled once it has come often enough, here 100 times, and the bits change then."""
-    monkeypatch.setitem(graphs._COMPILING, "cpu", 0.25)
+    monkeypatch.setitem(graphs._COMPILE_SECONDS, "cpu", 0.25)
     options = {"compile": True, "validation": bits[:70], "epochs": 104}
     whole = pvae.VAE.mlp(6, 2, [8])
     stopped = copy.deepcopy(whole)

@@ -314,10 +314,10 @@ def test_losses_in_tuples(bits):
 
 
 def test_compiled(bits, monkeypatch):
-    monkeypatch.setattr(captured_module, "pays", lambda runs, *_: runs >= 2)
+    monkeypatch.setattr(captured_module, "worth_compiling", lambda runs, *_: runs >= 2)
     svi = assert_like_pyro(ModulePair, calls(*[bits] * 6))
     (gradients,) = svi._gradients
-    assert gradients.captured.compiled
+    assert gradients.captured.is_compiled
 
 
 def count_compiles(monkeypatch):
@@ -519,7 +519,7 @@ def test_a_short_run_captures_once_and_compiles_nothing(bits, patient, monkeypat
 
 
 def test_compiling_waits_until_it_would_have_paid(bits, monkeypatch):
-    monkeypatch.setattr(captured_module, "_COMPILING", {"cpu": 0.1})
+    monkeypatch.setattr(captured_module, "_COMPILE_SECONDS", {"cpu": 0.1})
     compiled, pair = count_compiles(monkeypatch), ModulePair()
     svi = CompiledSVI(pair.model, pair.guide, Adam({}), Trace_ELBO())
     for step in range(50):
@@ -530,7 +530,7 @@ def test_compiling_waits_until_it_would_have_paid(bits, monkeypatch):
 @pytest.mark.parametrize("compile, compiled", [(True, 1), ("auto", 0), (False, 0)])
 def test_when_to_compile_can_be_said(compile, compiled, bits, monkeypatch):
     graphs = count_compiles(monkeypatch)
-    monkeypatch.setattr(captured_module, "pays", lambda runs, *_: compile is False)  # never, or always
+    monkeypatch.setattr(captured_module, "worth_compiling", lambda runs, *_: compile is False)  # never, or always
     pair = ModulePair()
     svi = CompiledSVI(pair.model, pair.guide, Adam({"lr": 0.01}), Trace_ELBO(), compile=compile)
     for _ in range(5):

@@ -16,7 +16,7 @@ from pyro import distributions as dist
 from torch import nn
 
 from pvae.capture import captured as graphs
-from pvae.capture.captured import Captured, pays
+from pvae.capture.captured import Captured, worth_compiling
 from pvae.capture.graph import Graph
 from pvae.errors import DataError
 
@@ -68,7 +68,7 @@ def test_a_graph_is_the_function_with_fresh_noise_and_parameters_of_now():
     assert_same(*both(run, net, x, seed=2))
     assert not torch.equal(run(x)["rest"][0], run(x)["rest"][0])
     assert run.captures == 1
-    assert not run.compiled
+    assert not run.is_compiled
 
 
 def test_buffers_that_it_updates_are_updated_once_for_each_call():
@@ -212,37 +212,37 @@ def test_captured_and_compiled_after_so_many_runs():
     for expected in (0, 0, 1):
         run(x)
         assert run.captures == expected
-    assert run.compiled  # the first set of shapes is compiled at once
+    assert run.is_compiled  # the first set of shapes is compiled at once
     assert_same(*both(run, net, x))
     few = torch.randn(3, 4)
     for _ in range(2 + 3):
         run(few)
     assert run.captures == 2
-    (first, other) = run._known.values()
-    assert first.compiled
-    assert not other.compiled
+    (first, other) = run._variants.values()
+    assert first.compile_attempted
+    assert not other.compile_attempted
     assert_same(*both(run, net, few, seed=3))
-    assert other.compiled
+    assert other.compile_attempted
     assert run.seconds > 0
 
 
 def test_other_shapes_are_compiled_when_that_would_have_paid(monkeypatch):
     monkeypatch.setattr(Graph, "compile", lambda self, inputs: replace(self, run=partial(self.module)))
-    monkeypatch.setitem(graphs._COMPILING, "cpu", 0.1)  # 40 runs of 2.5 ms
+    monkeypatch.setitem(graphs._COMPILE_SECONDS, "cpu", 0.1)  # 40 runs of 2.5 ms
     net = Net().eval()
     run = captured(net, compile_after="auto")
     for shape, runs in ((5, 1), (3, 40)):
         for _ in range(runs):
             run(torch.randn(shape, 4))
-    assert [known.compiled for known in run._known.values()] == [True, False]
+    assert [one.compile_attempted for one in run._variants.values()] == [True, False]
     for _ in range(2):
         run(torch.randn(3, 4))
-    assert [known.compiled for known in run._known.values()] == [True, True]
+    assert [one.compile_attempted for one in run._variants.values()] == [True, True]
 
 
 def test_operations_are_those_of_the_products():
     x, net = torch.randn(5, 4), nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 2, 3, padding=1))
-    graph = Graph.of(net, (x,))
+    graph = Graph.capture(net, (x,))
     assert graph.operations == 2 * 5 * 4 * 3 + 2 * 5 * 2 * 3 * 3
 
 
@@ -264,7 +264,7 @@ def test_compiling_that_is_ended_from_outside_leaves_all_as_it_was():
     assert torch.equal(torch.get_rng_state(), before)
     run.compiling = nullcontext
     assert_same(*both(run, net, x))
-    assert run.compiled
+    assert run.is_compiled
 
 
 def test_graphs_of_many_shapes_are_not_all_kept():
@@ -272,7 +272,7 @@ def test_graphs_of_many_shapes_are_not_all_kept():
     run = captured(net)
     for size in range(2, 40):
         run(torch.randn(size, 4))
-    assert len(run._known) <= 32
+    assert len(run._variants) <= 32
 
 
 def test_no_compiler_means_uncompiled_with_one_warning(monkeypatch):
@@ -313,9 +313,9 @@ def test_a_machine_without_a_compiler(tmp_path):
 
 def test_the_rule_that_decides_where_it_pays():
     cpu = torch.device("cpu")
-    assert not pays(400, 1e9, cpu)  # a few hundred steps of a small network
-    assert pays(4700, 5e12, cpu)  # twenty epochs of MNIST
-    assert pays(500, 1e13, cpu)  # few steps of a large one
+    assert not worth_compiling(400, 1e9, cpu)  # a few hundred steps of a small network
+    assert worth_compiling(4700, 5e12, cpu)  # twenty epochs of MNIST
+    assert worth_compiling(500, 1e13, cpu)  # few steps of a large one
 
 
 def test_the_compiler_is_not_loaded_before_it_is_used():

@@ -112,11 +112,11 @@ CHANGES = [
 def test_what_has_changed_is_named(change):
     program = Program()
     guard = Guard(program.model)
-    assert guard.changed() == ""
+    assert guard.find_change() == ""
     change(program)
-    assert guard.changed()
+    assert guard.find_change()
     guard.renew()
-    assert guard.changed() == ""
+    assert guard.find_change() == ""
 
 
 def test_values_inside_of_tensors_may_change():
@@ -127,7 +127,7 @@ def test_values_inside_of_tensors_may_change():
             p.add_(1)
     program.net(torch.randn(4, 2))  # running statistics
     program.schedule.weight.mul_(2)
-    assert guard.changed() == ""
+    assert guard.find_change() == ""
 
 
 def test_variables_of_functions(monkeypatch):
@@ -138,18 +138,18 @@ def test_variables_of_functions(monkeypatch):
 
     guard = Guard(closure)
     weight.add_(1)
-    assert guard.changed() == ""
+    assert guard.find_change() == ""
     beta = 2.0
-    assert guard.changed().endswith("closure.beta")
+    assert guard.find_change().endswith("closure.beta")
 
     guard = Guard(uses_a_global)
     monkeypatch.setitem(globals(), "BETA", 2.0)
-    assert guard.changed() == "uses_a_global.BETA"
+    assert guard.find_change() == "uses_a_global.BETA"
 
     settings = SimpleNamespace(beta=1.0)
     guard = Guard(functools.partial(lambda x, s: s.beta * x, s=settings))
     settings.beta = 2.0
-    assert guard.changed() == "SimpleNamespace.beta"
+    assert guard.find_change() == "SimpleNamespace.beta"
 
 
 def test_all_tensors_in_reach_are_known():
@@ -197,9 +197,9 @@ def test_what_is_made_anew_and_equal_has_not_changed(difference):
     guard = Guard(program.model)
     for _ in range(3):
         same_values(program)
-        assert guard.changed() == ""
+        assert guard.find_change() == ""
     DIFFERENCES[difference](program)
-    assert guard.changed()
+    assert guard.find_change()
 
 
 def test_tensors_that_programs_change_are_equal_to_none_but_themselves():
@@ -208,10 +208,10 @@ def test_tensors_that_programs_change_are_equal_to_none_but_themselves():
     program.schedule.weight.mul_(1)
     guard = Guard(program.model)
     program.schedule.weight = program.schedule.weight.clone()
-    assert guard.changed() == "Schedule.weight"
+    assert guard.find_change() == "Schedule.weight"
     guard.renew()
     program.net[0].weight = nn.Parameter(program.net[0].weight.detach().clone())
-    assert guard.changed()
+    assert guard.find_change()
 
 
 def test_what_transforms_remember_is_no_change():
@@ -220,9 +220,9 @@ def test_what_transforms_remember_is_no_change():
     guard = Guard(program.model)
     transform.log_abs_det_jacobian(x := torch.randn(4, 2), transform(x))
     assert isinstance(transform.inv, dist.transforms.Transform)
-    assert guard.changed() == ""
+    assert guard.find_change() == ""
     program.transform.beta = 2.0
-    assert guard.changed() == "Planar.beta"
+    assert guard.find_change() == "Planar.beta"
 
 
 # --- what a review found ------------------------------------------------------------------------------------------
@@ -282,9 +282,9 @@ def test_changes_in_ordinary_places_are_seen(change, monkeypatch):
     monkeypatch.setattr(Base, "beta", 1.0)
     holder = Holder()
     guard = Guard(holder.model)
-    assert guard.changed() == ""
+    assert guard.find_change() == ""
     HOLDER_CHANGES[change](holder)
-    assert guard.changed()
+    assert guard.find_change()
     Holder.model.__defaults__[0].beta = 1.0
 
 
@@ -295,4 +295,4 @@ def test_a_value_in_an_imported_module(monkeypatch):
     exec("def program(x):\n    return [settings.BETA * y for y in x]", space)
     guard = Guard(space["program"])
     settings.BETA = 2.0
-    assert guard.changed() == "settings.BETA"
+    assert guard.find_change() == "settings.BETA"

@@ -4,9 +4,8 @@ Pyro's handlers cost milliseconds of Python in every call. What they do to tenso
 inputs have the same shapes; so it is recorded once, with its gradients, as one flat graph of tensor operations, and
 that graph is rewritten, compiled and run in their place. Parameters are held by reference, and noise is drawn afresh.
 
-What a capture takes for granted is looked after: a graph is compared with the function, on other inputs and noise,
-before it is used, and dropped when anything within the function's sight has changed. A function that cannot be captured
-is run as it is.
+A graph is compared with the function, on other inputs and noise, before it is used, and dropped when anything that the
+function depends on has changed. A function that cannot be captured is run as it is.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import pvae
-from pvae.capture.graph import READS_A_NUMBER, Graph, Unfaithful
+from pvae.capture.graph import READS_A_NUMBER, CaptureError, Graph
 from pvae.capture.guards import Guard
 from pvae.errors import PVAEError, first_line, warn
 
-__all__ = ["Captured", "pays"]
+__all__ = ["Captured", "worth_compiling"]
 
 logger = logging.getLogger("pvae")
 
 _MOST_GRAPHS = 32
 _MOST_CHANGES = 8
 
-# Seconds that compiling one set of shapes takes with an empty cache on disk. A quiet CPU needs 4 to 7; what pays for
+# Seconds that compiling one set of shapes takes with an empty cache on disk. A quiet CPU needs 4 to 7; what is worth
 # more does not lose much on a busy one.
-_COMPILING = {"cpu": 10.0, "cuda": 25.0}
+_COMPILE_SECONDS = {"cpu": 10.0, "cuda": 25.0}
 
 _no_compiler: list[bool] = []
 
 
-def pays(runs: int, operations: float, device: torch.device) -> bool:
+def worth_compiling(runs: int, operations: float, device: torch.device) -> bool:
     """Whether compiling a function for one set of shapes saves more time than it takes.
 
     A rule without a clock, so that the same call does the same thing each time. Pyro's handlers cost about 2.5 ms a
@@ -58,7 +57,7 @@ def pays(runs: int, operations: float, device: torch.device) -> bool:
         device: Where.
     """
     saved = runs * 2.5e-3 + (operations / 4e11 if device.type == "cpu" else 0.0)
-    return saved > _COMPILING.get(device.type, 25.0)
+    return saved > _COMPILE_SECONDS.get(device.type, 25.0)
 
 
 @dataclass
@@ -68,14 +67,15 @@ class Captured:
     Attributes:
         function: Takes tensors and returns tensors, or nested tuples, lists and dicts of them. It draws noise by torch.
         name: What to call it in messages.
-        sees: Programs with all else that the function depends on: parameters, other tensors and plain values.
+        depends_on: Programs, with all that they use: parameters, other tensors and plain values.
         capture_after: So many runs of the function itself, for each set of shapes, come before it is captured.
         compile_after: So many runs of a graph come before it is compiled; ``None`` for never, and ``"auto"`` for as
             many as would have paid for it.
         compile_first: Whether the graph for the first set of shapes, likely the common one, is compiled at once.
         compiling: Makes the block in which a graph is compiled. What it raises, no `Exception`, ends compiling and
             the call, with nothing changed.
-        looks: Whether it looks for changes before each run; else `look` is to be called where there may be any.
+        check_each_run: Whether to look for changes before each run; else the caller calls `drop_if_changed` where there
+            may be any.
         tolerances: How far results of function, graph and compiled graph may be apart, relative to their norm: for
             single numbers, and for other tensors. Gradients jump where rounding takes a unit across its kink.
         captures: How many graphs were made.
@@ -85,117 +85,121 @@ class Captured:
 
     function: Callable[..., Any]
     name: str
-    sees: tuple[Any, ...]
+    depends_on: tuple[Any, ...]
     capture_after: int = 0
     compile_after: int | str | None = "auto"
     compile_first: bool = True
     compiling: Callable[[], AbstractContextManager[Any]] = nullcontext
-    looks: bool = True
+    check_each_run: bool = True
     tolerances: tuple[float, float] = (1e-5, 1e-4)
     captures: int = 0
     seconds: float = 0.0
     given_up: bool = False
-    _known: dict[Any, _Known] = field(default_factory=dict)
-    _first: str = ""
+    _variants: dict[Any, _Variant] = field(default_factory=dict)
+    _first: str = ""  # name of the variant that ran first as a graph
     _changes: int = 0
-    _recalled: dict[str, Any] = field(default_factory=dict)
+    _loaded_runs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.guard = Guard(*self.sees)
+        self.guard = Guard(*self.depends_on)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """What the function returns, detached."""
+        """Runs the function, or its graph for these inputs; returns its results, detached."""
         if self.given_up:
             return self.function(*inputs)
-        if self.looks:
-            self.look()
+        if self.check_each_run:
+            self.drop_if_changed()
         key = (*[(t.shape, t.dtype, t.device, t.stride()) for t in inputs], *_modes(inputs))
-        known = self._known.get(key)
-        if known is None:
-            if len(self._known) >= _MOST_GRAPHS:
-                del self._known[next(iter(self._known))]
+        variant = self._variants.get(key)
+        if variant is None:
+            if len(self._variants) >= _MOST_GRAPHS:
+                del self._variants[next(iter(self._variants))]
             name = repr(key)
-            known = self._known[key] = _Known(name, *self._recalled.get(name, ()))
-        if known.graph is None:
-            known.runs += 1
-            early = known.runs <= self.capture_after and not known.graph_runs
-            if self.given_up or early or not self._capture(known, inputs):
+            variant = self._variants[key] = _Variant(name, *self._loaded_runs.get(name, ()))
+        if variant.graph is None:
+            variant.runs += 1
+            early = variant.runs <= self.capture_after and not variant.graph_runs
+            if self.given_up or early or not self._capture(variant, inputs):
                 return self.function(*inputs)
-        graph: Any = known.graph
-        self._first = self._first or known.name
-        if not known.compiled and self._is_to_be_compiled(known, graph, inputs):
-            graph = known.graph = self._compile(graph, inputs)
-            known.compiled = True
-        known.graph_runs += 1
+        graph: Any = variant.graph
+        self._first = self._first or variant.name
+        if not variant.compile_attempted and self._should_compile(variant, graph, inputs):
+            graph = variant.graph = self._compile(graph, inputs)
+            variant.compile_attempted = True
+        variant.graph_runs += 1
         return graph(*inputs)
 
-    def _is_to_be_compiled(self, known: _Known, graph: Graph, inputs: Sequence[Tensor]) -> bool:
+    def _should_compile(self, variant: _Variant, graph: Graph, inputs: Sequence[Tensor]) -> bool:
         after = self.compile_after
-        if after is None or (self.compile_first and self._first == known.name):
+        if after is None or (self.compile_first and self._first == variant.name):
             return after is not None
         if isinstance(after, int):
-            return known.graph_runs >= after
-        tensors = [*inputs, *graph.held]
+            return variant.graph_runs >= after
+        tensors = [*inputs, *graph.tensors]
         device = tensors[0].device if tensors else torch.device("cpu")
-        return pays(known.graph_runs, known.graph_runs * graph.operations, device)
+        return worth_compiling(variant.graph_runs, variant.graph_runs * graph.operations, device)
 
     @property
-    def compiled(self) -> bool:
+    def is_compiled(self) -> bool:
         """Whether any graph was compiled."""
-        return any(known.graph is not None and known.graph.compiled for known in self._known.values())
+        return any(variant.graph is not None and variant.graph.is_compiled for variant in self._variants.values())
 
-    def memory(self) -> dict[str, Any]:
-        """What decides when shapes are captured and compiled, as plain values: what `recall` takes."""
-        now = {known.name: [known.runs, known.graph_runs] for known in self._known.values()}
-        ends = {"changes": self._changes, "given_up": self.given_up}
-        return {"first": self._first, "runs": self._recalled | now, **ends}
+    def state_dict(self) -> dict[str, Any]:
+        """What decides when shapes are captured and compiled, as plain values; checkpoints hold it."""
+        runs = {variant.name: [variant.runs, variant.graph_runs] for variant in self._variants.values()}
+        return {
+            "first": self._first,
+            "runs": self._loaded_runs | runs,
+            "changes": self._changes,
+            "given_up": self.given_up,
+        }
 
-    def recall(self, memory: dict[str, Any]) -> None:
-        """Goes on as a process would that has the memory: compiled and uncompiled graphs differ in rounding."""
-        self._first, self._recalled = memory["first"], dict(memory["runs"])
-        self._changes, self.given_up = memory["changes"], memory["given_up"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state: the same runs are compiled, as compiled and uncompiled graphs differ in rounding."""
+        self._first, self._loaded_runs = state["first"], dict(state["runs"])
+        self._changes, self.given_up = state["changes"], state["given_up"]
 
-    def look(self) -> bool:
-        """Forgets all graphs if anything that the function can see has changed, and says whether it has."""
-        changed = self.guard.changed()
-        fits = all(known.graph is None or known.graph.fits() for known in self._known.values())
-        if changed or not fits:
-            self._begin_anew(changed)
-        return bool(changed) or not fits
+    def drop_if_changed(self) -> bool:
+        """Drops all graphs if anything that the function depends on has changed, and returns whether it has."""
+        change = self.guard.find_change()
+        fits = all(variant.graph is None or variant.graph.fits() for variant in self._variants.values())
+        if change or not fits:
+            self._reset(change)
+        return bool(change) or not fits
 
-    def _begin_anew(self, changed: str) -> None:
-        self._known.clear()
-        self._recalled.clear()
+    def _reset(self, change: str) -> None:
+        self._variants.clear()
+        self._loaded_runs.clear()
         self.guard.renew()
         self._changes += 1
-        if changed and self._changes == _MOST_CHANGES:
+        if change and self._changes == _MOST_CHANGES:
             self._give_up(
-                f"{changed} changed between calls, {_MOST_CHANGES} times so far. A tensor in its place, changed in "
+                f"{change} changed between calls, {_MOST_CHANGES} times so far. A tensor in its place, changed in "
                 "place or passed as an argument, would need no new capture"
             )
 
-    def _capture(self, known: _Known, inputs: Sequence[Tensor]) -> bool:
-        """Captures a graph and compares it with the function; says whether that went well."""
+    def _capture(self, variant: _Variant, inputs: Sequence[Tensor]) -> bool:
+        """Captures a graph and compares it with the function; returns whether that went well."""
         start = time.perf_counter()
         try:
-            with _undone(inputs, self.guard.tensors):
+            with _rollback(inputs, self.guard.tensors):
                 self.function(*inputs)  # makes whatever is made by a first run
                 self.guard.renew()
-                others, stored = _other_noise(), dict(pyro.get_param_store()._params)
-                graph = Graph.of(self.function, inputs, self.guard.tensors)
-                if changed := self.guard.changed():
-                    raise Unfaithful(f"it changes {changed} as it runs")
-                if others != _other_noise():
-                    raise Unfaithful("it draws random numbers by Python or NumPy")
+                others, stored = _other_rng_states(), dict(pyro.get_param_store()._params)
+                graph = Graph.capture(self.function, inputs, self.guard.tensors)
+                if change := self.guard.find_change():
+                    raise CaptureError(f"it changes {change} as it runs")
+                if others != _other_rng_states():
+                    raise CaptureError("it draws random numbers by Python or NumPy")
                 if replaced := [n for n, p in pyro.get_param_store()._params.items() if p is not stored.get(n)]:
-                    raise Unfaithful(f"it replaces {replaced} in the param store as it runs")
+                    raise CaptureError(f"it replaces {replaced} in the param store as it runs")
                 self._compare(graph, self.function, inputs)
         except (PVAEError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             self._give_up(_cause(error))
             return False
-        known.graph = graph
+        variant.graph = graph
         self.captures += 1
         self.seconds += time.perf_counter() - start
         logger.info("captured %s: %d operations", self.name, len(graph.module.graph.nodes))
@@ -207,7 +211,7 @@ class Captured:
             return graph
         start = time.perf_counter()
         try:
-            with _undone(inputs, self.guard.tensors):
+            with _rollback(inputs, self.guard.tensors):
                 with self.compiling():
                     compiled = graph.compile(inputs)
                 self._compare(compiled, graph, inputs)
@@ -225,9 +229,9 @@ class Captured:
         """Runs both on rows drawn from the inputs, with equal noise that no capture has seen."""
         results = []
         for run in (reference, graph):
-            with _undone(inputs, self.guard.tensors) as devices:
+            with _rollback(inputs, self.guard.tensors) as devices:
                 _seed(20_240_229, devices)
-                results.append(pytree.tree_leaves(run(*_drawn_anew(inputs))))
+                results.append(pytree.tree_leaves(run(*_resample_rows(inputs))))
         norms = [torch.linalg.vector_norm(t.detach().double().nan_to_num()).item() for t in results[0]]
         for ours, theirs, norm in zip(*results[::-1], norms, strict=True):
             same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities too
@@ -235,40 +239,40 @@ class Captured:
             tolerance = self.tolerances[ours.numel() > 1]
             # A result may be nothing but the rounding of others, as a gradient whose terms cancel.
             if not torch.linalg.vector_norm(difference).item() <= tolerance * norm + 1e-6 * max(norms):
-                raise Unfaithful(
+                raise CaptureError(
                     "its results are not those of its graph: it may draw random numbers by Python or NumPy, or depend "
                     "on something that cannot be seen"
                 )
 
     def _give_up(self, cause: str) -> None:
-        self._known.clear()
+        self._variants.clear()
         self.given_up = True
         warn(f"{self.name} runs as plain Pyro, uncaptured: {cause}.")
 
 
 @dataclass
-class _Known:
-    """What is known of one set of shapes."""
+class _Variant:
+    """The function for inputs of one kind: their shapes, dtypes, devices and strides, and the caller's modes."""
 
     name: str
-    runs: int = 0  # of the function
+    runs: int = 0  # of the function itself
     graph_runs: int = 0
     graph: Graph | None = None
-    compiled: bool = False  # or tried in vain
+    compile_attempted: bool = False
 
 
 def _modes(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What of the caller's settings changes what operations do."""
+    """Settings of the caller that change what operations do: autocast's dtype, and the default one."""
     kind = inputs[0].device.type if inputs else "cpu"
     lowered = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return lowered, torch.get_default_dtype()
 
 
-def _drawn_anew(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Rows of the inputs, some more than once and some never; the same for all tensors of the same length."""
+def _resample_rows(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Draws rows of the inputs, some more than once and some never; the same for all tensors of the same length."""
     generator = torch.Generator().manual_seed(20_240_229)
     rows: dict[int, Tensor] = {}
-    drawn = []
+    results = []
     for tensor in inputs:
         if tensor.dim() and len(tensor):
             if len(tensor) not in rows:
@@ -276,14 +280,15 @@ def _drawn_anew(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
             with suppress(RuntimeError):  # of a tensor whose entries share memory
                 values = tensor[rows[len(tensor)].to(tensor.device)]
                 # In the same layout, which a graph relies on.
-                layout = {"dtype": tensor.dtype, "device": tensor.device}
-                tensor = torch.empty_strided(tensor.shape, tensor.stride(), **layout).copy_(values)
-        drawn.append(tensor)
-    return tuple(drawn)
+                tensor = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+                ).copy_(values)
+        results.append(tensor)
+    return tuple(results)
 
 
-def _other_noise() -> tuple[Any, ...]:
-    """The states of the random numbers of Python and NumPy, which no capture sees."""
+def _other_rng_states() -> tuple[Any, ...]:
+    """States of the random numbers of Python and NumPy, which no graph draws."""
     _, keys, *places = np.random.get_state()  # noqa: NPY002 (of those who use it)
     return random.getstate(), keys.tobytes(), *places  # type: ignore[union-attr]
 
@@ -296,7 +301,7 @@ def _seed(seed: int, devices: Sequence[torch.device]) -> None:
 
 
 @contextmanager
-def _undone(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[list[torch.device]]:
+def _rollback(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[list[torch.device]]:
     """Puts random numbers, tensors changed in place and Pyro's param store back as they were; yields the GPUs."""
     before = [(t, t.detach().clone()) for t in tensors]
     devices = list({t.device for t in (*inputs, *tensors) if t.is_cuda})
@@ -314,13 +319,13 @@ def _undone(inputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[lis
                         tensor.copy_(values)
 
 
-_OURS = [os.path.join(path, "") for module in (pvae, torch, pyro) for path in module.__path__]
+_PACKAGE_PATHS = [os.path.join(path, "") for module in (pvae, torch, pyro) for path in module.__path__]
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong and, where it is known, at which line of the user's."""
+    """Words for what went wrong and, where one can tell, at which line of the user's."""
     cause = first_line(error).strip().rstrip(".")
     if "_local_scalar_dense" in str(error):
         cause = READS_A_NUMBER
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_OURS, "<"))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_PACKAGE_PATHS, "<"))]
     return f"{cause} ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else cause

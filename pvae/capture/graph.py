@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from pvae.capture.rewriting import DECOMPOSITIONS, swap_matrix_products
 
-__all__ = ["READS_A_NUMBER", "Graph", "Unfaithful"]
+__all__ = ["READS_A_NUMBER", "CaptureError", "Graph"]
 
 
 @dataclass
@@ -26,27 +26,33 @@ class Graph:
     """One flat program of tensor operations.
 
     Attributes:
-        module: Its operations. The first inputs are the tensors that it holds.
-        held: Parameters, buffers and constants that the function met.
-        structure: In which results are returned.
-        run: The module, or what it was compiled to.
+        module: Its operations. ``tensors`` are its first inputs.
+        tensors: Parameters, buffers and constants that the function used, by reference.
+        structure: Of the results: nested tuples, lists and dicts.
+        run: The module, or the program that it was compiled to.
         operations: Multiplications and additions in its matrix products and convolutions.
     """
 
     module: fx.GraphModule
-    held: list[Tensor]
+    tensors: list[Tensor]
     structure: pytree.TreeSpec
     run: Callable[..., Any]
     operations: int = 0
 
     def __post_init__(self) -> None:
-        self._kinds = self._kinds_now()
+        self._kinds = self._tensor_kinds()
 
     @classmethod
-    def of(cls, function: Callable[..., Any], inputs: Sequence[Tensor], seen: Sequence[Tensor] = ()) -> Graph:
+    def capture(cls, function: Callable[..., Any], inputs: Sequence[Tensor], outside: Sequence[Tensor] = ()) -> Graph:
         """Captures a function as it runs on some inputs, with the noise and parameters of now.
 
-        Reading numbers out of the inputs, or of tensors that are ``seen`` from outside, stops it.
+        Args:
+            function: Takes the inputs; returns tensors, or nested tuples, lists and dicts of them.
+            inputs: Tensors in whose place others will come.
+            outside: Tensors that the function may use beside its inputs, whose values will change.
+
+        Raises:
+            CaptureError: It reads a number out of any of these, or the shape of a result depends on numbers.
         """
         structure: Any = None
 
@@ -56,53 +62,53 @@ class Graph:
             return results
 
         trace = make_fx(flat, DECOMPOSITIONS, tracing_mode="real", _allow_non_fake_inputs=True)
-        with _NoReads(seen):
+        with _ForbidReads(outside):
             # Each input is a tensor object of its own, so that none is taken for another, or for one that is held.
             captured = trace(*(t.detach() for t in inputs))
         _check_shapes(captured.graph)
-        graph, held = _with_held_as_inputs(captured)
+        graph, outer = _lift_constants(captured)
         operations = _count_operations(graph)
         swap_matrix_products(graph)
         module = fx.GraphModule({}, graph)
-        return cls(module, held, structure, module, operations)
+        return cls(module, outer, structure, module, operations)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """What the function would return, detached."""
+        """Runs the graph; returns the results of the function, detached."""
         with torch.no_grad():
-            return pytree.tree_unflatten(list(self.run(*self.held, *inputs)), self.structure)
+            return pytree.tree_unflatten(list(self.run(*self.tensors, *inputs)), self.structure)
 
     @property
-    def compiled(self) -> bool:
+    def is_compiled(self) -> bool:
         """Whether it was compiled."""
         return self.run is not self.module
 
     def fits(self) -> bool:
-        """Whether the tensors that it holds have the shapes, layouts, dtypes and devices that they had."""
-        return self._kinds == self._kinds_now()
+        """Whether its tensors still have the shapes, layouts, dtypes and devices that they had."""
+        return self._kinds == self._tensor_kinds()
 
-    def _kinds_now(self) -> list[Any]:
-        return [(t.shape, t.dtype, t.device, t.stride()) for t in self.held]
+    def _tensor_kinds(self) -> list[Any]:
+        return [(t.shape, t.dtype, t.device, t.stride()) for t in self.tensors]
 
     def compile(self, inputs: Sequence[Tensor]) -> Graph:
-        """The same graph compiled for inputs like these."""
+        """Compiles it for inputs of these shapes; returns a graph of its own."""
         with _quiet():  # loading the compiler takes more than a second, and most runs do without
             from torch._inductor import config
             from torch._inductor.compile_fx import compile_fx
 
         # Noise comes from the same generators, in the same order, as without compiling.
         with torch.no_grad(), _quiet(), config.patch(fallback_random=True):
-            run: Any = compile_fx(copy.deepcopy(self.module), [*self.held, *inputs])
-            run(*self.held, *inputs)
-        return Graph(self.module, self.held, self.structure, run, self.operations)
+            run: Any = compile_fx(copy.deepcopy(self.module), [*self.tensors, *inputs])
+            run(*self.tensors, *inputs)
+        return Graph(self.module, self.tensors, self.structure, run, self.operations)
 
 
-class Unfaithful(Exception):
-    """A capture that is not the function."""
+class CaptureError(Exception):
+    """A function cannot be captured, or its graph does something else."""
 
 
-def _with_held_as_inputs(captured: fx.GraphModule) -> tuple[fx.Graph, list[Tensor]]:
-    """Makes inputs of the tensors that a graph refers to; returns them in the order of the inputs."""
-    graph, held, inputs = captured.graph, [], {}
+def _lift_constants(captured: fx.GraphModule) -> tuple[fx.Graph, list[Tensor]]:
+    """Makes inputs of the tensors that a graph refers to; returns the graph, and them in the order of the inputs."""
+    graph, tensors, inputs = captured.graph, [], {}
     first = next(iter(graph.nodes))
     for node in list(graph.nodes):
         if node.op != "get_attr":
@@ -110,28 +116,28 @@ def _with_held_as_inputs(captured: fx.GraphModule) -> tuple[fx.Graph, list[Tenso
         tensor = getattr(captured, node.target)
         if id(tensor) not in inputs:
             with graph.inserting_before(first):
-                inputs[id(tensor)] = graph.placeholder(f"held_{len(held)}")
+                inputs[id(tensor)] = graph.placeholder(f"tensor_{len(tensors)}")
             inputs[id(tensor)].meta = dict(node.meta)
-            held.append(tensor)
+            tensors.append(tensor)
         node.replace_all_uses_with(inputs[id(tensor)])
         graph.erase_node(node)
-    return graph, held
+    return graph, tensors
 
 
-class _NoReads(TorchFunctionMode):
+class _ForbidReads(TorchFunctionMode):
     """Stops a capture where numbers are read out of tensors that will have others later.
 
     Capturing itself stops at reads of what was computed from inputs, and would take parameters, buffers and arrays for
     constants.
     """
 
-    def __init__(self, seen: Sequence[Tensor]) -> None:
+    def __init__(self, outside: Sequence[Tensor]) -> None:
         super().__init__()
-        self.seen = {id(t) for t in seen}
+        self.outside = {id(t) for t in outside}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _WHOLE_READS or (func in _READS and id(args[0]) in self.seen):
-            raise Unfaithful(READS_A_NUMBER)
+        if func in _WHOLE_READS or (func in _READS and id(args[0]) in self.outside):
+            raise CaptureError(READS_A_NUMBER)
         return func(*args, **(kwargs or {}))
 
 
@@ -151,7 +157,9 @@ def _check_shapes(graph: fx.Graph) -> None:
         else:
             by_data = torch.Tag.dynamic_output_shape in node.target.tags
         if by_data:
-            raise Unfaithful(f"the shape of a result depends on the data, in {node.target}; use torch.where or a mask")
+            raise CaptureError(
+                f"the shape of a result depends on the data, in {node.target}; use torch.where or a mask"
+            )
 
 
 def _count_operations(graph: fx.Graph) -> int:
@@ -168,7 +176,7 @@ def _count_operations(graph: fx.Graph) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the compiler says of itself, and of machines without a GPU."""
+    """Silences what the compiler says of itself, and of machines without a GPU."""
     loud = logging.getLogger("torch.utils.cpp_extension")
     level = loud.level
     loud.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""What programs can see, and whether it has changed: parameters, modes, and plain values that they read.
+"""What programs depend on, and whether it has changed: parameters, modes, and plain values that they read.
 
 A captured program no longer runs Python, so it would not notice a layer that was replaced or a weight ``beta`` that was
-set anew. A guard notes all that is within a program's reach, and says afterwards what is no longer as it was. Values
+set anew. A guard notes all that is within a program's reach, and finds afterwards what is no longer as it was. Values
 inside of tensors may change freely: captured programs hold tensors by reference.
 """
 
@@ -23,7 +23,7 @@ from torch.distributions import Transform
 
 from pvae.runtime import reached
 
-__all__ = ["Guard", "foreign", "same"]
+__all__ = ["Guard", "find_opaque", "is_same"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _MISSING = object()
@@ -46,7 +46,7 @@ class _Watched(NamedTuple):
 
 
 class Guard:
-    """Looks after all that some programs can see.
+    """Notes all that some programs depend on, and finds changes.
 
     Args:
         programs: Functions, methods, modules or other callables, and what they close over, call or hold.
@@ -57,40 +57,40 @@ class Guard:
         self.renew()
 
     def renew(self) -> None:
-        """Takes note of everything as it is now."""
+        """Notes everything as it is now."""
         self._watched: list[_Watched] = []
-        for thing in _parts(self.programs):
+        for thing in _collect(self.programs):
             self._watched += _watch(thing)
         found = [v for watched in self._watched for v in watched.entries.values()]
         self.tensors = list({id(t): t for t in found if isinstance(t, Tensor)}.values())
         """Parameters, buffers and other tensors within reach."""
-        self._tensors = [_state(t) for t in self.tensors]
+        self._tensors = [_tensor_state(t) for t in self.tensors]
         self._arrays = [(a, a.copy()) for a in found if isinstance(a, np.ndarray) and a.nbytes <= _SMALL]
 
-    def changed(self) -> str:
-        """The first thing found that is not as it was, such as ``"Decoder.beta"``; empty if there is none."""
+    def find_change(self) -> str:
+        """Finds the first thing that is not as it was, such as ``"Decoder.beta"``; empty if there is none."""
         for owner, namespace, entries, size in self._watched:
             for key, value in entries.items():
                 now = namespace.get(key, _MISSING)
-                if now is not value and not same(value, now):
+                if now is not value and not is_same(value, now):
                     return f"{owner}.{key}"
             if size is not None and len(namespace) != size:
                 return f"{owner}.{next((key for key in namespace if key not in entries), '')}"
-        if self._tensors != [_state(t) for t in self.tensors]:
+        if self._tensors != [_tensor_state(t) for t in self.tensors]:
             return "requires_grad or a hook of a parameter"
         return "" if all(np.array_equal(a, before) for a, before in self._arrays) else "a NumPy array"
 
 
-def same(before: Any, now: Any) -> bool:
-    """Whether what was put in a value's place is of the same kind and made of the same parts.
+def is_same(before: Any, now: Any) -> bool:
+    """Whether a value in another's place is of the same kind and made of the same parts.
 
     Parameters are equal to none but themselves, as gradients go to them; so are data, which are large, and tensors that
     are changed in place, as a captured program would go on changing the one that it holds.
     """
-    return _same(before, now, {})
+    return _is_same(before, now, {})
 
 
-def _same(before: Any, now: Any, compared: dict[tuple[int, int], Any]) -> bool:
+def _is_same(before: Any, now: Any, compared: dict[tuple[int, int], Any]) -> bool:
     if now is before or (id(before), id(now)) in compared:
         return True
     if type(now) is not type(before):
@@ -106,15 +106,15 @@ def _same(before: Any, now: Any, compared: dict[tuple[int, int], Any]) -> bool:
         return constant and alike and before.nbytes <= _SMALL and torch.equal(before, now)
     if isinstance(before, np.ndarray):
         return before.nbytes <= _SMALL and before.dtype == now.dtype and np.array_equal(before, now)
-    ours, theirs = _apart(before), _apart(now)
+    ours, theirs = _split_up(before), _split_up(now)
     return len(ours) == len(theirs) > 0 and all(
-        list(a) == list(b) and all(_same(a[key], b[key], compared) for key in a)
+        list(a) == list(b) and all(_is_same(a[key], b[key], compared) for key in a)
         for a, b in zip(ours, theirs, strict=True)
     )
 
 
-def foreign(thing: Any) -> str:
-    """What a value is, or holds, of which nobody can say whether it has changed; empty if there is nothing."""
+def find_opaque(thing: Any) -> str:
+    """Finds the class of what a value is, or holds, that might change without notice; empty if there is none."""
     seen: dict[int, Any] = {}
     queue = [thing]
     while queue:
@@ -124,15 +124,15 @@ def foreign(thing: Any) -> str:
         if known or id(part) in seen or (isinstance(part, np.ndarray) and part.nbytes <= _SMALL):
             continue
         seen[id(part)] = part
-        parts = _apart(part)
+        parts = _split_up(part)
         if not parts or len(seen) > _MOST_COMPARED:
             return kind
         queue += [value for entries in parts for value in entries.values() if value is not _MISSING]
     return ""
 
 
-def _apart(thing: Any) -> list[dict[Any, Any]]:
-    """All that a value is made of, by name; nothing if that cannot be known."""
+def _split_up(thing: Any) -> list[dict[Any, Any]]:
+    """Dicts of all that a value is made of, by name; none if that cannot be known."""
     if inspect.isfunction(thing):
         own = {"code": thing.__code__, "defaults": thing.__defaults__, "attributes": vars(thing)}
         return [own, *(watched.entries for watched in _variables(thing))]
@@ -145,38 +145,38 @@ def _apart(thing: Any) -> list[dict[Any, Any]]:
     return []
 
 
-def _state(tensor: Tensor) -> tuple[bool, int]:
+def _tensor_state(tensor: Tensor) -> tuple[bool, int]:
     return tensor.requires_grad, len(tensor._backward_hooks or ())
 
 
-def _ours(thing: Any) -> bool:
-    """Whether a class, function or module may hold what somebody sets anew: not those of PyTorch, Pyro or Python."""
+def _is_mutable(thing: Any) -> bool:
+    """Whether somebody may set anew what a class, function or module holds: not of PyTorch, Pyro and Python's own."""
     name = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", None)
     return (name or "builtins").split(".")[0] not in _KNOWN
 
 
-def _public(name: str) -> bool:
+def _is_public(name: str) -> bool:
     return name == "__call__" or not name.startswith("__")
 
 
-def _parts(programs: tuple[Any, ...]) -> list[Any]:
-    """All that is reached, taken apart: modules, the contents of containers, classes' functions, defaults."""
+def _collect(programs: tuple[Any, ...]) -> list[Any]:
+    """Collects all within reach: modules, the contents of containers, classes' functions, defaults."""
     seen: dict[int, Any] = {}
     queue = list(programs)
     while queue:
         new = [thing for thing in reached(*queue) if id(thing) not in seen]
         seen |= {id(thing): thing for thing in new}
-        queue = [inner for thing in new for inner in _inside(thing) if id(inner) not in seen]
+        queue = [inner for thing in new for inner in _children(thing) if id(inner) not in seen]
     return list(seen.values())
 
 
-def _inside(thing: Any) -> list[Any]:
+def _children(thing: Any) -> list[Any]:
     inside: list[Any] = []
     if isinstance(thing, nn.Module):
         inside += thing.modules()
         inside += [value for name, value in _attributes(thing).items() if name not in _MODULES_OWN]
     elif inspect.isfunction(thing):
-        if _ours(thing):
+        if _is_mutable(thing):
             inside += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
             inside += [value for watched in _variables(thing) for value in watched.entries.values()]
     elif isinstance(thing, list | tuple | dict) and len(thing) <= _LARGE:
@@ -185,18 +185,19 @@ def _inside(thing: Any) -> list[Any]:
         inside += [getattr(thing, name, None) for name in _slots(thing)]
         inside += _attributes(thing).values()
     if not isinstance(thing, type | ModuleType) and not inspect.isroutine(thing):
-        inside += [v for cls in type(thing).__mro__ if _ours(cls) for n, v in vars(cls).items() if _public(n)]
+        inside += [v for cls in type(thing).__mro__ if _is_mutable(cls) for n, v in vars(cls).items() if _is_public(n)]
     inside = [getattr(v, "__func__", v) if isinstance(v, staticmethod | classmethod) else v for v in inside]
     inside = [getattr(v, "fget", v) if isinstance(v, property) else v for v in inside]
     return [v for v in inside if not isinstance(v, (*_PLAIN, Tensor, np.ndarray, type))]
 
 
 def _watch(thing: Any) -> list[_Watched]:
+    """Notes the entries of a thing's namespaces."""
     owner = getattr(thing, "__qualname__", None) or type(thing).__name__
     if isinstance(thing, type | ModuleType) or inspect.ismethod(thing):
         return []
     if inspect.isfunction(thing):
-        return _variables(thing) if _ours(thing) else []
+        return _variables(thing) if _is_mutable(thing) else []
     watched = []
     if isinstance(thing, list | tuple | dict):
         space = thing if isinstance(thing, dict) else _Items(thing)
@@ -212,14 +213,14 @@ def _watch(thing: Any) -> list[_Watched]:
     if names := _slots(thing):
         slots = _Slots(thing)
         watched.append(_Watched(owner, slots, {name: slots.get(name, _MISSING) for name in names}, None))
-    for cls in filter(_ours, type(thing).__mro__):
+    for cls in filter(_is_mutable, type(thing).__mro__):
         entries = {name: v for name, v in vars(cls).items() if isinstance(v, (*_PLAIN, Tensor)) or callable(v)}
-        watched.append(_Watched(owner, vars(cls), {n: v for n, v in entries.items() if _public(n)}, None))
+        watched.append(_Watched(owner, vars(cls), {n: v for n, v in entries.items() if _is_public(n)}, None))
     return watched
 
 
 def _variables(function: Any) -> list[_Watched]:
-    """What a function reads: closed-over and global variables, and attributes of modules, also in functions inside."""
+    """Notes what a function and those inside of it read: closed-over and global variables, attributes of modules."""
     owner, space = function.__qualname__, function.__globals__
     cells = _Cells(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     names = {name for code in _codes(function.__code__) for name in code.co_names}
@@ -228,7 +229,7 @@ def _variables(function: Any) -> list[_Watched]:
         _Watched(owner, space, {name: space[name] for name in names if name in space}, None),
     ]
     for name, value in list(watched[1].entries.items()):
-        if isinstance(value, ModuleType) and _ours(value):
+        if isinstance(value, ModuleType) and _is_mutable(value):
             entries = {inner: vars(value)[inner] for inner in names if inner in vars(value)}
             watched.append(_Watched(name, vars(value), entries, None))
     defaults = function.__kwdefaults__ or {}
@@ -237,6 +238,7 @@ def _variables(function: Any) -> list[_Watched]:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Code objects of a function and of those inside of it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -244,7 +246,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _attributes(thing: Any) -> dict[str, Any]:
-    """An object's attributes, without those that a run makes anew before it looks at them."""
+    """Attributes of an object, without those that a run makes anew before it reads them."""
     attributes = getattr(thing, "__dict__", {})
     if isinstance(thing, AutoGuide):  # plates, whose random indices differ, made of others of its attributes
         return {name: value for name, value in attributes.items() if name != "plates"}
@@ -255,12 +257,12 @@ def _attributes(thing: Any) -> dict[str, Any]:
 
 
 def _slots(thing: Any) -> list[str]:
-    slots = [vars(cls).get("__slots__", ()) for cls in type(thing).__mro__ if _ours(cls)]
+    slots = [vars(cls).get("__slots__", ()) for cls in type(thing).__mro__ if _is_mutable(cls)]
     return [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
 
 
 class _Inputs:
-    """An object's attributes by name, without those that a run makes anew."""
+    """Attributes of an object by name, without those that a run makes anew."""
 
     def __init__(self, thing: Any) -> None:
         self.thing = thing
@@ -276,7 +278,7 @@ class _Inputs:
 
 
 class _Slots:
-    """An object's slots by name."""
+    """Slots of an object by name."""
 
     def __init__(self, thing: Any) -> None:
         self.thing = thing
@@ -286,7 +288,7 @@ class _Slots:
 
 
 class _Cells(dict[str, Any]):
-    """A function's closed-over variables by name."""
+    """Closed-over variables of a function by name."""
 
     def get(self, name: str, default: Any = None) -> Any:
         try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae.capture import Captured, pays
+from pvae.capture import Captured, worth_compiling
 from pvae.data import Data
 from pvae.errors import ArgumentError, positive_int, yes_no_or_auto
 from pvae.evidence import proposals
@@ -328,11 +328,13 @@ class _Draws:
                 drawing = sampler.with_tensors(tensors[:split], tensors[split:])
                 return tuple(Chunk.of(drawing.log_weights(num_samples)))
 
-            sees = (self.session.pair.model, self.session.pair.guide, self.proposal)
+            depends_on = (self.session.pair.model, self.session.pair.guide, self.proposal)
             first = not self.captured  # of the numbers of draws at once, the common one
             # A chunk is a large piece of work: a shape that comes ten times is worth compiling.
             options: Any = {"capture_after": 1, "compile_after": 10, "compile_first": first}
-            self.captured[num_samples] = Captured(drawn, "pvae.log_evidence", sees, tolerances=(1e-3, 1e-3), **options)
+            self.captured[num_samples] = Captured(
+                drawn, "pvae.log_evidence", depends_on, tolerances=(1e-3, 1e-3), **options
+            )
             # A pair learns more of itself on its first draws, and takes random numbers for that.
             return Chunk.of(sampler.log_weights(num_samples))
         device = self.session.device
@@ -362,10 +364,10 @@ def _to_capture(compile: bool | str, session: Session, proposal: Proposal, num_s
     pairs = num_samples * session.expected
     if proposal.shares_draws(session.pair):
         # Beside the product, the sums over weights take as long as 2,000 operations each unless compiled.
-        return pays(pairs // 2**21, pairs * (2.0 * session.entries + 2000), session.device)
+        return worth_compiling(pairs // 2**21, pairs * (2.0 * session.entries + 2000), session.device)
     modules = modules_of(session.pair.model, session.pair.guide)
     size = sum(p.numel() for p in {p for module in modules for p in module.parameters()})
-    return pays(pairs // session.pairs, 2.0 * pairs * size, session.device)
+    return worth_compiling(pairs // session.pairs, 2.0 * pairs * size, session.device)
 
 
 def _limit(num_samples: int, target_std_error: float | None, max_samples: int | None, replicates: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pvae.capture import foreign, same
+from pvae.capture import find_opaque, is_same
 
 __all__ = ["Arguments", "most_varied", "named"]
 
@@ -27,7 +27,7 @@ class _Part(NamedTuple):
     shapes: tuple[Any, ...]
 
     def same(self, other: _Part) -> bool:
-        return self.spec == other.spec and all(map(same, self.rest, other.rest))
+        return self.spec == other.spec and all(map(is_same, self.rest, other.rest))
 
 
 class Arguments(NamedTuple):
@@ -73,7 +73,7 @@ class Arguments(NamedTuple):
 
     def foreign(self) -> tuple[int | str, str] | None:
         """An argument that nobody can compare with another, and what of it; ``None`` if there is none."""
-        found = ((key, foreign(v)) for key, part in self.parts.items() for v in part.rest if v is not _TENSOR)
+        found = ((key, find_opaque(v)) for key, part in self.parts.items() for v in part.rest if v is not _TENSOR)
         return next(((key, what) for key, what in found if what), None)
 
     def put_together(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -185,7 +185,11 @@ class _Run(ABC):
         self.seen: dict[Any, int] = {}  # runs of Pyro's by shapes
         self.allowed: set[Any] = set()  # shapes to capture
         compile = self.svi._compile
-        options: Any = {"tolerances": self.tolerances, "looks": False, "compile_after": "auto" if compile else None}
+        options: Any = {
+            "tolerances": self.tolerances,
+            "check_each_run": False,
+            "compile_after": "auto" if compile else None,
+        }
         options["compile_first"] = compile is True and isinstance(self, _Gradients)
         self.captured = Captured(self.evaluate, self.name, (*self.svi._sees, *self.given.objects), **options)
 
@@ -197,7 +201,7 @@ class _Run(ABC):
             self._forget()
         if self.captured.given_up or self.seen.get(given.shapes, 0) < self.after:
             return False
-        if self.captured.look():  # a changed program's first run is Pyro's, too
+        if self.captured.drop_if_changed():  # a changed program's first run is Pyro's, too
             self.seen.clear()
             self.allowed.clear()
             return False

@@ -15,7 +15,7 @@ from pyro.params.param_store import ParamStoreDict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pvae.capture import pays
+from pvae.capture import worth_compiling
 from pvae.data import Batches, Data, Transform
 from pvae.errors import ArgumentError, NumericalError, folder_path, one_of, positive_int, yes_no_or_auto
 from pvae.persistence import storage
@@ -234,7 +234,7 @@ def _captures(
         return bool(compile)
     steps = batches.steps or 1000  # of a stream whose length is not known
     num_data = batches.num_data or steps * size
-    return pays(epochs * steps, 6.0 * sum(p.numel() for p in verified.params) * epochs * num_data, device)
+    return worth_compiling(epochs * steps, 6.0 * sum(p.numel() for p in verified.params) * epochs * num_data, device)
 
 
 def _explained(error: NumericalError, training: Training) -> NumericalError:

@@ -199,7 +199,7 @@ class Training:
             return
         noises, totals = self.processes.all_gather(self._noise()), self.processes.all_gather(self.passes.total)
         # Parts of one batch may have other shapes on other processes.
-        memories = self.processes.all_gather([c.memory() if c else None for c in self._captured()])
+        memories = self.processes.all_gather([c.state_dict() if c else None for c in self._captured()])
         with self.processes.together():
             if folder is not None:
                 self.last = folder.write(self.saved(noises, totals, memories))
@@ -277,7 +277,7 @@ class Training:
         if same_ranks:
             for captured, memory in zip(self._captured(), training["memory"][self.processes.rank], strict=True):
                 if captured is not None and memory is not None:
-                    captured.recall(memory)
+                    captured.load_state_dict(memory)
             self._set_noise(training["noise"][self.processes.rank])
 
     def _captured(self) -> list[Any]:

@@ -88,10 +88,10 @@ class Step:
         self.forget_gradients()
         self.captured = None
         if capture:
-            sees = (model, guide, objective, batches.transform)
+            depends_on = (model, guide, objective, batches.transform)
             tolerances = (1e-5, 0.05) if precision == "float32" else (0.01, 0.2)
-            options: dict[str, Any] = {"looks": False, "tolerances": tolerances, "compiling": compiling}
-            self.captured = Captured(self._loss_and_grads, "pvae.fit's step", sees, **options)
+            options: dict[str, Any] = {"check_each_run": False, "tolerances": tolerances, "compiling": compiling}
+            self.captured = Captured(self._loss_and_grads, "pvae.fit's step", depends_on, **options)
 
     def __call__(self, rows: Rows | None, stop: bool = False, error: Exception | None = None) -> Taken:
         """Takes one step.
@@ -144,7 +144,7 @@ class Step:
     def begin(self) -> None:
         """Looks at what the programs can see, once for the steps that follow: nothing of the caller's runs between."""
         if self.captured is not None:
-            self.captured.look()
+            self.captured.drop_if_changed()
 
     def evaluate(self, rows: Rows) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Loss, whether it and all gradients are finite, and gradients by their parameters' number."""
