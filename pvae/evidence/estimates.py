@@ -254,8 +254,8 @@ class EvidenceEstimate:
         """
         # Degrees of freedom of a sum of variances: Satterthwaite, 1946.
         variances = self.std_error.square()
-        freedom = variances.sum().square() / (variances.square() / self.sums.freedom).sum()
-        half = quantile(_proper(level), freedom.nan_to_num(torch.inf, posinf=torch.inf)).item() * self.mean_std_error
+        degrees = variances.sum().square() / (variances.square() / self.sums.degrees_of_freedom).sum()
+        half = quantile(_proper(level), degrees.nan_to_num(torch.inf, posinf=torch.inf)).item() * self.mean_std_error
         half += self.rounding.mean().item()
         if self.mean_withheld:
             return float("nan"), float("nan")

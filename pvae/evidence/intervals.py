@@ -22,11 +22,11 @@ _HEAVIEST = 0.95  # a k-hat from which a mean is still computed; at 1 it is infi
 _ITERATIONS = 20
 
 
-def quantile(level: float, freedom: Tensor) -> Tensor:
-    """Half the width of an interval in standard errors, of a Student-t or, with infinite freedom, of a normal."""
+def quantile(level: float, degrees_of_freedom: Tensor) -> Tensor:
+    """Half the width of an interval in standard errors, of a Student-t or, with infinite degrees, of a normal."""
     from scipy.special import stdtrit
 
-    return torch.as_tensor(stdtrit(freedom.numpy(), (1 + level) / 2))
+    return torch.as_tensor(stdtrit(degrees_of_freedom.numpy(), (1 + level) / 2))
 
 
 def pooled_khat(sums: WeightSums) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def interval(sums: WeightSums, level: float) -> tuple[Tensor, Tensor]:
     Returns:
         Lower and upper ends, nats per datum, each of shape ``(N,)``.
     """
-    centre, half = sums.log_px - sums.bias, quantile(level, sums.freedom) * sums.std_error
+    centre, half = sums.log_px - sums.bias, quantile(level, sums.degrees_of_freedom) * sums.std_error
     return centre - half, torch.fmax(centre + half, _from_tail(sums, level)[0])
 
 
@@ -121,9 +121,9 @@ def _ends(sums: WeightSums, num_samples: int, khat: Tensor, error: Tensor, level
     below = (squares - body.square() / num_samples).clamp(min=0.0)
     together = 2 * count * mean * (threshold - body / num_samples).clamp(min=0.0)
     expected = below + together + count * mean.square() * (2 + 2 * shape)
-    variance = torch.where(sums.freedom.isinf(), torch.maximum(variance, expected), variance)
+    variance = torch.where(sums.degrees_of_freedom.isinf(), torch.maximum(variance, expected), variance)
 
-    few = quantile(level, sums.freedom.clamp(max=count - 1.0))
+    few = quantile(level, sums.degrees_of_freedom.clamp(max=count - 1.0))
     half = (few.square() * variance + more.square()).sqrt()
     log_scale = top - sums.num_samples.double().log()
     return tuple((body + count * mean + further).log() + log_scale for further in (half, torch.zeros_like(half), more))

@@ -120,35 +120,36 @@ class LatentSpace:
     @property
     def dim(self) -> int:
         """``D``, how many real numbers."""
-        return sum(site.unconstrained.numel() for site in self._checked().values())
+        return sum(site.unconstrained.numel() for site in self._movable_sites().values())
 
     def flatten(self, latents: Latents) -> tuple[Tensor, Tensor]:
         """Returns u, shape ``(K, N, D)``, and ``log |dz/du|``, shape ``(K, N)`` or broadcasting with it."""
         parts: list[Tensor] = []
         log_det = torch.zeros((), dtype=torch.float64)
-        for name, site in self._checked().items():
+        for name, site in self._movable_sites().items():
             z = u = latents.values[name] if site.half is None else latents.values[name].float()
             if site.transform is not None:
                 u = torch.as_tensor(site.transform.inv(z))
-                log_det = log_det.to(z.device) + _summed(site.transform.log_abs_det_jacobian(u, z))
+                log_det = log_det.to(z.device) + _sum_over_event(site.transform.log_abs_det_jacobian(u, z))
             parts.append(u.flatten(2) if u.dim() > 2 else u[..., None])
         return torch.cat(parts, -1), log_det
 
     def unflatten(self, u: Tensor) -> tuple[Latents, Tensor]:
         """Returns the latents at u, shape ``(K, N, D)``, and ``log |dz/du|``, shape ``(K, N)`` or broadcasting."""
         values, log_det = {}, torch.zeros((), dtype=torch.float64)
-        sites = self._checked()
+        sites = self._movable_sites()
         parts = u.split([site.unconstrained.numel() for site in sites.values()], -1)
         for part, (name, site) in zip(parts, sites.items(), strict=True):
             one = part.reshape(*u.shape[:2], *site.unconstrained)
             values[name] = one if site.transform is None else site.transform(one)
             if site.transform is not None:
-                log_det = log_det.to(u.device) + _summed(site.transform.log_abs_det_jacobian(one, values[name]))
+                log_det = log_det.to(u.device) + _sum_over_event(site.transform.log_abs_det_jacobian(one, values[name]))
             if site.half is not None:
                 values[name] = values[name].to(site.half)
         return Latents(values, len(u)), log_det
 
-    def _checked(self) -> dict[str, Site]:
+    def _movable_sites(self) -> dict[str, Site]:
+        """All sites, or a `ProgramError` where one of them has no vector."""
         for site in self.sites.values():
             if site.refusal:
                 raise ProgramError(site.refusal)
@@ -167,7 +168,8 @@ def inner_support(support: Any) -> Any:
     return support
 
 
-def _summed(log_det: Tensor) -> Tensor:
+def _sum_over_event(log_det: Tensor) -> Tensor:
+    """A Jacobian's logarithm of shape ``(K, N, ...)`` as ``(K, N)``."""
     return log_det.flatten(2).sum(-1).double() if log_det.dim() > 2 else log_det.double()
 
 

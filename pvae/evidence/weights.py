@@ -75,7 +75,7 @@ class WeightSums:
         mean_log: ``mean_k log w_k``, shape ``(N,)``.
         squares_log: ``sum_k (log w_k - mean_log)^2``, shape ``(N,)``.
         log_variance: Log of the estimated variance of ``sum_k w_k``, shape ``(N,)``; nan for ``K = 1``.
-        freedom: Degrees of freedom of that estimate, shape ``(N,)``: ``inf`` for independent draws, ``R - 1`` from R
+        degrees_of_freedom: Of that estimate, shape ``(N,)``: ``inf`` for independent draws, ``R - 1`` from R
             replicates, fewer than draws from strata.
         candidates: Blocks of log-weights, ``(M, N)`` each, among which the largest ``capacity`` are, in no order;
             ``-inf`` fills up.
@@ -89,7 +89,7 @@ class WeightSums:
     mean_log: Tensor
     squares_log: Tensor
     log_variance: Tensor
-    freedom: Tensor
+    degrees_of_freedom: Tensor
     candidates: tuple[Tensor, ...]
     floor: Tensor
     capacity: int
@@ -124,8 +124,8 @@ class WeightSums:
         counts = torch.full((n,), k, device=w.device)
         variance = _log_variance(counts, log_sum, log_sum_squares)
         kept = _above(w, floor, capacity)
-        freedom = torch.full_like(variance, torch.inf)
-        return cls(counts, log_sum, log_sum_squares, mean, spread, variance, freedom, (kept,), floor, capacity)
+        infinite = torch.full_like(variance, torch.inf)
+        return cls(counts, log_sum, log_sum_squares, mean, spread, variance, infinite, (kept,), floor, capacity)
 
     def add(self, log_weights: Tensor | Chunk) -> WeightSums:
         """The sums with one more chunk, shape ``(K, N)``, of the same data."""
@@ -169,13 +169,12 @@ class WeightSums:
         """
         if len(replicates) < 2:
             raise ArgumentError(f"an error from replicates needs at least 2 of them, got {len(replicates)}.")
-        total = replicates[0]
-        for one in replicates[1:]:
-            total = total.merge(one)
+        total = reduce(WeightSums.merge, replicates)
         sums = torch.stack([one.log_sum for one in replicates])
         counts = torch.full_like(total.num_samples, len(replicates))
         variance = _log_variance(counts, sums.logsumexp(0), (2 * sums).logsumexp(0))
-        return replace(total, log_variance=variance, freedom=torch.full_like(variance, len(replicates) - 1.0))
+        degrees = torch.full_like(variance, len(replicates) - 1.0)
+        return replace(total, log_variance=variance, degrees_of_freedom=degrees)
 
     @classmethod
     def of_strata(cls, strata: Sequence[WeightSums], shares: Sequence[float]) -> WeightSums:
@@ -196,8 +195,8 @@ class WeightSums:
         if len(strata) == 1:
             return pooled
         spread = sum((2 * part.log_variance - 2 * pooled.log_variance).exp() / (part.ess - 1) for part in scaled)
-        freedom = (1 / torch.as_tensor(spread)).nan_to_num(torch.inf, posinf=torch.inf)
-        return replace(pooled, freedom=freedom.clamp(min=1.0))
+        degrees = (1 / torch.as_tensor(spread)).nan_to_num(torch.inf, posinf=torch.inf)
+        return replace(pooled, degrees_of_freedom=degrees.clamp(min=1.0))
 
     def _times(self, log_factor: float) -> WeightSums:
         """The sums of weights that are so much larger; what is known of the logs themselves stays."""
@@ -211,8 +210,9 @@ class WeightSums:
         Where one has no variance, as for K = 1, they are pooled after all.
         """
         pooled, added = self.merge(other), torch.logaddexp(self.log_variance, other.log_variance)
-        freedom = torch.minimum(self.freedom, other.freedom)
-        return replace(pooled, log_variance=torch.where(added.isnan(), pooled.log_variance, added), freedom=freedom)
+        variance = torch.where(added.isnan(), pooled.log_variance, added)
+        degrees = torch.minimum(self.degrees_of_freedom, other.degrees_of_freedom)
+        return replace(pooled, log_variance=variance, degrees_of_freedom=degrees)
 
     def __getitem__(self, rows: Tensor) -> WeightSums:
         """The sums of some of the data, by their indices."""

@@ -49,7 +49,7 @@ class Annealed(Proposal):
 
     def __post_init__(self) -> None:
         if not isinstance(self.start, Prior):
-            Gaussian.checked("start", self.start)
+            Gaussian.check("start", self.start)
         for argument in ("temperatures", "leapfrog_steps", "pilots"):
             positive_int(argument, getattr(self, argument))
         if not 0 < self.acceptance < 1:

@@ -111,13 +111,12 @@ class Gaussian(Proposal):
         """Its density for each datum of a batch."""
 
     @staticmethod
-    def checked(argument: str, proposal: object) -> Gaussian:
-        """The proposal itself, or an `ArgumentError` that names the argument it was given as."""
+    def check(argument: str, proposal: object) -> None:
+        """Raises an `ArgumentError` that names the argument where what was given as it is no Gaussian proposal."""
         if not isinstance(proposal, Gaussian):
             raise ArgumentError(
                 f"{argument} must be a Gaussian proposal, such as Guide(), Refined() or Laplace(); got {proposal!r}."
             )
-        return proposal
 
     def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The proposal for the data of one batch, prepared to draw."""

@@ -43,7 +43,7 @@ class _Around(_MadeOf, Gaussian):  # type: ignore[misc]
     base: Gaussian
 
     def __post_init__(self) -> None:
-        Gaussian.checked("base", self.base)
+        Gaussian.check("base", self.base)
 
 
 @dataclass(frozen=True)
@@ -219,15 +219,15 @@ class _Mixture(Density):
             log_base.append(self.base.log_prob(latents))
         values = {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values}
         together = Latents(values, num_samples)
-        return together, self._mixed(torch.cat(log_base), together)
+        return together, self._mix(torch.cat(log_base), together)
 
     def log_prob(self, latents: Latents) -> Tensor:
-        return self._mixed(self.base.log_prob(latents), latents)
+        return self._mix(self.base.log_prob(latents), latents)
 
     def restart(self) -> None:
         self.base.restart()
 
-    def _mixed(self, log_base: Tensor, latents: Latents) -> Tensor:
+    def _mix(self, log_base: Tensor, latents: Latents) -> Tensor:
         log_pz, _ = self.pair.densities(self.batch, latents)
         return torch.logaddexp(math.log1p(-self.share) + log_base, math.log(self.share) + log_pz)
 

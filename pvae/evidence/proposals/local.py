@@ -41,7 +41,7 @@ class Laplace(Gaussian):
     prepares = True
 
     def __post_init__(self) -> None:
-        self.checked("start", self.start)
+        self.check("start", self.start)
         positive_int("max_steps", self.max_steps)
 
     @property
@@ -86,7 +86,7 @@ class Refined(Gaussian):
     prepares = True
 
     def __post_init__(self) -> None:
-        self.checked("start", self.start)
+        self.check("start", self.start)
         positive_int("steps", self.steps)
         positive_int("particles", self.particles)
         if not self.lr > 0:
