@@ -117,9 +117,9 @@ def mnist(root: str | os.PathLike[str] | None = None, binarization: str = "dynam
     """
     one_of("binarization", binarization, BINARIZATIONS)
     root = _root(root)
-    folder = _find(root) or _download(root)
+    folder = _find_folder(root) or _download(root)
     train_x, train_y, test_x, test_y = (_read(folder, file) for file in _MNIST)
-    return _named("mnist", binarization, (train_x / 255, train_y.long()), (test_x / 255, test_y.long()), seed)
+    return _make_dataset("mnist", binarization, (train_x / 255, train_y.long()), (test_x / 255, test_y.long()), seed)
 
 
 def digits(binarization: str = "threshold", *, seed: int = 0) -> Dataset:
@@ -144,12 +144,13 @@ def digits(binarization: str = "threshold", *, seed: int = 0) -> Dataset:
     x = (x / 16).reshape(-1, 8, 8).astype(np.float32)  # 17 grey levels, 0 to 16
     split = train_test_split(x, y, test_size=360, stratify=y, random_state=0)
     train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in split)
-    return _named("digits", binarization, (train_x, train_y), (test_x, test_y), seed)
+    return _make_dataset("digits", binarization, (train_x, train_y), (test_x, test_y), seed)
 
 
-def _named(
+def _make_dataset(
     name: str, binarization: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int
 ) -> Dataset:
+    """Binarizes images of training and test, each with labels."""
     (train_x, train_y), (test_x, test_y) = train, test
     if binarization in ("threshold", "static"):
         train_x = binarize(train_x, binarization, seed=seed)
@@ -193,7 +194,7 @@ def _path(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
 
 
-def _find(root: Path) -> Path | None:
+def _find_folder(root: Path) -> Path | None:
     """The folder below ``root`` with all four files, if there is one."""
     folders = (root / "MNIST" / "raw", root)
     return next((f for f in folders if all(_path(f, file.name) for file in _MNIST)), None)

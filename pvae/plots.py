@@ -82,7 +82,7 @@ def latent_plane(samples: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
     for name, z in samples.items():
         z = z.detach().cpu()
         style: dict[str, Any] = {"s": 6, "alpha": 0.5, "linewidths": 0, "color": COLORS.get(name), "rasterized": True}
-        ax.scatter(z[:, 0], z[:, 1], label=_counted(name, len(z)), **style)
+        ax.scatter(z[:, 0], z[:, 1], label=_label(name, len(z)), **style)
     ax.set(xlabel="latent dimension $i$", ylabel="latent dimension $j$", title="Where samples of z fall")
     ax.set_aspect("equal", "datalim")
     ax.legend(markerscale=2, loc="upper right", framealpha=0.8, edgecolor="none")  # points may be below it
@@ -104,7 +104,7 @@ def weight_histogram(log_weights: Mapping[str, Tensor], ax: Axes | None = None) 
     bins = np.linspace(drawn.min(), drawn.max(), 80) if len(drawn) else np.arange(2.0)
     for name, value in finite.items():
         every = len(values[name])
-        style: dict[str, Any] = {"alpha": 0.7, "color": COLORS.get(name), "label": _counted(name, every)}
+        style: dict[str, Any] = {"alpha": 0.7, "color": COLORS.get(name), "label": _label(name, every)}
         ax.hist(value, bins=bins.tolist(), weights=np.full(len(value), 1 / every), **style)
     ax.set(xlabel="log w, nats", ylabel="share of samples", title="How well they explain x")
     if len(drawn):
@@ -153,7 +153,7 @@ def running_estimate(
     return ax
 
 
-def _counted(name: str, count: int) -> str:
+def _label(name: str, count: int) -> str:
     return f"{name}: {count:,} samples"
 
 

@@ -17,7 +17,7 @@ from pvae import likelihoods, networks, posteriors, priors
 from pvae.data import Array, as_tensors, check_shape
 from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, folder_path, one_of, positive_int
 from pvae.networks import Units
-from pvae.persistence import saving, storage, tried
+from pvae.persistence import saving, storage, try_run
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
 from pvae.runtime import check_real, check_support, in_turn, isolated, resolve_seed
@@ -54,7 +54,7 @@ class VAE(nn.Module):
         self.prior = prior
         self.decoder = decoder
         self.encoder = encoder
-        self.latent_dim, self.event_shape = tried(lambda: _tried(self))
+        self.latent_dim, self.event_shape = try_run(lambda: _infer_shapes(self))
 
     @classmethod
     def mlp(
@@ -91,11 +91,11 @@ class VAE(nn.Module):
             named.make(
                 networks.mlp(latent_dim, hidden[::-1], (named.outputs, *event_shape), activation=activation),
                 event_shape=event_shape,
-                **_units(named, likelihood, units),
+                **_units_argument(named, likelihood, units),
             ),
             DiagonalNormal(
                 networks.mlp(event_shape, hidden, 2 * latent_dim, activation=activation),
-                **_units(named, likelihood, units),
+                **_units_argument(named, likelihood, units),
             ),
         )
 
@@ -124,14 +124,15 @@ class VAE(nn.Module):
         """
         latent_dim = positive_int("latent_dim", latent_dim)
         named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
-        options = {"channels": tuple(channels), "hidden": hidden, "activation": activation}
-        encoder = networks.conv_encoder(event_shape, 2 * latent_dim, **options)
-        out_shape = (named.outputs * event_shape[0], *event_shape[1:])
-        decoder = networks.conv_decoder(latent_dim, out_shape, **options)
+        channels, out_shape = tuple(channels), (named.outputs * event_shape[0], *event_shape[1:])
+        encoder = networks.conv_encoder(
+            event_shape, 2 * latent_dim, channels=channels, hidden=hidden, activation=activation
+        )
+        decoder = networks.conv_decoder(latent_dim, out_shape, channels=channels, hidden=hidden, activation=activation)
         return cls(
             StandardNormal(latent_dim),
-            named.make(decoder, event_shape=event_shape, **_units(named, likelihood, units)),
-            DiagonalNormal(encoder, **_units(named, likelihood, units)),
+            named.make(decoder, event_shape=event_shape, **_units_argument(named, likelihood, units)),
+            DiagonalNormal(encoder, **_units_argument(named, likelihood, units)),
         )
 
     def model(self, x: Tensor) -> None:
@@ -166,7 +167,7 @@ class VAE(nn.Module):
 
     def decode(self, z: Array) -> torch.distributions.Distribution:
         """Returns p(x|z), with batch shape ``(...)`` and event shape ``(*event)``, for ``z`` of shape ``(..., D)``."""
-        z = _tensor("z", z)
+        z = _as_tensor("z", z)
         if z.shape[-1:] != (self.latent_dim,):
             raise DataError(f"z must have shape (..., {self.latent_dim}), got {tuple(z.shape)}.")
         return self.decoder(z.to(next(self.parameters(), z)))
@@ -183,7 +184,7 @@ class VAE(nn.Module):
             Shape ``(num_samples, *event)``.
         """
         num_samples = positive_int("num_samples", num_samples)
-        with isolated([self], seed=resolve_seed(seed), device=_device(self)):
+        with isolated([self], seed=resolve_seed(seed), device=_device_of(self)):
             px = self.decoder(self.prior().sample((num_samples,)))
             return px.mean if mean else px.sample()
 
@@ -294,27 +295,27 @@ class VAE(nn.Module):
         pyro.module(f"vae{_numbers[self]}.{part}", getattr(self, part))
 
     def _as_events(self, x: Array) -> Tensor:
-        x = _tensor("x", x)
+        x = _as_tensor("x", x)
         check_shape("x", x, self.event_shape)
         check_real("x", x)
         return x.to(next(self.parameters(), x))
 
 
-def _tried(vae: VAE) -> tuple[int, tuple[int, ...]]:
-    """Runs the three parts once, and returns the latent dimension and the event shape they agree on."""
-    with isolated([vae], seed=0, device=_device(vae)):
+def _infer_shapes(vae: VAE) -> tuple[int, tuple[int, ...]]:
+    """Runs the three parts once; returns the latent dimension and the event shape that they agree on."""
+    with isolated([vae], seed=0, device=_device_of(vae)):
         pz = vae.prior()
         if len(pz.event_shape) != 1 or pz.batch_shape:
             raise ProgramError(
                 f"prior() must have batch shape () and event shape (D,), got {_shapes(pz)}. Does it miss .to_event(1)?"
             )
-        px = _ran("decoder", vae.decoder, pz.sample((2,)))
+        px = _run_part("decoder", vae.decoder, pz.sample((2,)))
         if px.batch_shape != (2,):
             raise ProgramError(
                 f"decoder(z) must have batch shape (2,) for z of shape (2, {pz.event_shape[0]}), got {_shapes(px)}. "
                 "Does it miss .to_event(...)?"
             )
-        qz = _ran("encoder", vae.encoder, torch.zeros_like(px.mean))
+        qz = _run_part("encoder", vae.encoder, torch.zeros_like(px.mean))
         if qz.batch_shape != (2,) or qz.event_shape != pz.event_shape:
             raise ProgramError(
                 f"encoder(x) must have batch shape (2,) and the prior's event shape {tuple(pz.event_shape)} for x of "
@@ -323,15 +324,15 @@ def _tried(vae: VAE) -> tuple[int, tuple[int, ...]]:
     return pz.event_shape[0], tuple(px.event_shape)
 
 
-def _units(named: likelihoods.Named, likelihood: str, given: tuple[float, float] | None) -> dict[str, Any]:
-    """What to give a part beside its network: units of its own, where its likelihood has some."""
+def _units_argument(named: likelihoods.Named, likelihood: str, given: tuple[float, float] | None) -> dict[str, Any]:
+    """Keyword of a part that has units: units of its own."""
     if not named.has_units and given is not None:
         raise ArgumentError(f"units={given!r}: likelihood={likelihood!r} has none. They are for data of real numbers.")
     return {"units": Units(given)} if named.has_units and given != (0, 1) else {}
 
 
-def _tensor(name: str, x: Array) -> Tensor:
-    """What is no tensor as one; tensors stay as they are, with their gradients."""
+def _as_tensor(name: str, x: Array) -> Tensor:
+    """A tensor of what is none; tensors stay as they are, with their gradients."""
     if isinstance(x, Tensor):
         return x
     tensors = list(as_tensors(name, x))
@@ -342,11 +343,11 @@ def _tensor(name: str, x: Array) -> Tensor:
     return tensors[0]
 
 
-def _device(module: nn.Module) -> torch.device:
+def _device_of(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
-def _ran(name: str, part: nn.Module, argument: Tensor) -> torch.distributions.Distribution:
+def _run_part(name: str, part: nn.Module, argument: Tensor) -> torch.distributions.Distribution:
     try:
         return part(argument)
     except (RuntimeError, ValueError) as error:
@@ -368,11 +369,11 @@ _PARTS = tuple(
 
 def _check_densities(vae: VAE, rebuilt: Any) -> None:
     """Raises `ProgramError` where a rebuilt VAE, which is moved to the device of the other, computes something else."""
-    device = _device(vae)
+    device = _device_of(vae)
     rebuilt.to(device)
     with isolated([vae], seed=0, device=device):
-        z = _drawn(vae.prior(), (2,))
-        x = _drawn(vae.decoder(z))
+        z = _draw(vae.prior(), (2,))
+        x = _draw(vae.decoder(z))
     found = []
     for one in (vae, rebuilt):
         with isolated([one], seed=0, device=device):
@@ -387,7 +388,7 @@ def _check_densities(vae: VAE, rebuilt: Any) -> None:
             )
 
 
-def _drawn(distribution: torch.distributions.Distribution, shape: tuple[int, ...] = ()) -> Tensor:
+def _draw(distribution: torch.distributions.Distribution, shape: tuple[int, ...] = ()) -> Tensor:
     """A draw; of parameters that are nan, from which nothing can be drawn, their mean."""
     try:
         return distribution.sample(torch.Size(shape))

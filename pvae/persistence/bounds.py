@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pvae.errors import CheckpointError
 
-__all__ = ["Bounded", "BoundsError", "needs_numbers", "recorded", "replayed", "tried"]
+__all__ = ["Bounded", "BoundsError", "needs_numbers", "record_trials", "replay_trials", "try_run"]
 
 _T = TypeVar("_T")
 
@@ -50,7 +50,7 @@ class Bounded(TorchDispatchMode):
         self.operations -= 1
         if self.operations < 0:
             raise BoundsError("what it describes takes more operations to build than its weights allow.")
-        self.take(_size(func, args, kwargs))
+        self.take(_new_bytes(func, args, kwargs))
         return func(*args, **kwargs)
 
     def take(self, size: int) -> None:
@@ -60,20 +60,21 @@ class Bounded(TorchDispatchMode):
             raise BoundsError("what it describes takes more memory to build than its weights allow.")
 
 
-def _size(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
-    """Bytes of new memory that an operation will take, found out on the meta device."""
+def _new_bytes(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+    """Bytes of new memory that an operation will take, computed on the meta device."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     devices = {tensor.device.type for tensor in tensors} or {torch.device(kwargs.get("device") or "cpu").type}
     if devices == {"meta"} or all(returned.alias_info for returned in func._schema.returns):
         return 0
     try:
-        results = func(*tree_map(_without_memory, args), **tree_map(_without_memory, kwargs))
+        results = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
     except Exception:  # not every operation can; those that fail anyway do so in earnest, too
         return 0
     return sum(leaf.nbytes for leaf in tree_leaves(results) if isinstance(leaf, Tensor))
 
 
-def _without_memory(value: Any) -> Any:
+def _to_meta(value: Any) -> Any:
+    """The same on the meta device: a tensor's shape without its memory."""
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return torch.device("meta") if isinstance(value, torch.device) else value
@@ -93,19 +94,19 @@ def needs_numbers(error: BaseException | None) -> bool:
 _trials: ContextVar[tuple[list[Any], bool] | None] = ContextVar("trials", default=None)
 
 
-def tried(run: Callable[[], _T]) -> _T:
-    """What a trial run finds; in a block with `replayed`, what the same one found before."""
+def try_run(run: Callable[[], _T]) -> _T:
+    """Result of a trial run; in a block with `replay_trials`, the one that the same run had before."""
     results, again = _trials.get() or ([], False)
     if again and results:
         return results.pop(0)
-    found = run()
-    results.append(found)
-    return found
+    result = run()
+    results.append(result)
+    return result
 
 
 @contextmanager
-def recorded(results: list[Any]) -> Iterator[None]:
-    """A block in which the results of trial runs are written down."""
+def record_trials(results: list[Any]) -> Iterator[None]:
+    """A block in which the results of trial runs are added to a list."""
     token = _trials.set((results, False))
     try:
         yield
@@ -114,8 +115,8 @@ def recorded(results: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def replayed(results: Sequence[Any]) -> Iterator[None]:
-    """A block that makes the same trial runs again, and is given their results: how large they are is not known."""
+def replay_trials(results: Sequence[Any]) -> Iterator[None]:
+    """A block in which the same trial runs have these results, and nothing runs: how large it would be is not known."""
     token = _trials.set((list(results), True))
     try:
         yield

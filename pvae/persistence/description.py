@@ -27,9 +27,9 @@ DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isin
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SEQUENCES = {"tuple": tuple, "size": torch.Size}
-# Arguments that torch's layers take for older callers' sake, and do not keep.
 _DEVICE = "device"
-_NOT_KEPT_BY_TORCH = {"min_value", "max_value", "_weight", "_freeze"}
+# Arguments that torch's layers take for older callers' sake, and do not keep.
+_NO_ATTRIBUTES = {"min_value", "max_value", "_weight", "_freeze"}
 
 
 def describe(module: nn.Module, seen: set[type] | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def describe(module: nn.Module, seen: set[type] | None = None) -> dict[str, Any]
     Raises:
         ProgramError: An argument is not kept as an attribute, or is something else.
     """
-    return _Description(module.state_dict().keys(), set() if seen is None else seen).of(module, "")
+    return _Description(module.state_dict().keys(), set() if seen is None else seen).describe(module, "")
 
 
 def build(
@@ -69,7 +69,7 @@ def build(
         CheckpointError: A class is none of these, a constructor refuses its arguments, or it is no description.
     """
     try:
-        return _Builder(own, tensors or {}, dtypes or {}).module(description, "")
+        return _Builder(own, tensors or {}, dtypes or {}).build(description, "")
     except RecursionError:
         raise CheckpointError("the description is nested too deeply to be one.") from None
 
@@ -86,16 +86,17 @@ class _Description:
         self.saved = saved
         self.seen = seen
 
-    def of(self, module: nn.Module, place: str) -> dict[str, Any]:
+    def describe(self, module: nn.Module, place: str) -> dict[str, Any]:
+        """The module at a place, such as ``"decoder.network"``: its class, with its arguments or its children."""
         cls = type(module)
         self.seen.add(cls)
         if _is_container(cls):
-            children = {n: self.value(child, _join(place, n)) for n, child in module._modules.items()}
+            children = {n: self.describe_value(child, _join(place, n)) for n, child in module._modules.items()}
             return {"class": class_name(cls), "children": children}
         where = f"{place or 'the model'} is a {cls.__name__}"
         arguments = {}
-        for name, default in _parameters(cls, where).items():
-            if name == _DEVICE or (name in _NOT_KEPT_BY_TORCH and _of_torch(cls)):
+        for name, default in _constructor_parameters(cls, where).items():
+            if name == _DEVICE or (name in _NO_ATTRIBUTES and _is_of_torch(cls)):
                 continue
             try:
                 value = getattr(module, name)
@@ -108,7 +109,7 @@ class _Description:
             if isinstance(default, bool) and (value is None or isinstance(value, Tensor)):
                 value = value is not None
             try:
-                arguments[name] = self.value(value, _join(place, name))
+                arguments[name] = self.describe_value(value, _join(place, name))
             except _NotPlainError as error:
                 raise ProgramError(
                     f"{where}, whose argument '{name}' cannot be written down: it holds {error}. Arguments can be "
@@ -117,7 +118,8 @@ class _Description:
                 ) from None
         return {"class": class_name(cls), "arguments": arguments}
 
-    def value(self, value: Any, place: str) -> Any:
+    def describe_value(self, value: Any, place: str) -> Any:
+        """An argument, as plain data for JSON."""
         if isinstance(value, np.generic):  # np.prod gives such sizes
             value = value.item()
         if value is None or type(value) in (bool, int, str):
@@ -125,19 +127,19 @@ class _Description:
         if type(value) is float:
             return value if math.isfinite(value) else {"float": str(value)}
         if type(value) is list:
-            return [self.value(entry, _join(place, i)) for i, entry in enumerate(value)]
+            return [self.describe_value(entry, _join(place, i)) for i, entry in enumerate(value)]
         for name, kind in _SEQUENCES.items():
             if type(value) is kind:
-                return {name: [self.value(entry, _join(place, i)) for i, entry in enumerate(value)]}
+                return {name: [self.describe_value(entry, _join(place, i)) for i, entry in enumerate(value)]}
         if type(value) is dict and all(type(key) is str for key in value):
-            return {"dict": {key: self.value(entry, _join(place, key)) for key, entry in value.items()}}
+            return {"dict": {key: self.describe_value(entry, _join(place, key)) for key, entry in value.items()}}
         if isinstance(value, torch.dtype):
             return {"dtype": dtype_name(value)}
         if isinstance(value, type) and issubclass(value, nn.Module):
             self.seen.add(value)
             return {"type": class_name(value)}
         if isinstance(value, nn.Module):
-            return self.of(value, place)
+            return self.describe(value, place)
         if isinstance(value, Tensor) and place in self.saved:
             return {"tensor": place}
         raise _NotPlainError(f"a {type(value).__name__}")
@@ -163,17 +165,18 @@ class _Builder:
         self.tensors = tensors
         self.dtypes = dtypes
 
-    def module(self, description: Any, place: str) -> nn.Module:
+    def build(self, description: Any, place: str) -> nn.Module:
+        """The module that a description is of, for a place such as ``"decoder.network"``."""
         where = place or "the model"
         if not (isinstance(description, dict) and isinstance(description.get("class"), str)):
             raise CheckpointError(f"the description of {where} names no class.")
-        cls = self.known(description["class"], where)
+        cls = self.find_class(description["class"], where)
         parts = description.get("children" if _is_container(cls) else "arguments")
         if not isinstance(parts, dict) or len(description) != 2:
             raise CheckpointError(f"the description of {where} is none of a {cls.__name__}.")
         if _DEVICE in parts and not _is_container(cls):
             raise CheckpointError(f"the description of {where} names a device, and none that was saved does.")
-        given = {name: self.value(part, _join(place, name)) for name, part in parts.items()}
+        given = {name: self.build_value(part, _join(place, name)) for name, part in parts.items()}
         try:
             if issubclass(cls, nn.ModuleList) and _is_container(cls):
                 module = cls(given.values())
@@ -188,31 +191,33 @@ class _Builder:
             ) from error
         return module
 
-    def value(self, value: Any, place: str) -> Any:
+    def build_value(self, value: Any, place: str) -> Any:
+        """An argument, of plain data."""
         if isinstance(value, list):
-            return [self.value(entry, _join(place, i)) for i, entry in enumerate(value)]
+            return [self.build_value(entry, _join(place, i)) for i, entry in enumerate(value)]
         if not isinstance(value, dict):
             return value
         if "class" in value:
-            return self.module(value, place)
+            return self.build(value, place)
         match list(value.items()):
             case [["tuple" | "size" as kind, list(entries)]]:
-                return _SEQUENCES[kind](self.value(entries, place))
+                return _SEQUENCES[kind](self.build_value(entries, place))
             case [["dict", dict(entries)]]:
-                return {key: self.value(entry, _join(place, key)) for key, entry in entries.items()}
+                return {key: self.build_value(entry, _join(place, key)) for key, entry in entries.items()}
             case [["float", "inf" | "-inf" | "nan" as number]]:
                 return float(number)
             case [["dtype", str(name)]] if name in DTYPES:
                 return DTYPES[name]
             case [["type", str(name)]]:
-                return self.known(name, place)
+                return self.find_class(name, place)
             case [["tensor", str(name)]] if name in self.tensors:
                 return self.tensors[name].clone().to(torch.get_default_device())
         raise CheckpointError(f"the description of {place} is none: {str(value)[:80]}.")
 
-    def known(self, name: str, where: str) -> type[nn.Module]:
+    def find_class(self, name: str, where: str) -> type[nn.Module]:
+        """The class of torch.nn, or of those that may be built, that a description names."""
         package, _, last = name.rpartition(".")
-        if package == "torch.nn" and _of_torch(cls := vars(nn).get(last)):
+        if package == "torch.nn" and _is_of_torch(cls := vars(nn).get(last)):
             return cls
         found = {cls for cls in self.own if class_name(cls) == name}
         if not found:
@@ -226,6 +231,7 @@ class _Builder:
         )
 
     def set_dtypes(self, module: nn.Module, place: str) -> None:
+        """Gives parameters and buffers the dtypes that they were saved with."""
         for name, tensor in tensors_of(module).items():
             dtype = self.dtypes.get(_join(place, name), tensor.dtype)
             if dtype == tensor.dtype:
@@ -242,7 +248,7 @@ def _is_container(cls: type) -> bool:
     return any(issubclass(cls, kind) and cls.__init__ is kind.__init__ for kind in _CONTAINERS)
 
 
-def _of_torch(cls: Any) -> TypeGuard[type[nn.Module]]:
+def _is_of_torch(cls: Any) -> TypeGuard[type[nn.Module]]:
     """Whether it is one of the module classes that torch.nn offers."""
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__.startswith("torch.nn.modules.")):
         return False
@@ -251,14 +257,15 @@ def _of_torch(cls: Any) -> TypeGuard[type[nn.Module]]:
 
 def class_name(cls: type) -> str:
     """The name under which a class is in a description."""
-    return f"torch.nn.{cls.__name__}" if _of_torch(cls) else f"{cls.__module__}.{cls.__qualname__}"
+    return f"torch.nn.{cls.__name__}" if _is_of_torch(cls) else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _join(place: str, name: object) -> str:
+    """The place of what has a name at a place."""
     return f"{place}.{name}" if place else str(name)
 
 
-def _parameters(cls: type, where: str) -> dict[str, Any]:
+def _constructor_parameters(cls: type, where: str) -> dict[str, Any]:
     """Names and defaults of what a constructor takes, and of what its base classes' do where it has ``**kwargs``."""
     found: dict[str, Any] = {}
     for base in cls.__mro__:

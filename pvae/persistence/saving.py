@@ -1,6 +1,6 @@
 """A module as a folder of files, its description and its weights, and the module that is made of them again.
 
-What is written has been tried: the module is rebuilt from the very files, and compared with the one that was packed.
+Before anything is written, the module is rebuilt from the very files, and compared with the one that was packed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from pvae.errors import CheckpointError, ProgramError
 from pvae.persistence import serialization, storage
-from pvae.persistence.bounds import Bounded, needs_numbers, recorded, replayed
+from pvae.persistence.bounds import Bounded, needs_numbers, record_trials, replay_trials
 from pvae.persistence.description import DTYPES, build, class_name, describe, dtype_name, tensors_of
 
 __all__ = ["check_free", "pack", "unpack", "write"]
@@ -30,11 +31,13 @@ _SEED = 7_301_662_094_418_853_917
 _DEFAULTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # Files that a save which was cut off may have left.
-_LEFT = re.compile(r"\..*|((config|weights)(-[0-9a-f]{12})?\.(json|safetensors)|manifest\.json)(\.[0-9a-f]{8}\.part)?")
+_LEFTOVER = re.compile(
+    r"\..*|((config|weights)(-[0-9a-f]{12})?\.(json|safetensors)|manifest\.json)(\.[0-9a-f]{8}\.part)?"
+)
 
 
 def pack(module: nn.Module) -> tuple[dict[str, bytes], nn.Module]:
-    """A module as files: its description and its weights.
+    """Makes files of a module: its description and its weights.
 
     Returns:
         The contents of the files by name, and the module that `unpack` makes of them, on the CPU.
@@ -54,13 +57,16 @@ def pack(module: nn.Module) -> tuple[dict[str, bytes], nn.Module]:
         "dtypes": {name: dtype_name(tensor.dtype) for name, tensor in tensors.items()},
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
     }
-    files = {_CONFIG: json.dumps(config, indent=1, allow_nan=False).encode() + b"\n", _WEIGHTS: _saved(state)}
+    files = {
+        _CONFIG: json.dumps(config, indent=1, allow_nan=False).encode() + b"\n",
+        _WEIGHTS: _weights_as_bytes(state),
+    }
     try:
         rebuilt = unpack(files, classes)
     except CheckpointError as error:
         raise ProgramError(f"it cannot be rebuilt from its constructors' arguments: {error}") from error
     if describe(rebuilt) != description:
-        place, ours, theirs = next(_unequal(description, describe(rebuilt), ""))
+        place, ours, theirs = next(_differences(description, describe(rebuilt), ""))
         raise ProgramError(
             f"{place or 'the model'} is {ours}, and {theirs} when it is rebuilt from the attributes that are named "
             "like its constructor's arguments. Keep the arguments there as they were given."
@@ -79,27 +85,27 @@ def unpack(files: Mapping[str, bytes], own: Iterable[type[nn.Module]] = ()) -> n
     Raises:
         CheckpointError: The files are none of `pack`'s, or do not fit each other; what differs is listed.
     """
-    config, weights = _parsed(files)
-    options: dict[str, Any] = {"tensors": weights, "dtypes": config["dtypes"]}
+    config, weights = _parse(files)
     size, own = sum(tensor.nbytes for tensor in weights.values()), tuple(own)
+    build_once = partial(build, config["model"], own, tensors=weights, dtypes=config["dtypes"])
     trusted = any(not cls.__module__.startswith("pvae.") for cls in own)
-    with _fresh(config["default_dtype"]):
+    with _as_in_a_new_process(config["default_dtype"]):
         # Only the shapes at first: a few bytes can describe what would fill any memory.
-        found: list[Any] = []
+        trials: list[Any] = []
         try:
-            with torch.device("meta"), recorded(found), Bounded(size, len(weights), trusted=trusted) as bounds:
-                outline = build(config["model"], own, **options)
+            with torch.device("meta"), record_trials(trials), Bounded(size, len(weights), trusted=trusted) as bounds:
+                outline = build_once()
             _check_fits(outline, weights)
             bounds.take(sum(t.nbytes for name, t in tensors_of(outline).items() if name not in weights))
             del outline
-            block: Any = replayed(found)
+            block: Any = replay_trials(trials)
         except CheckpointError as error:
             if not needs_numbers(error):
                 raise
             block = Bounded(size, len(weights), trusted=trusted)
         torch.default_generator.manual_seed(_SEED)
         with block:
-            module = build(config["model"], own, **options)
+            module = build_once()
         _check_fits(module, weights)
         try:
             module.load_state_dict(weights)
@@ -111,11 +117,12 @@ def unpack(files: Mapping[str, bytes], own: Iterable[type[nn.Module]] = ()) -> n
 
 
 def _check_fits(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` where a module has other names, dtypes or shapes than weights that were read."""
     try:
-        now = {name: _kind(value) for name, value in module.state_dict().items()}
+        now = {name: _dtype_and_shape(value) for name, value in module.state_dict().items()}
     except Exception as error:  # of lazy layers, and of a module's own hooks
         raise CheckpointError(f"what is built has no weights: {type(error).__name__}: {error}") from error
-    then = {name: _kind(value) for name, value in weights.items()}
+    then = {name: _dtype_and_shape(value) for name, value in weights.items()}
     differences = [
         f"{name} is {then.get(name, 'not there')} in the file and {now.get(name, 'not there')} when it is built"
         for name in sorted(then.keys() | now.keys())
@@ -128,7 +135,7 @@ def _check_fits(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def check_free(folder: Path, *, overwrite: bool) -> None:
     """Raises `CheckpointError` where files must not be written: pvae's are never mixed with others."""
     try:
-        others = [path.name for path in folder.iterdir() if not _LEFT.fullmatch(path.name)]
+        others = [path.name for path in folder.iterdir() if not _LEFTOVER.fullmatch(path.name)]
     except FileNotFoundError:
         return
     except OSError as error:
@@ -149,7 +156,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
 
 
 def write(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
-    """Writes what `pack` gave, after `check_free` has allowed it, which is asked again once no other process can write.
+    """Writes the files of `pack`, if `check_free` allows it still once no other process can write.
 
     Raises:
         CheckpointError: It forbids it, another process writes there, or the folder cannot be written.
@@ -159,11 +166,11 @@ def write(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
         storage.write(folder, files)
 
 
-def _kind(tensor: Any) -> str:
+def _dtype_and_shape(tensor: Any) -> str:
     return f"{dtype_name(tensor.dtype)}{list(tensor.shape)}" if isinstance(tensor, Tensor) else "no tensor"
 
 
-def _saved(state: Mapping[str, Tensor]) -> bytes:
+def _weights_as_bytes(state: Mapping[str, Tensor]) -> bytes:
     from safetensors import SafetensorError
 
     try:
@@ -172,7 +179,8 @@ def _saved(state: Mapping[str, Tensor]) -> bytes:
         raise ProgramError(f"its weights cannot be saved: {type(error).__name__}: {error}") from error
 
 
-def _parsed(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _parse(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads the configuration, with its dtypes as such, and the weights."""
     if missing := [name for name in (_CONFIG, _WEIGHTS) if name not in files]:
         raise CheckpointError(f"it has no {missing[0]}, but {', '.join(files) or 'nothing'}.")
     try:
@@ -191,8 +199,8 @@ def _parsed(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 @contextmanager
-def _fresh(dtype: torch.dtype) -> Iterator[None]:
-    """Builds inside as a new process would, on the CPU, and leaves the caller's random numbers and modes alone."""
+def _as_in_a_new_process(dtype: torch.dtype) -> Iterator[None]:
+    """A block with the random numbers and modes of a new process, on the CPU; the caller's stay as they are."""
     before = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, before)
@@ -205,11 +213,11 @@ def _fresh(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _unequal(ours: Any, theirs: Any, place: str) -> Iterator[tuple[str, Any, Any]]:
-    """Where two descriptions are not the same, and what is there."""
+def _differences(ours: Any, theirs: Any, place: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yields each place where two descriptions differ, and both values there."""
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
         for key in ours:
-            yield from _unequal(ours[key], theirs[key], place if key in _FORMS else f"{place}.{key}".lstrip("."))
+            yield from _differences(ours[key], theirs[key], place if key in _FORMS else f"{place}.{key}".lstrip("."))
     elif ours != theirs:
         yield place, ours, theirs
 
@@ -228,8 +236,8 @@ def _check_same(module: nn.Module, rebuilt: nn.Module) -> None:
                 f"{place} is {ours.get(place, 'not there')}, and {theirs.get(place, 'not there')} when it is rebuilt "
                 "from its constructor's arguments. Put it there in the constructor."
             )
-    tied = {frozenset(names) for names in _tied(rebuilt)}
-    for names in _tied(module):
+    tied = {frozenset(names) for names in _find_tied(rebuilt)}
+    for names in _find_tied(module):
         if frozenset(names) not in tied:
             raise ProgramError(
                 f"{names[0]} and {names[1]} are one tensor, and would be two when they are loaded. Put both modules "
@@ -237,15 +245,15 @@ def _check_same(module: nn.Module, rebuilt: nn.Module) -> None:
             )
     before, after = tensors_of(module), tensors_of(rebuilt)
     for name in [*before, *after]:
-        if name not in before or name not in after or not _same(before[name], after[name]):
+        if name not in before or name not in after or not _is_same(before[name], after[name]):
             raise ProgramError(
                 f"{name} is not saved with the weights (a buffer with persistent=False?), and is another when it is "
                 "rebuilt from its constructor's arguments. Register it with persistent=True."
             )
 
 
-def _tied(module: nn.Module) -> list[list[str]]:
-    """Names of the tensors that have several."""
+def _find_tied(module: nn.Module) -> list[list[str]]:
+    """Finds the tensors that have several names; returns these."""
     groups: dict[tuple[Any, int], list[str]] = {}
     for tensors in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
         for name, tensor in tensors:
@@ -254,7 +262,7 @@ def _tied(module: nn.Module) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
+def _is_same(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors have the same bits, nan among them."""
     plain = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (ours, theirs)]
-    return _kind(ours) == _kind(theirs) and torch.equal(*plain)
+    return _dtype_and_shape(ours) == _dtype_and_shape(theirs) and torch.equal(*plain)

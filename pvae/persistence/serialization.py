@@ -25,10 +25,10 @@ from pvae.errors import CheckpointError, first_line
 
 __all__ = ["json_from", "state_as_bytes", "state_from", "tensors_as_bytes", "tensors_from"]
 
-_MOST_JSON = 64 << 20
-_MOST_HEADER = 16 << 20
-_MOST_PARTS = 200_000
-_DEEPEST = 300
+_MAX_JSON_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_PARTS = 200_000
+_MAX_DEPTH = 300
 
 # What torch.save writes of tensors and plain values; all else that a pickle can do is not needed.
 _OPCODES = re.compile(
@@ -57,27 +57,27 @@ def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def tensors_from(content: bytes) -> dict[str, Tensor]:
-    """What `tensors_as_bytes` was given.
+    """Reads what `tensors_as_bytes` wrote.
 
     Raises:
         SafetensorError, ValueError: They are no such bytes.
     """
-    if int.from_bytes(content[:8], "little") > _MOST_HEADER:
+    if int.from_bytes(content[:8], "little") > _MAX_HEADER_BYTES:
         raise ValueError("its header is too long to be one")
     return load(content)
 
 
 def json_from(content: bytes) -> Any:
-    """Plain values of JSON, where it is neither huge nor nested without end: each bracket would take memory and stack.
+    """Reads JSON that is neither huge nor nested without end: each bracket would take memory and stack.
 
     Raises:
         ValueError: It is, or it is no JSON.
     """
-    if len(content) > _MOST_JSON:
-        raise ValueError(f"it has {len(content)} bytes, and may have {_MOST_JSON}")
+    if len(content) > _MAX_JSON_BYTES:
+        raise ValueError(f"it has {len(content)} bytes, and may have {_MAX_JSON_BYTES}")
     brackets = re.sub(rb'"(?:[^"\\]|\\.)*+"|[^\[\]{}"]++', b"", content, flags=re.DOTALL)
     depths = accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
-    if len(brackets) > 2 * _MOST_PARTS or max(depths, default=0) > _DEEPEST:
+    if len(brackets) > 2 * _MAX_PARTS or max(depths, default=0) > _MAX_DEPTH:
         raise ValueError("it has too many parts, or is nested too deeply")
     return json.loads(content)
 
@@ -99,7 +99,7 @@ def state_as_bytes(state: Any) -> bytes:
 
 
 def state_from(content: bytes) -> Any:
-    """What `state_as_bytes` was given: each tensor on the CPU, contiguous, in memory of its own.
+    """Reads what `state_as_bytes` wrote: each tensor on the CPU, contiguous, in memory of its own.
 
     Raises:
         CheckpointError: They are no such bytes.
@@ -118,7 +118,7 @@ def state_from(content: bytes) -> Any:
 
 
 def _members(content: bytes) -> dict[str, memoryview]:
-    """What is in an archive of ``torch.save``, which deflates nothing."""
+    """Members of an archive of ``torch.save``, which deflates nothing, by name."""
     members, view, size = {}, memoryview(content), 0
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for info in archive.infolist():
@@ -152,7 +152,7 @@ class _Copier:
 
     def __init__(self, size: int) -> None:
         self.whole = self.left = size
-        self.parts = 5 * _MOST_PARTS
+        self.parts = 5 * _MAX_PARTS
 
     def copy(self, value: Any) -> Any:
         """A copy; what is in there twice is copied twice."""

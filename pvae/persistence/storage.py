@@ -46,8 +46,8 @@ SCHEMA = 1
 
 MANIFEST = "manifest.json"
 
-_MOST_OF_A_MANIFEST = 1 << 20
-_FEW = 64 << 20
+_MAX_MANIFEST_BYTES = 1 << 20
+_SMALL = 64 << 20
 _PACKAGES = ("pvae", "torch", "pyro-ppl", "numpy", "safetensors")
 
 
@@ -56,7 +56,7 @@ class DamagedError(CheckpointError):
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide what a run gives."""
+    """Versions of Python and of the packages that decide what a run gives."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -74,7 +74,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         CheckpointError: It cannot be written. What was in force before still is.
     """
-    with _clearly(folder):
+    with _explain_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         entries = {}
         for name, content in files.items():
@@ -85,14 +85,16 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
         manifest: dict[str, Any] = {"schema": SCHEMA, "versions": versions(), "files": entries}
         manifest["sha256"] = _digest_of(manifest)
         try:
-            coming = _left(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
+            temporary = _write_temporary(folder / MANIFEST, json.dumps(manifest, indent=2).encode() + b"\n")
             for name, content in files.items():
                 _put(folder / entries[name]["file"], content)
             _flush_folder(folder)  # the files' names, before the one that tells of them
             _flush_folder(folder.parent)
             if _files_of(folder):
-                _left(folder / MANIFEST, _bytes_of_manifest(folder / MANIFEST) or b"")  # it names what goes
-            os.replace(coming, folder / MANIFEST)
+                _write_temporary(
+                    folder / MANIFEST, _read_manifest_bytes(folder / MANIFEST) or b""
+                )  # it names what goes
+            os.replace(temporary, folder / MANIFEST)
             _flush_folder(folder)
         finally:
             with suppress(OSError):
@@ -100,7 +102,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def read(folder: Path) -> dict[str, bytes]:
-    """The verified contents of the set of files in a folder, by name.
+    """Reads and verifies the set of files in a folder; returns their contents by name.
 
     Raises:
         DamagedError: A file is missing, cut short or altered.
@@ -108,13 +110,13 @@ def read(folder: Path) -> dict[str, bytes]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder that was saved: there is none of that name.")
-    with _clearly(folder):
+    with _explain_errors(folder):
         while True:
-            before = _bytes_of_manifest(folder / MANIFEST)
+            before = _read_manifest_bytes(folder / MANIFEST)
             try:
-                return _verified(folder)
+                return _read_verified(folder)
             except DamagedError:
-                if _bytes_of_manifest(folder / MANIFEST) == before:
+                if _read_manifest_bytes(folder / MANIFEST) == before:
                     raise  # else another process replaced the set meanwhile
 
 
@@ -124,7 +126,7 @@ def remove(folder: Path, names: Iterable[str]) -> None:
         if folder.is_symlink():
             return
         if _files_of(folder):
-            os.replace(folder / MANIFEST, _temporary(folder / MANIFEST))  # what is left is no set
+            os.replace(folder / MANIFEST, _temporary_path(folder / MANIFEST))  # what is left is no set
         _tidy(folder, names)
         folder.rmdir()
 
@@ -136,21 +138,21 @@ def holds_set(folder: Path) -> bool:
 
 def put(path: Path, content: bytes) -> None:
     """Writes one file so that it has the old content or the new one, whatever happens."""
-    with _clearly(path.parent):
+    with _explain_errors(path.parent):
         _put(path, content)
         _flush_folder(path.parent)
 
 
 def append(path: Path, content: bytes) -> None:
     """Adds to the end of a file, on the disk."""
-    with _clearly(path.parent), _opened(path, "ab") as file:
+    with _explain_errors(path.parent), _open(path, "ab") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _put(path: Path, content: bytes) -> None:
-    temporary = _left(path, content)
+    temporary = _write_temporary(path, content)
     try:
         os.replace(temporary, path)
     except BaseException:
@@ -159,9 +161,9 @@ def _put(path: Path, content: bytes) -> None:
         raise
 
 
-def _left(path: Path, content: bytes) -> Path:
-    """Writes what is to be a file under a temporary name, and returns that."""
-    temporary = _temporary(path)
+def _write_temporary(path: Path, content: bytes) -> Path:
+    """Writes what is to be a file under a temporary name; returns that path."""
+    temporary = _temporary_path(path)
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -174,13 +176,13 @@ def _left(path: Path, content: bytes) -> Path:
     return temporary
 
 
-def _temporary(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
 
 
 def check_writable(folder: Path) -> None:
     """Raises `CheckpointError` where no file can be written."""
-    with _clearly(folder):
+    with _explain_errors(folder):
         probe = folder / f".probe{_TEMPORARY}"
         put(probe, b"")
         probe.unlink()
@@ -193,9 +195,9 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
     Raises:
         CheckpointError: Another process is in it, or the folder cannot be written.
     """
-    with _clearly(folder):
+    with _explain_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _opened(folder / ".lock", "a+b")  # held open through the block
+        lock = _open(folder / ".lock", "a+b")  # held open through the block
     with lock:
         try:
             import fcntl
@@ -213,37 +215,38 @@ def exclusive(folder: Path, what: str) -> Iterator[None]:
 _TEMPORARY = ".part"
 
 
-def _verified(folder: Path) -> dict[str, bytes]:
-    entries = _manifest(folder)["files"]
+def _read_verified(folder: Path) -> dict[str, bytes]:
+    """Reads a set of files, if all are as they were written: sizes first, then contents."""
+    entries = _read_manifest(folder)["files"]
     paths = {name: folder / entry["file"] for name, entry in entries.items()}
     size = sum(entry["bytes"] for entry in entries.values())
     on_disk = 0
     for name, entry in entries.items():
-        with _regular(paths[name]) as file:
+        with _open_to_read(paths[name]) as file:
             found = os.fstat(file.fileno()).st_size
             if found != entry["bytes"]:
                 raise DamagedError(f"{paths[name]} has {found} bytes, and had {entry['bytes']} when it was written.")
-            on_disk += _on_disk(file.fileno(), found) if size > _FEW else found
+            on_disk += _bytes_on_disk(file.fileno(), found) if size > _SMALL else found
     if 8 * on_disk < size:
         raise DamagedError(f"{folder} holds {size} bytes, and all but {on_disk} of them are holes in its files.")
     contents = {}
     for name, entry in entries.items():
-        with _regular(paths[name]) as file:
+        with _open_to_read(paths[name]) as file:
             contents[name] = file.read(entry["bytes"])
         if hashlib.sha256(contents[name]).hexdigest() != entry["sha256"]:
             raise DamagedError(f"{paths[name]} is not as it was written: its SHA-256 is another.")
     return contents
 
 
-def _regular(path: Path) -> IO[bytes]:
+def _open_to_read(path: Path) -> IO[bytes]:
     """Opens a regular file and nothing else."""
     try:
-        return _opened(path, "rb")
+        return _open(path, "rb")
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing.") from None
 
 
-def _opened(path: Path, mode: str) -> IO[bytes]:
+def _open(path: Path, mode: str) -> IO[bytes]:
     """Opens a regular file: a pipe would wait, a device has no end, and a link leads elsewhere."""
 
     def opener(name: str, flags: int) -> int:
@@ -262,8 +265,8 @@ def _opened(path: Path, mode: str) -> IO[bytes]:
     return file
 
 
-def _on_disk(descriptor: int, size: int) -> int:
-    """How much of a file is on the disk. Holes read as zeros, and anybody can make a file that is nothing else."""
+def _bytes_on_disk(descriptor: int, size: int) -> int:
+    """Bytes of a file that are on the disk. Holes read as zeros, and anybody can make a file that is nothing else."""
     found = end = 0
     if not hasattr(os, "SEEK_DATA"):
         return size
@@ -277,23 +280,23 @@ def _on_disk(descriptor: int, size: int) -> int:
     return found
 
 
-def _bytes_of_manifest(path: Path) -> bytes | None:
-    """They are few; none where there is none, or no more."""
+def _read_manifest_bytes(path: Path) -> bytes | None:
+    """Reads no more than a manifest can have; ``None`` where there is none."""
     try:
-        with _opened(path, "rb") as file:
-            return file.read(_MOST_OF_A_MANIFEST)
+        with _open(path, "rb") as file:
+            return file.read(_MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         return None
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    content = _bytes_of_manifest(folder / MANIFEST)
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    content = _read_manifest_bytes(folder / MANIFEST)
     if content is None:
         raise DamagedError(f"{folder} is incomplete: it has no {MANIFEST}, which is written last.")
-    return _parsed(content, folder / MANIFEST)
+    return _parse_manifest(content, folder / MANIFEST)
 
 
-def _parsed(content: bytes, path: Path) -> dict[str, Any]:
+def _parse_manifest(content: bytes, path: Path) -> dict[str, Any]:
     manifest, schema, made_by = {}, 0, {}
     try:
         manifest = json.loads(content)
@@ -328,32 +331,32 @@ def _is_entry(name: str, entry: Any) -> bool:
 
 
 def _files_of(folder: Path) -> set[str]:
-    """The files of the set in force."""
+    """Names of the files of the set in force."""
     with suppress(CheckpointError):
-        return {entry["file"] for entry in _manifest(folder)["files"].values()}
+        return {entry["file"] for entry in _read_manifest(folder)["files"].values()}
     return set()
 
 
 def _tidy(folder: Path, names: Iterable[str]) -> None:
-    """Removes what is named by manifests that are not in force: of sets unfinished, replaced or to be removed."""
+    """Removes the files of manifests that are not in force: of sets unfinished, replaced or to be removed."""
     in_force, names = _files_of(folder), set(names)
-    begun = {*names, *in_force}
-    for journal in _unfinished(folder, MANIFEST):
+    candidates = {*names, *in_force}
+    for journal in _find_unfinished(folder, MANIFEST):
         entries = {}
         with suppress(CheckpointError):
-            entries = _parsed(_bytes_of_manifest(journal) or b"", journal)["files"]
+            entries = _parse_manifest(_read_manifest_bytes(journal) or b"", journal)["files"]
         for file in (entry["file"] for name, entry in entries.items() if name in names):
-            begun.add(file)
+            candidates.add(file)
             path = folder / file
             if file not in in_force and not path.is_symlink() and path.is_file():
                 path.unlink(missing_ok=True)
         journal.unlink(missing_ok=True)
-    for left in (path for file in begun for path in _unfinished(folder, file)):
+    for left in (path for file in candidates for path in _find_unfinished(folder, file)):
         left.unlink(missing_ok=True)
 
 
-def _unfinished(folder: Path, name: str) -> list[Path]:
-    """What was written to become a file of some name."""
+def _find_unfinished(folder: Path, name: str) -> list[Path]:
+    """Finds temporary files that were to become one of some name."""
     pattern = re.compile(f"{re.escape(name)}\\.[0-9a-f]{{8}}{re.escape(_TEMPORARY)}")
     found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
     return [path for path in found if not path.is_symlink() and path.is_file()]
@@ -370,7 +373,8 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _clearly(folder: Path) -> Iterator[None]:
+def _explain_errors(folder: Path) -> Iterator[None]:
+    """A block whose `OSError` becomes a `CheckpointError` that says what to do."""
     try:
         yield
     except CheckpointError:
