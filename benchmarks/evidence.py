@@ -23,7 +23,7 @@ from side_by_side import Multiply, Values, Way, add_peers, arguments, header, lo
 from torch import Tensor
 
 import pvae
-from pvae.capture.captured import Captured
+from pvae.capture import Captured
 from pvae.evidence import importance
 from pvae.runtime.programs import resolve_device
 
@@ -60,8 +60,8 @@ def by_guide(vae: pvae.VAE, x: Tensor, num_samples: int, repeats: int) -> None:
     ways: dict[str, Way] = {
         PVAE: partial(with_compile_seconds, vae, x, num_samples=num_samples),
         EAGER: partial(log_evidence, vae, x, num_samples=num_samples, compile=False),
-        PYRO: partial(vectorized, vae, few, num_samples, validation=True),
-        f"{PYRO}, validation off": partial(vectorized, vae, few, num_samples, validation=False),
+        PYRO: partial(pyro_weights, vae, few, num_samples, validation=True),
+        f"{PYRO}, validation off": partial(pyro_weights, vae, few, num_samples, validation=False),
         BY_HAND: peers.plain_log_px(vae, few, num_samples),
         f"{BY_HAND}, torch.compile": peers.plain_log_px(vae, few, num_samples, compiled=True),
     }
@@ -125,16 +125,16 @@ def with_compile_seconds(vae: pvae.VAE, x: Tensor, num_samples: int) -> tuple[pv
     """Calls `pvae.log_evidence`, compiled; returns also the seconds that it spent on capturing and compiling."""
     made: list[Captured] = []
 
-    def noted(*args: Any, **kwargs: Any) -> Captured:
+    def capture(*args: Any, **kwargs: Any) -> Captured:
         made.append(Captured(*args, **kwargs))
         return made[-1]
 
-    with mock.patch.object(importance, "Captured", noted):
+    with mock.patch.object(importance, "Captured", capture):
         estimate = log_evidence(vae, x, num_samples=num_samples, compile=True)
     return estimate, sum(captured.seconds for captured in made)
 
 
-def vectorized(vae: pvae.VAE, x: Tensor, num_samples: int, *, validation: bool) -> None:
+def pyro_weights(vae: pvae.VAE, x: Tensor, num_samples: int, *, validation: bool) -> None:
     """Pyro's weights, for ten images at once; all at once would need tens of gigabytes."""
     with torch.no_grad(), pyro.validation_enabled(validation):
         for batch in x.split(10):

@@ -209,7 +209,7 @@ def semi_supervised_vae() -> Program:
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 10), 1.0).to_event(1))
             label = pyro.sample("y", dist.OneHotCategorical(x.new_ones(len(x), 10) / 10), obs=y)
-            pyro.sample("x", dist.Bernoulli(logits=decoder(_joined(z, label))).to_event(1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=decoder(_join(z, label))).to_event(1), obs=x)
 
     def guide(x: Tensor, y: Tensor | None = None) -> None:
         pyro.module("classify", classify)
@@ -217,7 +217,7 @@ def semi_supervised_vae() -> Program:
         with pyro.plate("data", len(x)):
             if y is None:
                 y = pyro.sample("y", dist.OneHotCategorical(logits=classify(x)))
-            loc, log_scale = encoder(_joined(x, y)).chunk(2, -1)
+            loc, log_scale = encoder(_join(x, y)).chunk(2, -1)
             pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
 
     def auxiliary(x: Tensor, y: Tensor | None = None) -> None:
@@ -238,7 +238,7 @@ def semi_supervised_vae() -> Program:
     return Program([main, (auxiliary, nothing, Trace_ELBO())], arguments)
 
 
-def _joined(*parts: Tensor) -> Tensor:
+def _join(*parts: Tensor) -> Tensor:
     shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*shape, part.shape[-1]) for part in parts], -1)
 
@@ -251,7 +251,7 @@ def deep_markov() -> Program:
     x = torch.bernoulli(torch.full((4, 40, length, bits), 0.3))
     mask = (torch.arange(length) < torch.randint(3, length + 1, (4, 40, 1))).float()
 
-    def moved(z: Tensor) -> dist.Normal:
+    def transition(z: Tensor) -> dist.Normal:
         loc, raw = move(z).chunk(2, -1)
         weight = torch.sigmoid(gate(z))
         return dist.Normal(weight * loc + (1 - weight) * z, softplus(raw) + 1e-3)
@@ -263,7 +263,7 @@ def deep_markov() -> Program:
         with pyro.plate("sequences", len(x)):
             for t in pyro.markov(range(length)):
                 with poutine.scale(scale=weight):
-                    z = pyro.sample(f"z_{t}", moved(z).mask(mask[:, t : t + 1]).to_event(1))
+                    z = pyro.sample(f"z_{t}", transition(z).mask(mask[:, t : t + 1]).to_event(1))
                 density = dist.Bernoulli(logits=emit(z)).mask(mask[:, t : t + 1]).to_event(1)
                 pyro.sample(f"x_{t}", density, obs=x[:, t])
 

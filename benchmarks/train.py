@@ -162,7 +162,7 @@ def products_alone(
             for a, b in pairs:
                 multiply(a, b)
 
-        return replayed(work) if x.is_cuda else work
+        return as_cuda_graph(work) if x.is_cuda else work
 
     steps, rest = divmod(len(x), batch_size)
     full, last = step(batch_size), step(rest) if rest else lambda: None
@@ -175,7 +175,7 @@ def products_alone(
     return epoch
 
 
-def replayed(work: Way) -> Way:
+def as_cuda_graph(work: Way) -> Way:
     """Work on the GPU as one CUDA graph, recorded at the first call, so that launching it costs little."""
     graph = None
 

@@ -39,7 +39,7 @@ def picture(report: Mapping[str, Any]) -> str:
         f"of {report['num_eval']:,} test images half have estimates by guide and prior, {k:,} samples each, that are "
         f"further apart than its {of['nats']:.1f} nats.*"
     )
-    return f'<img src="{PICTURE.relative_to(ROOT)}" width="450" alt="{alt}">\n\n{filled(caption)}'
+    return f'<img src="{PICTURE.relative_to(ROOT)}" width="450" alt="{alt}">\n\n{wrap(caption)}'
 
 
 def numbers(report: Mapping[str, Any]) -> str:
@@ -64,16 +64,16 @@ def numbers(report: Mapping[str, Any]) -> str:
         f"numbers compare with annealed importance sampling is in the [benchmarks](docs/benchmarks.md)."
     )
     said = textwrap.fill(example.sentence(report), 100)
-    return f"```text\n{example.table(report)}\n\n{said}\n```\n\n{filled(run)}\n\n{filled(reading)}"
+    return f"```text\n{example.table(report)}\n\n{said}\n```\n\n{wrap(run)}\n\n{wrap(reading)}"
 
 
-def filled(text: str) -> str:
-    """A paragraph in the README's width; a link stays on one line."""
+def wrap(text: str) -> str:
+    """Wraps a paragraph at the README's width; a link stays on one line."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def rendered(readme: str, report: Mapping[str, Any]) -> str:
-    """The README with the blocks that a report decides."""
+def render(readme: str, report: Mapping[str, Any]) -> str:
+    """Fills the blocks of the README that a report decides; returns its text."""
     for name, text in (("picture", picture(report)), ("numbers", numbers(report))):
         start, end = f"<!-- {name}: written by docs/readme.py -->\n", f"<!-- end of {name} -->\n"
         if not readme.count(start) == readme.count(end) == 1:
@@ -94,7 +94,7 @@ def main() -> None:
             for path in (REPORT, PICTURE):
                 path.parent.mkdir(exist_ok=True)
                 shutil.copyfile(Path(folder) / path.name, path)
-    README.write_text(rendered(README.read_text(), json.loads(REPORT.read_text())))
+    README.write_text(render(README.read_text(), json.loads(REPORT.read_text())))
 
 
 if __name__ == "__main__":

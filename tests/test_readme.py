@@ -27,16 +27,16 @@ def report(made):
 
 
 def test_the_readme_is_what_the_report_gives(made, report):
-    assert made.README.read_text() == made.rendered(made.README.read_text(), report)
+    assert made.README.read_text() == made.render(made.README.read_text(), report)
 
 
 def test_another_report_changes_both_blocks_and_nothing_else(made, report):
     before = made.README.read_text()
-    after = made.rendered(before, {**report, "seed": 7, "median_gap": {"test_image": 123, "nats": 45.6}})
+    after = made.render(before, {**report, "seed": 7, "median_gap": {"test_image": 123, "nats": 45.6}})
     assert "MNIST test image 123," in after
     assert "than its 45.6 nats.*" in " ".join(after.split())
     assert "(Seed 7," in after
-    assert made.rendered(after, report) == before
+    assert made.render(after, report) == before
 
 
 def test_the_table_has_a_row_for_each_estimate_with_the_reports_numbers(made, report):
@@ -80,4 +80,4 @@ def test_what_the_prose_calls_it_holds(report):
 
 def test_a_readme_without_a_block_is_refused(made, report):
     with pytest.raises(SystemExit, match="must have one line '<!-- picture"):
-        made.rendered("# pvae", report)
+        made.render("# pvae", report)
