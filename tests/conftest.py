@@ -1,15 +1,19 @@
-"""What several test files need: seeds, small pairs, and a look at the caller's state."""
+"""Fixtures of several test files: seeds, small data and pairs, signals, and a look at the caller's state."""
 
 from __future__ import annotations
+
+import os
+import signal
 
 import pyro
 import pytest
 import torch
+from pairs import ModulePair
 from pyro import distributions as dist
-from torch import nn
 
 import pvae
 from pvae.capture.captured import Captured
+from pvae.svi import step as engine
 
 torch.set_num_threads(1)  # the tensors are small, and the workers share the cores
 
@@ -33,30 +37,14 @@ def bits() -> torch.Tensor:
 
 
 @pytest.fixture
+def numbers() -> torch.Tensor:
+    """20 data of one number, which is their place."""
+    return torch.arange(20.0)[:, None]
+
+
+@pytest.fixture
 def small_vae() -> pvae.VAE:
     return pvae.VAE.mlp(6, latent_dim=2, hidden=[8])
-
-
-class ModulePair(nn.Module):
-    """A VAE as people write it by hand: ``pyro.module`` and a reshape to a flat image."""
-
-    def __init__(self, event: int = 6, latent: int = 2) -> None:
-        super().__init__()
-        self.latent = latent
-        self.encoder = nn.Sequential(nn.Linear(event, 8), nn.Softplus(), nn.Linear(8, 2 * latent))
-        self.decoder = nn.Sequential(nn.Linear(latent, 8), nn.Softplus(), nn.Linear(8, event))
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", x.shape[0]):
-            z = pyro.sample("latent", dist.Normal(x.new_zeros(x.shape[0], self.latent), 1.0).to_event(1))
-            pyro.sample("obs", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x.reshape(len(x), -1))
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", x.shape[0]):
-            loc, raw = self.encoder(x.reshape(len(x), -1)).chunk(2, -1)
-            pyro.sample("latent", dist.Normal(loc, raw.exp()).to_event(1))
 
 
 @pytest.fixture
@@ -82,6 +70,25 @@ def never_compiled(monkeypatch):
         return made
 
     return of
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """A function that makes the process get a signal during the step of some number."""
+
+    def at(step, number=signal.SIGTERM, times=1):
+        taken, original = [], engine.Step.__call__
+
+        def call(self, *args):
+            taken.append(1)
+            if len(taken) == step:
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+            return original(self, *args)
+
+        monkeypatch.setattr(engine.Step, "__call__", call)
+
+    return at
 
 
 class CallerState:

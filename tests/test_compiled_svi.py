@@ -10,7 +10,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import ModulePair
+from pairs import ModulePair
 from pyro import distributions as dist
 from pyro.infer import SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import SGD, Adam, ClippedAdam, ExponentialLR

@@ -9,7 +9,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import ModulePair
+from pairs import ModulePair
 from pyro import distributions as dist
 from pyro.infer import (
     RenyiELBO,

@@ -19,7 +19,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from conftest import ModulePair
+from pairs import ModulePair
 from pyro import distributions as dist
 from torch import nn
 from torch.utils.data import TensorDataset

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ModulePair
+from pairs import ModulePair
 from torch import nn
 
 import pvae

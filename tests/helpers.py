@@ -1,0 +1,157 @@
+"""What several test files do: train and evaluate a pair, compare what came of it, and make data that are read."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import pvae
+
+# --- training and evaluating ----------------------------------------------------------------------------------------
+
+
+def fit(pair, data, **options):
+    """A short training in small batches."""
+    return pvae.fit(pair.model, pair.guide, data, **{"epochs": 2, "batch_size": 64, "progress": False, **options})
+
+
+def train(pair, x, **options):
+    """Four epochs of five steps for 300 data, each with a validation."""
+    return fit(pair, x, **{"epochs": 4, "lr": 0.01, "validation": x[:100], **options})
+
+
+def evidence(pair, data, **options):
+    return pvae.log_evidence(pair.model, pair.guide, data, **options)
+
+
+def weights(module):
+    """Copies of a module's parameters."""
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(a, b):
+    """Whether two lists of tensors are equal to the bit."""
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def _state(pair, result):
+    modules = [m for m in (pair, getattr(pair, "guide", None)) if isinstance(m, nn.Module)]
+    tensors = {f"{n}.{k}": v for n, m in enumerate(modules) for k, v in m.state_dict().items()}
+    return {**tensors, **result.params}
+
+
+def assert_same_run(ours, theirs):
+    """Weights, parameters and curves of two pairs with their results, to the bit."""
+    (pair, result), (other, reference) = ours, theirs
+    a, b = _state(pair, result), _state(other, reference)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert result.history.keys() == reference.history.keys()
+    for name in result.history.keys() - {"seconds"}:
+        assert result.history[name].tolist() == reference.history[name].tolist(), name
+
+
+# --- data that are read ---------------------------------------------------------------------------------------------
+
+
+class Items(Dataset):
+    """Any sequence, item by item."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+class Flipped(Items):
+    """Bits that are flipped at random, by one of the generators that a dataset may use."""
+
+    def __init__(self, items, by="torch"):
+        super().__init__(items)
+        self.by = by
+
+    def __getitem__(self, index):
+        draw = {"torch": lambda: torch.rand(()).item(), "numpy": np.random.rand, "python": random.random}[self.by]
+        return self.items[index] if draw() < 0.8 else 1 - self.items[index]
+
+
+class Drawing(Items):
+    """Draws random numbers, and makes nothing of them."""
+
+    def __getitem__(self, index):
+        torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002
+        return self.items[index]
+
+
+class Raising(Items):
+    """Fails at one of its items."""
+
+    def __init__(self, items, at, fail):
+        super().__init__(items)
+        self.at, self.fail = at, fail
+
+    def __getitem__(self, index):
+        if index == self.at:
+            self.fail()
+        return self.items[index]
+
+
+def tear():
+    """What a `Raising` dataset may fail with."""
+    raise KeyError("frame 77 is torn")
+
+
+class Iterated(IterableDataset):
+    """Any sequence, from its beginning to its end; workers divide it."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return iter(self.items[first::step])
+
+
+class Counted(Iterated):
+    """One that knows its length."""
+
+    def __len__(self):
+        return len(self.items)
+
+
+def batched(data, **options):
+    """A loader over a dataset of items; a batch sampler brings its own size."""
+    if "batch_sampler" not in options:
+        options = {"batch_size": 64, **options}
+    if options.get("num_workers"):
+        options["multiprocessing_context"] = "fork"  # whatever Python's default: datasets here are not all pickled
+    return DataLoader(data if isinstance(data, Dataset) else Items(data), **options)
+
+
+def fit_fresh(data, *, pair=None, **options):
+    """A pair, a small VAE unless a function makes another, and the result of training it from the same weights."""
+    torch.manual_seed(1)
+    pair = pvae.VAE.mlp(6, 2, [8]) if pair is None else pair()
+    return pair, fit(pair, data, **{"lr": 0.01, "compile": False, **options})
+
+
+def batches_of(data, **options):
+    """The rows of each batch that is trained on, by the first of their numbers."""
+    batches = []
+
+    def transform(x):
+        batches.append([int(value) for value in x[:, 0]])
+        return x
+
+    pair = pvae.VAE.mlp(1, 1, [4], "gaussian", units=(0, 1))
+    fit_fresh(data, pair=lambda: pair, transform=transform, **{"epochs": 1, **options})
+    return batches[1:]  # the first is a look at the pair

@@ -1,0 +1,55 @@
+"""Pyro pairs that several test files train or evaluate."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import distributions as dist
+from torch import nn
+from torch.distributions import constraints
+
+
+class ModulePair(nn.Module):
+    """A VAE as people write it by hand: ``pyro.module`` and a reshape to a flat image."""
+
+    def __init__(self, event: int = 6, latent: int = 2) -> None:
+        super().__init__()
+        self.latent = latent
+        self.encoder = nn.Sequential(nn.Linear(event, 8), nn.Softplus(), nn.Linear(8, 2 * latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, 8), nn.Softplus(), nn.Linear(8, event))
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("latent", dist.Normal(x.new_zeros(x.shape[0], self.latent), 1.0).to_event(1))
+            pyro.sample("obs", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x.reshape(len(x), -1))
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", x.shape[0]):
+            loc, raw = self.encoder(x.reshape(len(x), -1)).chunk(2, -1)
+            pyro.sample("latent", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+class Conditional(ModulePair):
+    """Bits given a label, which is passed on beside them."""
+
+    def model(self, x, y):
+        super().model(x)
+
+    def guide(self, x, y):
+        super().guide((x + y[:, None]) / 2)
+
+
+class Bare:
+    """Parameters made by ``pyro.param``, one of them constrained."""
+
+    def model(self, x):
+        noise = pyro.param("noise", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[:, None].expand(-1, 6), noise).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.0)) * x.sum(-1), 1.0))
