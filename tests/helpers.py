@@ -1,8 +1,12 @@
-"""What several test files do: train and evaluate a pair, compare what came of it, and make data that are read."""
+"""What several test files do: train and evaluate a pair, compare what came of it, start processes, and read data."""
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +29,8 @@ def train(pair, x, **options):
 
 
 def evidence(pair, data, **options):
-    return pvae.log_evidence(pair.model, pair.guide, data, **options)
+    """log p(x) with 30 draws a datum."""
+    return pvae.log_evidence(pair.model, pair.guide, data, **{"num_samples": 30, "progress": False, **options})
 
 
 def weights(module):
@@ -53,6 +58,64 @@ def assert_same_run(ours, theirs):
     assert result.history.keys() == reference.history.keys()
     for name in result.history.keys() - {"seconds"}:
         assert result.history[name].tolist() == reference.history[name].tolist(), name
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def python(code, *arguments, options=(), **environment):
+    """Starts Python on some code; `lines_of` waits for it. `None` for a variable unsets it."""
+    known = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pvae.__file__).parents[1])}
+    settings = {**os.environ, **known, **environment}
+    return subprocess.Popen(
+        [sys.executable, *options, "-c", code, *map(str, arguments)],
+        env={name: str(value) for name, value in settings.items() if value is not None},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines_of(process):
+    """What a process prints, once it has ended well."""
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return out.splitlines()
+
+
+def process_state():
+    """What a call could leave otherwise than it found it."""
+    import os
+    import random
+    import signal
+    import socket
+    import warnings
+
+    import numpy as np
+    import pyro
+    import torch
+    from torch.nn.modules import module
+
+    autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+    return {
+        "torch's random numbers": torch.get_rng_state().tolist(),
+        "NumPy's random numbers": repr(np.random.get_state()),  # noqa: NPY002
+        "Python's random numbers": random.getstate(),
+        "param store": {name: value.tolist() for name, value in pyro.get_param_store().items()},
+        "handlers": len(pyro.poutine.runtime._PYRO_STACK),
+        "settings": pyro.settings.get(),
+        "validation": (torch.distributions.Distribution._validate_args, pyro.infer.util.is_validation_enabled()),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
+        "autocast": autocast,
+        "defaults": (torch.get_default_dtype(), torch.get_default_device()),
+        "determinism": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic),
+        "products": (torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "hooks": (len(module._global_forward_pre_hooks), len(module._global_forward_hooks)),
+        "signals": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+        "warnings": list(warnings.filters),
+        "environment": (dict(os.environ), os.getcwd(), socket.getdefaulttimeout()),
+    }
 
 
 # --- data that are read ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pyro
+import pytest
 import torch
 from pyro import distributions as dist
 from torch import nn
@@ -29,6 +30,16 @@ class ModulePair(nn.Module):
         with pyro.plate("data", x.shape[0]):
             loc, raw = self.encoder(x.reshape(len(x), -1)).chunk(2, -1)
             pyro.sample("latent", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+class Untouched(ModulePair):
+    """A pair that must not run."""
+
+    def model(self, *batch):
+        pytest.fail("the model ran")
+
+    def guide(self, *batch):
+        pytest.fail("the guide ran")
 
 
 class Conditional(ModulePair):

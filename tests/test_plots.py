@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import math
+import sys
+
 import matplotlib
 import numpy as np
 import pytest
 import torch
 
 from pvae import plots
-from pvae.errors import DataError
+from pvae.errors import DataError, PVAEError
 
 matplotlib.use("Agg")
 plt = pytest.importorskip("matplotlib.pyplot")
@@ -95,3 +98,30 @@ def test_latent_plane_draws_every_point():
     ax = plots.latent_plane({"prior": torch.randn(30, 2), "guide": torch.randn(20, 2, requires_grad=True)})
     assert [len(c.get_offsets()) for c in ax.collections] == [30, 20]
     assert ax.get_legend_handles_labels()[1] == ["prior: 30 samples", "guide: 20 samples"]
+
+
+@pytest.mark.parametrize("fine", [0, 30])
+def test_draws_that_cannot_explain_a_datum_can_be_drawn(fine, tmp_path):
+    """Log-weights of minus infinity: some of the prior's, or all."""
+    w = torch.full((40,), -math.inf)
+    w[:fine] = torch.randn(fine)
+    ax = plots.weight_histogram({"prior": w})
+    heights = [bar.get_height() for bar in ax.containers[0]]
+    assert sum(heights) == pytest.approx(fine / 40)
+    ax.figure.savefig(tmp_path / "weights.png")
+    ax = plots.running_estimate({"prior": w}, elbo=-math.inf)
+    last = ax.lines[0].get_ydata()[-1]
+    assert last == pytest.approx(w.double().exp().mean().log().item())
+    ax.figure.savefig(tmp_path / "estimate.png")
+
+
+def test_reconstructions_of_other_images_are_refused():
+    for other in (torch.zeros(2, 4, 4), torch.zeros(3, 5, 5)):
+        with pytest.raises(DataError, match=r"in pairs, got \(3, 4, 4\)"):
+            plots.reconstructions(torch.zeros(3, 4, 4), other)
+
+
+def test_without_matplotlib_a_figure_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(PVAEError, match="to draw takes matplotlib, which cannot be imported"):
+        plots.learning_curve({"elbo": [-1.0]})
