@@ -191,7 +191,7 @@ class Counted(Iterated):
         return len(self.items)
 
 
-def batched(data, **options):
+def make_loader(data, **options):
     """A loader over a dataset of items; a batch sampler brings its own size."""
     if "batch_sampler" not in options:
         options = {"batch_size": 64, **options}

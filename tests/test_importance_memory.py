@@ -9,7 +9,7 @@ from functools import partial
 import helpers
 import pytest
 import torch
-from helpers import Items, batched, fit_fresh, weights
+from helpers import Items, fit_fresh, make_loader, weights
 from pairs import ModulePair
 
 import pvae
@@ -48,7 +48,7 @@ def sizes_said(caplog):
 @pytest.mark.parametrize("fail", [from_cuda, from_the_cpu])
 @pytest.mark.parametrize("stream", [False, True])
 def test_chunks_are_halved_until_there_is_memory(fail, stream, bits, caplog):
-    data = batched(bits, batch_size=100) if stream else bits
+    data = make_loader(bits, batch_size=100) if stream else bits
     hungry = Hungry(300, fail)
     with caplog.at_level(logging.WARNING, "pvae"):
         estimate = evidence(hungry, data, num_samples=40, chunk_size=2000)

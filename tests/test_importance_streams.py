@@ -10,7 +10,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from helpers import Drawing, Items, Iterated, batched, fit_fresh
+from helpers import Drawing, Items, Iterated, fit_fresh, make_loader
 from pairs import Conditional
 from pyro import distributions as dist
 from torch import nn
@@ -32,9 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 STREAMS = {
     "dataset": lambda x: Items(x),
     "float32": lambda x: Items(list(x.float().numpy())),
-    "loader": lambda x: batched(x, batch_size=50),
-    "workers": lambda x: batched(x, batch_size=50, num_workers=2),
-    "iterable": lambda x: batched(Iterated(x), batch_size=50),
+    "loader": lambda x: make_loader(x, batch_size=50),
+    "workers": lambda x: make_loader(x, batch_size=50, num_workers=2),
+    "iterable": lambda x: make_loader(Iterated(x), batch_size=50),
     "batches": lambda x: DataLoader(Items(list(x.split(50))), batch_size=None),
 }
 
@@ -97,7 +97,7 @@ def test_blocks_hold_fewer_of_larger_data(oracle, monkeypatch):
 
 def test_a_target_for_the_error_is_met_in_each_block(oracle):
     x = oracle.sample(90)
-    data = batched(x, batch_size=40)
+    data = make_loader(x, batch_size=40)
     estimate = evidence(oracle, data, num_samples=50, target_std_error=0.02, max_samples=20_000)
     assert ((estimate.std_error < 0.02) | (estimate.samples == 20_000)).double().mean() > 0.95
     assert len(estimate.samples.unique()) > 1
@@ -105,7 +105,7 @@ def test_a_target_for_the_error_is_met_in_each_block(oracle):
 
 
 def test_kept_weights_are_those_that_are_summed(oracle):
-    data = batched(oracle.sample(90), batch_size=40)
+    data = make_loader(oracle.sample(90), batch_size=40)
     log_w = pvae.log_weights(oracle.model, oracle.guide, data, num_samples=60)
     assert log_w.shape == (60, 90)
     estimate = evidence(oracle, data, num_samples=60)
@@ -132,7 +132,7 @@ def test_another_guide_with_modules_decides_the_dtype_of_every_block():
                 pyro.sample("z", dist.Normal(self.network(x), 1.0).to_event(1))
 
     x = oracle.sample(20).double()
-    estimate = evidence(oracle, batched(x, batch_size=8), proposal=Other(), num_samples=10)
+    estimate = evidence(oracle, make_loader(x, batch_size=8), proposal=Other(), num_samples=10)
     assert estimate.log_px.isfinite().all()
 
 
@@ -161,7 +161,7 @@ def test_all_data_are_never_held_at_once(oracle, monkeypatch):
         most[0] = max(most[0], len(batches))
         return batch
 
-    data = batched(Items(torch.zeros(2000, 5).double()), batch_size=100, collate_fn=collate)
+    data = make_loader(Items(torch.zeros(2000, 5).double()), batch_size=100, collate_fn=collate)
     assert len(evidence(oracle, data, num_samples=3).log_px) == 2000
     assert most[0] <= 3  # the first, on which the pair was tried, the last, and the next
     most[0] = 0
@@ -183,4 +183,4 @@ def test_a_weight_that_is_nan_names_its_batch():
     x = torch.randn(100)
     x[75] = 1e4
     with pytest.raises(pvae.NumericalError, match=r"that begins with datum 0 of batch 2 of data: .*nan"):
-        evidence(Torn(), batched(x, batch_size=50), num_samples=5)
+        evidence(Torn(), make_loader(x, batch_size=50), num_samples=5)

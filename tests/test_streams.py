@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import Counted, Items, Iterated, assert_same_run, batched, batches_of, fit_fresh
+from helpers import Counted, Items, Iterated, assert_same_run, batches_of, fit_fresh, make_loader
 from pairs import Conditional
 from torch.utils.data import (
     DataLoader,
@@ -117,7 +117,7 @@ def test_items_may_be_fetched_many_at_once(bits):
     ],
 )
 def test_items_that_are_no_tensors_are_an_error(items, said, bits, small_vae):
-    for data in (Items(items), batched(Items(items))):
+    for data in (Items(items), make_loader(Items(items))):
         with pytest.raises(pvae.DataError, match=said):
             fit_fresh(data)
         with pytest.raises(pvae.DataError, match=said):
@@ -139,9 +139,9 @@ def test_programs_that_take_another_number_of_tensors_are_an_error(bits):
 
 
 def test_batches_are_the_loaders_own(numbers):
-    assert batches_of(batched(numbers, batch_size=8)) == [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
+    assert batches_of(make_loader(numbers, batch_size=8)) == [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
     own = [[3, 1], [0, 2, 4], [19]]
-    assert batches_of(batched(numbers, batch_sampler=own), epochs=2) == own + own
+    assert batches_of(make_loader(numbers, batch_sampler=own), epochs=2) == own + own
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -149,7 +149,7 @@ def test_items_that_are_batches(workers, numbers):
     pieces = Items(list(numbers.split([7, 1, 12])))
     loader = DataLoader(pieces, batch_size=None, num_workers=workers)
     assert batches_of(loader) == [[*range(7)], [7], [*range(8, 20)]]
-    own = batched(numbers, batch_sampler=[[*range(7)], [7], [*range(8, 20)]])
+    own = make_loader(numbers, batch_sampler=[[*range(7)], [7], [*range(8, 20)]])
     gaussian = {"pair": lambda: pvae.VAE.mlp(1, 1, [4], "gaussian")}
     assert_same_run(fit_fresh(loader, **gaussian), fit_fresh(own, **gaussian))
 
@@ -165,14 +165,14 @@ def test_items_that_are_batches(workers, numbers):
     ids=["NumPy", "a tuple", "a list", "float64"],
 )
 def test_a_loaders_own_collating(collate, bits):
-    assert_same_run(fit_fresh(batched(bits, collate_fn=collate)), fit_fresh(batched(bits)))
+    assert_same_run(fit_fresh(make_loader(bits, collate_fn=collate)), fit_fresh(make_loader(bits)))
 
 
 def test_a_batch_of_nothing_does_not_end_a_pass(bits):
     def collate(items):
         return None if any(torch.equal(x, bits[130]) for x in items[2:3]) else torch.stack(items)
 
-    data = batched(Items(list(bits)), batch_sampler=[[0, 1, 2], [3, 4, 130], [5, 6, 7]], collate_fn=collate)
+    data = make_loader(Items(list(bits)), batch_sampler=[[0, 1, 2], [3, 4, 130], [5, 6, 7]], collate_fn=collate)
     with pytest.raises(pvae.DataError, match=r"batch 2 of data must be a tensor.*got NoneType"):
         fit_fresh(data)
 
@@ -181,12 +181,12 @@ def test_a_batch_of_nothing_does_not_end_a_pass(bits):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_iterable_datasets(kind, workers, bits):
     """The same batches in order, so the same numbers, per datum, whether or not their number is known."""
-    data = batched(kind(bits), num_workers=workers)
-    assert_same_run(fit_fresh(data, validation=data), fit_fresh(batched(bits), validation=bits))
+    data = make_loader(kind(bits), num_workers=workers)
+    assert_same_run(fit_fresh(data, validation=data), fit_fresh(make_loader(bits), validation=bits))
 
 
 def test_iterable_datasets_are_divided_by_workers(numbers):
-    batches = batches_of(batched(Iterated(numbers), num_workers=2, batch_size=5))
+    batches = batches_of(make_loader(Iterated(numbers), num_workers=2, batch_size=5))
     assert batches == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9], [10, 12, 14, 16, 18], [11, 13, 15, 17, 19]]
 
 
@@ -209,8 +209,8 @@ def test_what_can_be_read_only_once_is_an_error_and_measured_whole(bits, small_v
             return self.iterator
 
     with pytest.raises(pvae.DataError, match=r"data gave no batch in pass 2. An iterable dataset has to begin anew"):
-        fit_fresh(batched(Once()))
-    estimate = pvae.log_evidence(small_vae.model, small_vae.guide, batched(Once()), num_samples=2)
+        fit_fresh(make_loader(Once()))
+    estimate = pvae.log_evidence(small_vae.model, small_vae.guide, make_loader(Once()), num_samples=2)
     assert len(estimate.log_px) == 300
 
 
@@ -221,7 +221,7 @@ def test_set_epoch_is_told_which_pass_it_is(numbers):
         def set_epoch(self, epoch):
             told.append(epoch)
 
-    for data in (Told(numbers), batched(Told(numbers), sampler=DistributedSampler(numbers, 1, 0))):
+    for data in (Told(numbers), make_loader(Told(numbers), sampler=DistributedSampler(numbers, 1, 0))):
         told.clear()
         batches = batches_of(data, epochs=3)
         assert told == [0, 1, 2, 3]
@@ -231,7 +231,7 @@ def test_set_epoch_is_told_which_pass_it_is(numbers):
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")  # where there is no GPU
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pinned_memory_is_left_to_the_loader(workers, bits):
-    assert_same_run(fit_fresh(batched(bits, pin_memory=True, num_workers=workers)), fit_fresh(batched(bits)))
+    assert_same_run(fit_fresh(make_loader(bits, pin_memory=True, num_workers=workers)), fit_fresh(make_loader(bits)))
 
 
 # --- several processes, each of which reads its part ------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_each_process_reads_its_part_of_a_dataset_alone(numbers):
 
 
 def test_each_process_evaluates_every_so_many_batches(numbers):
-    for make in (Items, lambda x: batched(x, batch_size=8)):
+    for make in (Items, lambda x: make_loader(x, batch_size=8)):
         parts = [
             dict(Stream("data", make(numbers), 8, 0, Processes(rank, 2), evaluated=True).batches(0))
             for rank in range(2)
@@ -272,7 +272,8 @@ def test_each_process_evaluates_every_so_many_batches(numbers):
 
 def test_a_loaders_batches_are_divided(numbers):
     parts = [
-        [x for _, (x,) in Stream("", batched(numbers, batch_size=9), 1, 0, Processes(r, 2)).batches(1)] for r in (0, 1)
+        [x for _, (x,) in Stream("", make_loader(numbers, batch_size=9), 1, 0, Processes(r, 2)).batches(1)]
+        for r in (0, 1)
     ]
     assert [[len(x) for x in part] for part in parts] == [[5, 5, 1], [4, 4, 1]]
     assert torch.equal(torch.cat([torch.cat(both) for both in zip(*parts, strict=True)]), numbers)

@@ -9,7 +9,7 @@ import time
 import pyro
 import pytest
 import torch
-from helpers import Counted, Items, Iterated, Raising, batched, fit_fresh, tear
+from helpers import Counted, Items, Iterated, Raising, fit_fresh, make_loader, tear
 from pyro import distributions as dist
 from torch.utils.data import (
     BatchSampler,
@@ -52,18 +52,18 @@ kills_workers = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExcep
 )
 def test_data_left_out_or_repeated_in_training_are_said(options, said, bits):
     with pytest.warns(UserWarning, match=f"^data: .*{said}"):
-        fit_fresh(batched(bits, **options), epochs=1)
+        fit_fresh(make_loader(bits, **options), epochs=1)
 
 
 def test_dropping_from_an_iterable_is_said(bits):
     with pytest.warns(UserWarning, match="^data: the loader drops the last 44 of 300 data in each pass"):
-        fit_fresh(batched(Counted(bits), drop_last=True), epochs=1)
+        fit_fresh(make_loader(Counted(bits), drop_last=True), epochs=1)
     with pytest.warns(UserWarning, match="^data: the loader drops a last batch that is not full"):
-        fit_fresh(batched(Iterated(bits), drop_last=True), epochs=1)
+        fit_fresh(make_loader(Iterated(bits), drop_last=True), epochs=1)
 
 
 def test_dropping_in_what_is_evaluated_is_said(bits, small_vae):
-    data = batched(bits, drop_last=True)
+    data = make_loader(bits, drop_last=True)
     with pytest.warns(UserWarning, match="^data: the loader drops the last 44 of 300 data"):
         estimate = pvae.log_evidence(small_vae.model, small_vae.guide, data, num_samples=2)
     assert len(estimate.log_px) == 256
@@ -82,9 +82,9 @@ def test_dropping_in_what_is_evaluated_is_said(bits, small_vae):
 def test_data_that_would_count_twice_are_refused_where_they_are_evaluated(sampler, bits, small_vae):
     said = "may draw one of 300 data more than once, so that some would count twice"
     with pytest.raises(pvae.DataError, match=f"data: its {type(sampler).__name__} {said}"):
-        pvae.log_evidence(small_vae.model, small_vae.guide, batched(bits, sampler=sampler))
+        pvae.log_evidence(small_vae.model, small_vae.guide, make_loader(bits, sampler=sampler))
     with pytest.raises(pvae.DataError, match=f"validation: its .*{said}"):
-        fit_fresh(bits, validation=batched(bits, sampler=sampler))
+        fit_fresh(bits, validation=make_loader(bits, sampler=sampler))
 
 
 def test_workers_that_give_all_the_data_each_are_noticed(bits, small_vae):
@@ -95,7 +95,7 @@ def test_workers_that_give_all_the_data_each_are_noticed(bits, small_vae):
         def __iter__(self):
             return iter(bits)
 
-    data = batched(Undivided(), num_workers=2)
+    data = make_loader(Undivided(), num_workers=2)
     with pytest.warns(UserWarning, match="data: 600 data came in a pass, and by its length there are 300"):
         pvae.log_evidence(small_vae.model, small_vae.guide, data, num_samples=2)
     with pytest.warns(UserWarning, match="data: 600 data came in a pass"):
@@ -104,7 +104,7 @@ def test_workers_that_give_all_the_data_each_are_noticed(bits, small_vae):
 
 def distributed(length, **options):
     sampler = DistributedSampler(range(length), 2, 0, **{"shuffle": False, **options})
-    return batched(torch.zeros(length, 6), sampler=sampler, batch_size=4)
+    return make_loader(torch.zeros(length, 6), sampler=sampler, batch_size=4)
 
 
 def test_a_distributed_sampler_says_what_it_pads_and_drops():
@@ -123,7 +123,7 @@ def test_a_distributed_sampler_says_what_it_pads_and_drops():
 
 def test_what_each_process_drops_is_added_up():
     sampler = DistributedSampler(range(18), 2, 0, shuffle=False)
-    data = batched(torch.zeros(18, 6), sampler=sampler, batch_size=4, drop_last=True)
+    data = make_loader(torch.zeros(18, 6), sampler=sampler, batch_size=4, drop_last=True)
     with pytest.warns(UserWarning, match="the loader drops the last 2 of 18 data"):
         assert Stream("data", data, 1, 0, Processes(1, 2)).num_data == 16
 
@@ -145,19 +145,19 @@ def test_a_distributed_sampler_for_other_processes_is_an_error(bits):
     ],
 )
 def test_another_order_is_said_where_results_have_one(options, who, bits, small_vae):
-    data = batched(bits, **options)
+    data = make_loader(bits, **options)
     with pytest.warns(UserWarning, match=f"data: results are in the order in which the loader's {who} draws the data"):
         estimate = pvae.log_evidence(small_vae.model, small_vae.guide, data, num_samples=2)
     if "sampler" in options and who == "list":
-        plain = pvae.log_evidence(small_vae.model, small_vae.guide, batched(bits.flip(0)), num_samples=2)
+        plain = pvae.log_evidence(small_vae.model, small_vae.guide, make_loader(bits.flip(0)), num_samples=2)
         assert torch.equal(estimate.log_px, plain.log_px)
-    fit_fresh(bits, validation=batched(bits, shuffle=True))  # a sum has no order: no warning
+    fit_fresh(bits, validation=make_loader(bits, shuffle=True))  # a sum has no order: no warning
 
 
 # --- what is wrong with the data --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [Items, batched])
+@pytest.mark.parametrize("read", [Items, make_loader])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_named_before_its_step(read, value, bits, small_vae):
     bits[200, 3] = value
@@ -165,7 +165,7 @@ def test_what_is_not_finite_is_named_before_its_step(read, value, bits, small_va
     with pytest.raises(pvae.DataError, match=r"batch \d of data holds 1 nan or infinite entries.* index \(\d+, 3\)"):
         fit_fresh(read(bits), pair=lambda: small_vae, transform=count, epochs=1)
     assert all(p.isfinite().all() for p in small_vae.parameters())
-    if read is batched:
+    if read is make_loader:
         assert len(steps) == 1 + 3  # a look, and the three batches before
         with pytest.raises(pvae.DataError, match=r"batch 4 of validation holds 1 nan.* index \(8, 3\)"):
             fit_fresh(torch.zeros(300, 6), validation=read(bits))
@@ -180,12 +180,12 @@ def test_what_no_bernoulli_gives_is_named_before_its_step(value, example, bits, 
     taken, original = [], engine.Step.__call__
     monkeypatch.setattr(engine.Step, "__call__", lambda *args: taken.append(1) or original(*args))
     with pytest.raises(pvae.DataError, match=said.format("data")):
-        fit_fresh(batched(bits))
+        fit_fresh(make_loader(bits))
     assert len(taken) == 3
     with pytest.raises(pvae.DataError, match=said.format("validation")):
-        fit_fresh(torch.zeros(300, 6), validation=batched(bits))
+        fit_fresh(torch.zeros(300, 6), validation=make_loader(bits))
     with pytest.raises(pvae.DataError, match=said.format("data")):
-        pvae.log_evidence(small_vae.model, small_vae.guide, batched(bits), num_samples=2)
+        pvae.log_evidence(small_vae.model, small_vae.guide, make_loader(bits), num_samples=2)
     with pytest.raises(pvae.DataError, match=r"batch . of data: site 'x' is Bernoulli"):
         fit_fresh(Items(bits))
 
@@ -216,20 +216,20 @@ def test_numbers_too_large_for_the_parameters_are_named():
     x[200, 3] = 1e200
     pair = pvae.VAE.mlp(6, 2, [8], "gaussian")
     with pytest.raises(pvae.DataError, match=r"batch 4 of data: .* too large for the parameters' torch.float32"):
-        fit_fresh(batched(x), pair=lambda: pair)
+        fit_fresh(make_loader(x), pair=lambda: pair)
     with pytest.raises(pvae.DataError, match=r"batch 4 of data: .* too large for the parameters' torch.float32"):
-        pvae.log_evidence(pair.model, pair.guide, batched(x), num_samples=2)
+        pvae.log_evidence(pair.model, pair.guide, make_loader(x), num_samples=2)
 
 
 @pytest.mark.parametrize(
     "data",
     [
         Items([]),
-        batched(Items([])),
-        batched(Counted([])),
-        batched(Iterated([])),
-        batched(torch.zeros(9, 6), drop_last=True),
-        batched(torch.zeros(9, 6), batch_sampler=[]),
+        make_loader(Items([])),
+        make_loader(Counted([])),
+        make_loader(Iterated([])),
+        make_loader(torch.zeros(9, 6), drop_last=True),
+        make_loader(torch.zeros(9, 6), batch_sampler=[]),
     ],
     ids=["dataset", "loader", "iterable", "iterable of unknown length", "all is dropped", "no batch"],
 )
@@ -256,7 +256,7 @@ def test_a_dataset_without_a_length_is_an_error():
 @pytest.mark.parametrize("workers", [None, 0, 2])
 def test_an_error_of_the_datasets_own_is_seen(workers, bits, small_vae):
     data = Raising(bits, 200, tear)
-    data = data if workers is None else batched(data, num_workers=workers)
+    data = data if workers is None else make_loader(data, num_workers=workers)
     with pytest.raises(KeyError, match="frame 77 is torn"):
         fit_fresh(data)
     with pytest.raises(KeyError, match="frame 77 is torn"):
@@ -270,14 +270,14 @@ def test_a_dataset_that_ends_before_its_length_is_an_error(bits, small_vae):
     with pytest.raises(RuntimeError, match="StopIteration"):
         pvae.log_evidence(small_vae.model, small_vae.guide, data, num_samples=2)
     with pytest.warns(UserWarning, match="data: 192 data came in a pass, and by its length there are 300"):
-        pvae.log_evidence(small_vae.model, small_vae.guide, batched(data), num_samples=2)
+        pvae.log_evidence(small_vae.model, small_vae.guide, make_loader(data), num_samples=2)
 
 
 @kills_workers
 @pytest.mark.parametrize("end", [lambda: os._exit(3), lambda: sys.exit(4)])
 def test_a_worker_that_ends_is_an_error(end, bits, small_vae):
     """It is heard of by a signal, or by the end of what it was sending."""
-    data = batched(Raising(bits, 250, end), num_workers=2)
+    data = make_loader(Raising(bits, 250, end), num_workers=2)
     said = "data: a worker of the DataLoader ended as it read the data"
     with pytest.raises(pvae.DataError, match=said):
         fit_fresh(data)
@@ -288,6 +288,6 @@ def test_a_worker_that_ends_is_an_error(end, bits, small_vae):
 
 
 def test_a_loader_that_times_out_is_an_error(bits):
-    data = batched(Raising(bits, 250, lambda: time.sleep(1.5)), num_workers=1, timeout=0.3)
+    data = make_loader(Raising(bits, 250, lambda: time.sleep(1.5)), num_workers=1, timeout=0.3)
     with pytest.raises(RuntimeError, match=r"DataLoader timed out after 0.3 seconds"):
         fit_fresh(data)

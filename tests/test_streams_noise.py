@@ -19,9 +19,9 @@ from helpers import (
     Iterated,
     Raising,
     assert_same_run,
-    batched,
     batches_of,
     fit_fresh,
+    make_loader,
     same,
     tear,
     weights,
@@ -71,7 +71,7 @@ def test_shuffling_follows_the_seed_alone(kind, numbers):
         own = generator(state)
         before = own.get_state()
         options = {"batch_size": 8} if "batch" not in kind else {}
-        data = batched(numbers, **options, **SHUFFLED[kind](numbers, own))
+        data = make_loader(numbers, **options, **SHUFFLED[kind](numbers, own))
         runs.append(batches_of(data, epochs=2, seed=seed))
         assert torch.equal(own.get_state(), before)
         assert own.initial_seed() == state
@@ -85,7 +85,7 @@ def test_shuffling_follows_the_seed_alone(kind, numbers):
 def test_a_loaders_generator_is_put_back_after_an_error(bits):
     own = generator(5)
     before = own.get_state()
-    data = batched(Raising(bits, 200, tear), shuffle=True, generator=own)
+    data = make_loader(Raising(bits, 200, tear), shuffle=True, generator=own)
     with pytest.raises(KeyError, match="frame 77 is torn") as error:
         fit_fresh(data)
     assert torch.equal(own.get_state(), before)
@@ -96,7 +96,7 @@ def test_reading_leaves_the_callers_random_numbers_alone(bits):
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
 
-    for data in (Drawing(bits), batched(Drawing(bits), shuffle=True)):
+    for data in (Drawing(bits), make_loader(Drawing(bits), shuffle=True)):
         before = states()
         pair, _ = fit_fresh(data, validation=data)
         torch.manual_seed(1)  # as `trained` does
@@ -111,15 +111,17 @@ def test_reading_leaves_the_callers_random_numbers_alone(bits):
 
 def test_noise_does_not_depend_on_random_numbers_that_reading_draws(bits):
     assert_same_run(fit_fresh(Drawing(bits), validation=Drawing(bits)), fit_fresh(bits, validation=bits))
-    assert_same_run(fit_fresh(batched(Drawing(bits), num_workers=2)), fit_fresh(batched(bits)))
-    assert_same_run(fit_fresh(batched(Drawing(bits))), fit_fresh(batched(bits)))
+    assert_same_run(fit_fresh(make_loader(Drawing(bits), num_workers=2)), fit_fresh(make_loader(bits)))
+    assert_same_run(fit_fresh(make_loader(Drawing(bits))), fit_fresh(make_loader(bits)))
 
 
 @pytest.mark.parametrize("options", [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
 def test_workers_change_nothing(options, bits):
     plain = {"shuffle": True}
-    reference = fit_fresh(batched(bits, **plain), validation=bits[:80])
-    assert_same_run(fit_fresh(batched(bits, **plain, **options), validation=batched(bits[:80], **options)), reference)
+    reference = fit_fresh(make_loader(bits, **plain), validation=bits[:80])
+    assert_same_run(
+        fit_fresh(make_loader(bits, **plain, **options), validation=make_loader(bits[:80], **options)), reference
+    )
 
 
 def test_batches_come_in_order_even_from_workers_that_need_not_keep_it(numbers):
@@ -129,15 +131,15 @@ def test_batches_come_in_order_even_from_workers_that_need_not_keep_it(numbers):
                 time.sleep(0.2)
             return self.items[index]
 
-    data = batched(Slow(numbers), batch_size=5, num_workers=2, in_order=False)
+    data = make_loader(Slow(numbers), batch_size=5, num_workers=2, in_order=False)
     assert [batch[0] for batch in batches_of(data)] == [0, 5, 10, 15]
 
 
 READERS = {
     "dataset": lambda data: data,
-    "loader": lambda data: batched(data, shuffle=True),
-    "workers": lambda data: batched(data, shuffle=True, num_workers=2),
-    "persistent workers": lambda data: batched(data, num_workers=2, persistent_workers=True),
+    "loader": lambda data: make_loader(data, shuffle=True),
+    "workers": lambda data: make_loader(data, shuffle=True, num_workers=2),
+    "persistent workers": lambda data: make_loader(data, num_workers=2, persistent_workers=True),
 }
 
 
@@ -158,7 +160,7 @@ def test_augmentation_follows_the_seed(reader, by, bits):
 def test_augmentation_is_other_in_each_pass_and_batch(read):
     """1 becomes 0 at random: two batches of 64 are equal with a chance of 2e-11."""
     data = Flipped(torch.ones(256, 1))
-    data = data if read is None else batched(data, num_workers=read)
+    data = data if read is None else make_loader(data, num_workers=read)
     batches = batches_of(data, epochs=2)
     assert len({tuple(batch) for batch in batches}) == 8
 
@@ -168,8 +170,8 @@ def test_augmentation_is_other_in_each_pass_and_batch(read):
 
 RESUMED = {
     **{name: lambda x, read=read: read(Flipped(x)) for name, read in READERS.items()},
-    "own generator": lambda x: batched(Flipped(x, "numpy"), shuffle=True, generator=generator(4)),
-    "iterable": lambda x: batched(Iterated(x)),
+    "own generator": lambda x: make_loader(Flipped(x, "numpy"), shuffle=True, generator=generator(4)),
+    "iterable": lambda x: make_loader(Iterated(x)),
     "batches": lambda x: DataLoader(Items(list(x.split(70))), batch_size=None, shuffle=True),
 }
 
@@ -229,8 +231,8 @@ class Ended(Items):
 @pytest.mark.parametrize("where", ["training", "validation"])
 def test_a_signal_that_ends_the_workers_too(where, bits, tmp_path):
     """As from a batch system, which signals all processes of a job. A validation is not one of some of the data."""
-    data = batched(Ended(bits, tmp_path / "flag"), num_workers=1, prefetch_factor=1)
-    plain = batched(bits)
+    data = make_loader(Ended(bits, tmp_path / "flag"), num_workers=1, prefetch_factor=1)
+    plain = make_loader(bits)
     options = {"checkpoint": tmp_path / "run", "resume": "auto"}
     options |= {"data": plain, "validation": data} if where == "validation" else {"data": data, "validation": plain}
     _, stopped = fit_fresh(**options)
@@ -244,7 +246,7 @@ def test_a_signal_that_ends_the_workers_too(where, bits, tmp_path):
 def test_a_worker_that_dies_is_heard_of_as_data_are_read(bits):
     """Not in the middle of a step: torch says it by a signal handler, which runs anywhere."""
     before = signal.getsignal(signal.SIGCHLD)
-    stream = Stream("data", batched(bits, num_workers=1, prefetch_factor=1), 1, 0, ALONE)
+    stream = Stream("data", make_loader(bits, num_workers=1, prefetch_factor=1), 1, 0, ALONE)
     batches = stream.batches(1)
     next(batches)
     (worker,) = multiprocessing.active_children()
