@@ -32,12 +32,17 @@ torch.set_num_threads(1)
 warnings.simplefilter("error")
 path, x, rng = sys.argv[1], (torch.rand(32, 6) < 0.5).float(), random.Random(0)
 before = -1
+
+def train(**options):
+    vae = pvae.VAE.mlp(6, 2, [64])
+    pvae.fit(vae.model, vae.guide, x, compile=False, progress=False, **options)
+
+train(epochs=1)  # loads what the children then have
 for kill in range(20):
     child = os.fork()
     if not child:
-        vae = pvae.VAE.mlp(6, 2, [64])
-        pvae.fit(vae.model, vae.guide, x, epochs=10**6, checkpoint=path, resume="auto", compile=False,
-                 progress=False)
+        signal.alarm(100)  # whatever happens, none is left behind
+        train(epochs=10**6, checkpoint=path, resume="auto")
     while Folder(path).newest() is None or Folder(path).newest().epoch <= before:
         time.sleep(0.01)
     time.sleep(rng.random() * 0.05)
