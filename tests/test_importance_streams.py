@@ -29,6 +29,12 @@ evidence = partial(helpers.evidence, compile=False)
 # Python 3.12 warns of any fork where there are threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
+
+@pytest.fixture
+def oracle():
+    return linear_gaussian(2, 5, guide_shift=0.3, guide_scale=1.2)
+
+
 STREAMS = {
     "dataset": lambda x: Items(x),
     "float32": lambda x: Items(list(x.float().numpy())),
