@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pvae
+from pvae.runtime import isolated
 
 # --- training and evaluating ----------------------------------------------------------------------------------------
 
@@ -58,6 +59,37 @@ def assert_same_run(ours, theirs):
     assert result.history.keys() == reference.history.keys()
     for name in result.history.keys() - {"seconds"}:
         assert result.history[name].tolist() == reference.history[name].tolist(), name
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal in dtype, shape and every bit, those of nan too."""
+
+    def bits(t):
+        return t.detach().contiguous().reshape(-1).view(torch.uint8)
+
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def assert_same_vae(vae: pvae.VAE, other: pvae.VAE) -> None:
+    """Parts and tensors to the bit, and densities."""
+    assert type(other) is type(vae)
+    assert repr(other) == repr(vae)
+    for tensors in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(vae, tensors)()), dict(getattr(other, tensors)())
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert same_bits(ours[name], theirs[name]), name
+            assert ours[name].requires_grad == theirs[name].requires_grad, name
+    x = torch.rand(5, *vae.event_shape).round()
+    with isolated([vae, other], seed=0):
+        z = vae.encode(x).sample()
+        for ours, theirs in (
+            (vae.encode(x).mean, other.encode(x).mean),
+            (vae.encode(x).stddev, other.encode(x).stddev),
+            (vae.decode(z).mean, other.decode(z).mean),
+            (vae.decode(z).log_prob(x.to(z)), other.decode(z).log_prob(x.to(z))),
+        ):
+            torch.testing.assert_close(ours, theirs)
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

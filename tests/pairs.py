@@ -9,6 +9,9 @@ from pyro import distributions as dist
 from torch import nn
 from torch.distributions import constraints
 
+import pvae
+from pvae import likelihoods, networks, posteriors, priors
+
 
 class ModulePair(nn.Module):
     """A VAE as people write it by hand: ``pyro.module`` and a reshape to a flat image."""
@@ -30,6 +33,15 @@ class ModulePair(nn.Module):
         with pyro.plate("data", x.shape[0]):
             loc, raw = self.encoder(x.reshape(len(x), -1)).chunk(2, -1)
             pyro.sample("latent", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+def compose_vae(decoder: nn.Module | None = None, encoder: nn.Module | None = None) -> pvae.VAE:
+    """A VAE of bits whose networks, from 2 to 6 and from 6 to 4 numbers, can be given."""
+    return pvae.VAE(
+        priors.StandardNormal(2),
+        likelihoods.Bernoulli(decoder or networks.mlp(2, [5], 6)),
+        posteriors.DiagonalNormal(encoder or networks.mlp(6, [5], 4)),
+    )
 
 
 class Untouched(ModulePair):

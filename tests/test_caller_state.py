@@ -11,7 +11,7 @@ import pyro
 import pytest
 import torch
 from helpers import evidence, fit, lines_of, process_state, python, same, weights
-from pairs import ModulePair
+from pairs import ModulePair, compose_vae
 from torch import nn
 
 import pvae
@@ -124,9 +124,7 @@ def restless_vae():
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 4))
     decoder = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 6))
-    return pvae.VAE(
-        pvae.priors.StandardNormal(2), pvae.likelihoods.Bernoulli(decoder), pvae.posteriors.DiagonalNormal(encoder)
-    )
+    return compose_vae(decoder, encoder)
 
 
 def results(vae, x):
@@ -255,9 +253,7 @@ STATE = [
 def test_the_process_is_left_as_found(fails, call, other):
     x = torch.bernoulli(torch.full((200, 6), 0.3))
     layer = Restless()
-    decoder = nn.Sequential(nn.Linear(2, 6), layer)
-    encoder = pvae.posteriors.DiagonalNormal(nn.Linear(6, 4))
-    vae = pvae.VAE(pvae.priors.StandardNormal(2), pvae.likelihoods.Bernoulli(decoder), encoder)
+    vae = compose_vae(nn.Sequential(nn.Linear(2, 6), layer), nn.Linear(6, 4))
     layer.fails, layer.runs, layer.trained = fails, 0, False
     pyro.param("scale", torch.tensor(7.0))
     with settings(other):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as td
 from helpers import Items, Iterated
+from pairs import compose_vae
 from ranks import WithNoise, curves, fit, late_parameter, launch, small, some_bits, weights, with_noise
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -75,11 +76,7 @@ def batch_norm(rank: int) -> dict[str, torch.Tensor]:
     norm = nn.BatchNorm1d(6)
     norm.register_buffer("flag", torch.tensor([rank == 0]))
     norm.register_buffer("small", torch.tensor(rank, dtype=torch.int16))
-    vae = pvae.VAE(
-        pvae.priors.StandardNormal(2),
-        pvae.likelihoods.Bernoulli(pvae.networks.mlp(2, [8], 6)),
-        pvae.posteriors.DiagonalNormal(nn.Sequential(norm, pvae.networks.mlp(6, [8], 4))),
-    )
+    vae = compose_vae(pvae.networks.mlp(2, [8], 6), nn.Sequential(norm, pvae.networks.mlp(6, [8], 4)))
     # One process's data are others than the other's.
     fit(vae, some_bits(300), transform=lambda x: x + rank if torch.is_grad_enabled() else x, epochs=1)
     return {name: buffer.clone() for name, buffer in norm.named_buffers()}

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pairs import ModulePair
+from pairs import ModulePair, compose_vae
 from torch import nn
 
 import pvae
@@ -248,11 +248,7 @@ def test_moments_lie_in_memory_as_their_parameters_do(run, trained):
 
 
 def small():
-    return pvae.VAE(
-        pvae.priors.StandardNormal(2),
-        pvae.likelihoods.Bernoulli(nn.Sequential(nn.Linear(2, 6))),
-        pvae.posteriors.DiagonalNormal(nn.Sequential(nn.Linear(6, 4))),
-    )
+    return compose_vae(nn.Sequential(nn.Linear(2, 6)), nn.Sequential(nn.Linear(6, 4)))
 
 
 def layer(name, **arguments):
