@@ -1,0 +1,87 @@
+"""Somebody's programs: the modules in their reach, and the device on which they run."""
+
+from __future__ import annotations
+
+import functools
+
+import pyro
+import pytest
+import torch
+from torch import nn
+
+from pvae.errors import ArgumentError, DeviceError
+from pvae.runtime.programs import modules_of, place, resolve_device
+
+GLOBAL_MODULE = nn.Linear(1, 1)
+
+
+def uses_a_global(x):
+    return GLOBAL_MODULE(x)
+
+
+class PlainClass:
+    def __init__(self):
+        self.decoder = nn.Linear(2, 2)
+
+    def model(self, x):
+        return self.decoder(x)
+
+
+def test_modules_are_found_where_programs_keep_them(module_pair):
+    local = nn.Linear(1, 1)
+
+    def closure(x):
+        return local(x)
+
+    plain = PlainClass()
+    assert modules_of(module_pair) == [module_pair]
+    assert modules_of(module_pair.model, module_pair.guide) == [module_pair]
+    assert modules_of(plain.model) == [plain.decoder]
+    assert modules_of(closure) == [local]
+    assert modules_of(functools.partial(closure, 1)) == [local]
+    assert modules_of(pyro.poutine.scale(closure, 2.0)) == [local]
+    assert modules_of(uses_a_global) == [GLOBAL_MODULE]
+    assert modules_of(lambda x: x) == []
+
+    def helper(z):
+        return closure(z)
+
+    class Callable:
+        def __init__(self):
+            self.nets = [local]
+
+        def __call__(self, x):
+            return self.nets[0](x)
+
+    assert modules_of(lambda x: helper(x)) == [local]
+    assert modules_of(Callable()) == [local]
+    assert modules_of(functools.partial(max, key=local)) == [local]
+
+
+def test_place_gives_floats_the_modules_dtype_and_leaves_labels():
+    x, y = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    _, placed = place([nn.Linear(2, 2)], (x, y), "cpu")
+    assert [t.dtype for t in placed] == [torch.float32, torch.int64]
+    _, placed = place([nn.Linear(2, 2).double()], (x, y), "cpu")
+    assert placed[0] is x
+    device, placed = place([], (x, y), "auto")
+    assert device == x.device
+    assert placed[0] is x
+
+
+def test_device_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        resolve_device("cuda")
+    with pytest.raises(ArgumentError, match="'auto'"):
+        resolve_device("gpu")
+    with pytest.raises(ArgumentError, match="'auto'"):
+        resolve_device(None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 1)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
+    with pytest.raises(DeviceError, match="2 CUDA device"):
+        resolve_device("cuda:2")
