@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -21,13 +22,13 @@ from side_by_side import Multiply, Values, Way, add_peers, arguments, header, lo
 from torch import Tensor
 
 import pvae
-from pvae.data.batches import InMemory
-from pvae.runtime.isolation import isolated
+from pvae.runtime import ALONE, Stop, isolate
 from pvae.runtime.programs import resolve_device
-from pvae.svi import CompiledSVI, objectives
-from pvae.svi import elbos as bounds
-from pvae.svi import step as engine
-from pvae.svi.passes import epochs
+from pvae.svi import CompiledSVI
+from pvae.svi.passes import fastest_epochs
+from pvae.svi.settings import Settings
+from pvae.svi.step import Step
+from pvae.svi.trainable import make_trainable
 
 PYRO, NUMPYRO, FIT, PRODUCTS = "pyro.infer.SVI", "NumPyro, an epoch jitted", "pvae.fit, compiled", "products alone"
 
@@ -119,16 +120,15 @@ def pyro_svi(vae: pvae.VAE, x: Tensor, batch_size: int, *, kind: type[SVI] = SVI
 
 def pvae_fit(vae: pvae.VAE, x: Tensor, batch_size: int, *, compile: bool, precision: str = "float32") -> Epoch:
     """What `pvae.fit` does for an epoch, one at a time, so that it can take turns with others."""
-    vae, batches = copy.deepcopy(vae), InMemory((x,), batch_size, x.device)
-    with isolated([vae], seed=0, device=x.device):
-        verified = objectives.verify(vae.model, vae.guide, batches.first(), batches.tensors)
-    objective = bounds.resolve(None)
-    step = engine.Step(vae.model, vae.guide, objective, verified, batches, lr=LR, precision=precision, capture=compile)
-    passes, numbers = epochs(step), count(1)
+    vae = copy.deepcopy(vae)
+    settings = Settings.checked(epochs=1, batch_size=batch_size, lr=LR, precision=precision, compile=compile)
+    pair = make_trainable(vae.model, vae.guide, x, None, x.device, settings, ALONE, Stop())
+    passes = fastest_epochs(Step(pair, pair.batches, replace(settings, capture=compile)))
+    numbers = count(1)
 
     def epoch() -> float:
         number = next(numbers)
-        with isolated([vae], seed=number, device=x.device, training=True):
+        with isolate([vae], seed=number, device=x.device, training=True):
             passes.begin()
             for _ in passes.epoch(number):
                 pass

@@ -20,7 +20,7 @@ from pvae.networks import Units
 from pvae.persistence import saving, storage, try_run
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
-from pvae.runtime import check_real, check_support, in_turn, isolated, resolve_seed
+from pvae.runtime import check_real, check_support, in_turn, isolate, resolve_seed
 
 __all__ = ["VAE"]
 
@@ -184,13 +184,13 @@ class VAE(nn.Module):
             Shape ``(num_samples, *event)``.
         """
         num_samples = positive_int("num_samples", num_samples)
-        with isolated([self], seed=resolve_seed(seed), device=_device_of(self)):
+        with isolate([self], seed=resolve_seed(seed), device=_device_of(self)):
             px = self.decoder(self.prior().sample((num_samples,)))
             return px.mean if mean else px.sample()
 
     def reconstruct(self, x: Array) -> Tensor:
         """Returns ``E[x' | z]`` at ``z = E[z | x]`` under the encoder, shape ``(N, *event)`` like ``x``."""
-        with isolated([self], seed=0):
+        with isolate([self], seed=0):
             return self.decode(self.encode(x).mean).mean
 
     def wants_units(self, x: Tensor) -> bool:
@@ -303,7 +303,7 @@ class VAE(nn.Module):
 
 def _infer_shapes(vae: VAE) -> tuple[int, tuple[int, ...]]:
     """Runs the three parts once; returns the latent dimension and the event shape that they agree on."""
-    with isolated([vae], seed=0, device=_device_of(vae)):
+    with isolate([vae], seed=0, device=_device_of(vae)):
         pz = vae.prior()
         if len(pz.event_shape) != 1 or pz.batch_shape:
             raise ProgramError(
@@ -371,12 +371,12 @@ def _check_densities(vae: VAE, rebuilt: Any) -> None:
     """Raises `ProgramError` where a rebuilt VAE, which is moved to the device of the other, computes something else."""
     device = _device_of(vae)
     rebuilt.to(device)
-    with isolated([vae], seed=0, device=device):
+    with isolate([vae], seed=0, device=device):
         z = _draw(vae.prior(), (2,))
         x = _draw(vae.decoder(z))
     found = []
     for one in (vae, rebuilt):
-        with isolated([one], seed=0, device=device):
+        with isolate([one], seed=0, device=device):
             found.append((one.prior().log_prob(z), one.decoder(z).log_prob(x), one.encoder(x).log_prob(z)))
     for name, ours, theirs in zip(("prior", "decoder", "encoder"), *found, strict=True):
         # Weights that lie in memory otherwise are summed in another order.

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import pvae
-from pvae.runtime import isolated
+from pvae.runtime import isolate
 
 # --- training and evaluating ----------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ def assert_same_vae(vae: pvae.VAE, other: pvae.VAE) -> None:
             assert same_bits(ours[name], theirs[name]), name
             assert ours[name].requires_grad == theirs[name].requires_grad, name
     x = torch.rand(5, *vae.event_shape).round()
-    with isolated([vae, other], seed=0):
+    with isolate([vae, other], seed=0):
         z = vae.encode(x).sample()
         for ours, theirs in (
             (vae.encode(x).mean, other.encode(x).mean),

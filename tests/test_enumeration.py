@@ -22,7 +22,7 @@ from pyro.infer import (
 from torch import nn
 
 import pvae
-from pvae.runtime.isolation import isolated
+from pvae.runtime.isolation import isolate
 from pvae.svi import elbos as bounds
 from pvae.svi import objectives, validation
 from pvae.svi import step as engine
@@ -100,7 +100,7 @@ def fit(pair, x, **options):
 )
 def test_latents_marked_for_enumeration_are_enumerated_by_default(marks, chosen, x):
     pair = Clusters(*marks)
-    with isolated(seed=0):
+    with isolate(seed=0):
         verified = objectives.verify(pair.model, pair.guide, (x,), (x,))
     assert type(bounds.resolve(None, verified)) is chosen
 
@@ -300,7 +300,7 @@ def test_validation_is_the_objectives_own_loss_without_weights(name, capture, bi
     ).history
     own, total = BOUNDS[name](), 0.0
     own.max_plate_nesting = 1 + (name == "IWAE")
-    with isolated([small_vae], seed=3):
+    with isolate([small_vae], seed=3):
         for rows in bits.split(100):
             total += own.loss(small_vae.model, small_vae.guide, rows)
     assert history["validation_elbo"][-1] == pytest.approx(-total / len(bits), rel=1e-5)
@@ -314,7 +314,7 @@ def test_a_callable_may_be_no_bound_so_validation_is_the_elbo(bits, small_vae, x
         return 0.5 * Trace_ELBO().differentiable_loss(model, guide, x)
 
     history = pvae.fit(small_vae.model, small_vae.guide, bits, validation=bits, objective=half, **options).history
-    with isolated([small_vae], seed=3):
+    with isolate([small_vae], seed=3):
         total = sum(Trace_ELBO().loss(small_vae.model, small_vae.guide, rows) for rows in bits.split(256))
     assert history["validation_elbo"][-1] == pytest.approx(-total / len(bits), rel=1e-5)
 

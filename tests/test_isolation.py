@@ -8,20 +8,20 @@ import torch
 from torch import nn
 
 from pvae.errors import ArgumentError
-from pvae.runtime.isolation import isolated, outside_modules, resolve_seed
+from pvae.runtime.isolation import isolate, outside_modules, resolve_seed
 
 
 def test_a_block_has_a_state_of_its_own(caller_state):
     pyro.param("mine", torch.tensor(1.0))
     before = caller_state()
-    with isolated(seed=3) as store:
+    with isolate(seed=3) as store:
         assert not store
         assert not torch.is_grad_enabled()
         assert not pyro.infer.util.is_validation_enabled()
         pyro.param("theirs", torch.tensor(2.0))
         first = torch.randn(3)
     before.assert_unchanged()
-    with isolated(seed=3, training=True):
+    with isolate(seed=3, training=True):
         assert torch.is_grad_enabled()
         assert torch.equal(torch.randn(3), first)
     before.assert_unchanged()
@@ -33,7 +33,7 @@ def test_state_is_restored_after_an_error(caller_state):
     before = caller_state()
 
     def fails():
-        with isolated([module], seed=0):
+        with isolate([module], seed=0):
             assert not module.training
             pyro.param("theirs", torch.tensor(2.0))
             torch.randn(1)
@@ -50,7 +50,7 @@ def test_state_is_restored_after_an_error(caller_state):
 def test_modes_are_restored_whatever_they_were(grad, validation, caller_state):
     with torch.set_grad_enabled(grad), pyro.validation_enabled(validation):
         before = caller_state()
-        with isolated(seed=0, training=not grad):
+        with isolate(seed=0, training=not grad):
             pass
         before.assert_unchanged()
 
@@ -60,7 +60,7 @@ def test_outside_modules_leaves_out_what_lives_in_a_module():
     pyro.param("scale", torch.tensor(2.0), constraint=torch.distributions.constraints.positive)
     state = outside_modules(pyro.get_param_store())
     assert list(state["params"]) == list(state["constraints"]) == ["scale"]
-    with isolated(seed=0, params=state) as store:
+    with isolate(seed=0, params=state) as store:
         assert store["scale"].item() == pytest.approx(2.0)
 
 

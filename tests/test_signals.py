@@ -70,16 +70,16 @@ def test_a_signal_during_validation_leaves_it(bits, tmp_path, monkeypatch):
     whole = ModulePair()
     stopped, other = copy.deepcopy(whole), ModulePair()
     reference = train(whole, bits, validation=bits)
-    seen, original = [], Validation._isolated
+    seen, original = [], Validation._isolate
 
-    def isolated(self):
+    def isolate(self):
         seen.append(1)
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Validation, "_isolated", isolated)
+        patch.setattr(Validation, "_isolated", isolate)
         first = train(stopped, bits, validation=bits, checkpoint=tmp_path)
     assert first.checkpoint.name == "epoch-000001-step-0000005"
     result = train(other, bits, validation=bits, checkpoint=tmp_path, resume="auto")

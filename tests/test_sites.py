@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 import pvae
 from pvae.errors import DataError
-from pvae.runtime.sites import check_support, check_supports, observed
+from pvae.runtime.sites import check_support, check_supports, observed_data
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_all_data_are_checked_not_only_the_batch():
     batch = (data[:10],)
     site = {"type": "sample", "is_observed": True, "value": data[:10].reshape(10, 2, 2), "fn": dist.Bernoulli(0.5)}
     with pytest.raises(DataError, match="site 'x'"):
-        check_supports(observed({"x": site}, batch), (data,))
-    assert not observed({"x": site | {"is_observed": False}}, batch)
-    assert not observed({"x": site | {"value": 1 - data[:10]}}, batch)  # the model changed its data: its affair
+        check_supports(observed_data({"x": site}, batch), (data,))
+    assert not observed_data({"x": site | {"is_observed": False}}, batch)
+    assert not observed_data({"x": site | {"value": 1 - data[:10]}}, batch)  # the model changed its data: its affair
 
 
 class ComplexNormal(dist.TorchDistribution):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -24,11 +25,13 @@ from torch import nn
 import pvae
 from pvae.data.batches import InMemory
 from pvae.errors import NumericalError
-from pvae.runtime.isolation import isolated
+from pvae.runtime import Pair, isolate
 from pvae.svi import elbos as bounds
 from pvae.svi import objectives
 from pvae.svi import passes as passes_
 from pvae.svi import step as engine
+from pvae.svi.settings import Settings
+from pvae.svi.trainable import Trainable
 
 
 def vae(likelihood="bernoulli"):
@@ -106,11 +109,13 @@ CASES = {
 }
 
 
-def step_of(pair, x, *, capture, objective=None, **options):
-    objective = bounds.resolve(objective)
-    batches = InMemory((x,), 64, torch.device("cpu"), options.pop("transform", None))
+def step_of(pair, x, *, capture, objective=None, transform=None, **options):
+    batches = InMemory((x,), 64, torch.device("cpu"), transform)
+    placed = Pair.place(pair.model, pair.guide, device="cpu")
     verified = objectives.verify(pair.model, pair.guide, batches.first(), None)
-    step = engine.Step(pair.model, pair.guide, objective, verified, batches, capture=capture, **{"lr": 1e-2, **options})
+    trainable = Trainable(placed, verified, bounds.resolve(objective), {}, batches, None)
+    settings = Settings.checked(epochs=1, batch_size=64, **{"lr": 1e-2, **options})
+    step = engine.Step(trainable, batches, replace(settings, capture=capture))
     if step.captured:
         step.captured.compile_after = None
     return step
@@ -118,7 +123,7 @@ def step_of(pair, x, *, capture, objective=None, **options):
 
 @pytest.fixture(autouse=True)
 def _as_in_fit():
-    with isolated(seed=0, training=True):
+    with isolate(seed=0, training=True):
         yield
 
 
@@ -245,8 +250,8 @@ def test_on_the_gpu_nothing_moves_from_a_bad_step_on(bits):
     pair = vae()
     before = copy.deepcopy(pair)
     step = step_of(pair, bits, capture=True)
-    step.batches = InMemory((x,), 64, torch.device("cpu"))
     passes = passes_.CudaEpochs(step, record=lambda work: work)
+    passes.batches = InMemory((x,), 64, torch.device("cpu"))
     torch.manual_seed(0)
     with pytest.raises(NumericalError, match=f"^step {bad_step}, before its update"):
         list(passes.epoch(0))

@@ -21,7 +21,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from pvae.runtime import reached
+from pvae.runtime import reachable
 
 __all__ = ["Guard", "find_opaque", "is_same"]
 
@@ -164,7 +164,7 @@ def _collect(programs: tuple[Any, ...]) -> list[Any]:
     seen: dict[int, Any] = {}
     queue = list(programs)
     while queue:
-        new = [thing for thing in reached(*queue) if id(thing) not in seen]
+        new = [thing for thing in reachable(*queue) if id(thing) not in seen]
         seen |= {id(thing): thing for thing in new}
         queue = [inner for thing in new for inner in _children(thing) if id(inner) not in seen]
     return list(seen.values())

@@ -1,7 +1,7 @@
 """Arrays, streams and batches, for training and for evidence."""
 
 from pvae.data.arrays import Array, Data, as_tensors, check_shape, fingerprint, kind, named_shape
-from pvae.data.batches import Batches, InMemory, Rows, Streamed, Transform
+from pvae.data.batches import Batches, InMemory, Rows, Transform, as_source, make_batches
 from pvae.data.streams import Stream, is_stream
 
 __all__ = [
@@ -11,12 +11,13 @@ __all__ = [
     "InMemory",
     "Rows",
     "Stream",
-    "Streamed",
     "Transform",
+    "as_source",
     "as_tensors",
     "check_shape",
     "fingerprint",
     "is_stream",
     "kind",
+    "make_batches",
     "named_shape",
 ]

@@ -30,7 +30,7 @@ from torch.utils.data import (
 
 from pvae.data.arrays import as_tensors
 from pvae.errors import DataError, first_line, warn
-from pvae.runtime import ALONE, Processes, noise, set_noise
+from pvae.runtime import ALONE, Processes, get_rng_state, set_rng_state
 
 __all__ = ["Stream", "is_stream"]
 
@@ -108,7 +108,7 @@ class Stream:
         return self._of_dataset(epoch, begin) if self.loader is None else self._of_loader(self.loader, epoch, begin)
 
     @contextmanager
-    def named(self, number: int) -> Iterator[None]:
+    def name_errors(self, number: int) -> Iterator[None]:
         """A block in which a `DataError` is about a batch, and says so."""
         try:
             yield
@@ -257,10 +257,10 @@ class _Noise:
             self._set(outside)
 
     def _now(self) -> Any:
-        return noise(), [generator.get_state() for generator in self.generators]
+        return get_rng_state(), [generator.get_state() for generator in self.generators]
 
     def _set(self, states: Any) -> None:
-        set_noise(states[0])
+        set_rng_state(states[0])
         for generator, state in zip(self.generators, states[1], strict=True):
             generator.set_state(state)
 

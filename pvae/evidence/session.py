@@ -22,10 +22,12 @@ from pvae.runtime import (
     check_supports,
     check_surroundings,
     dtype_of,
-    isolated,
+    isolate,
     modules_of,
     outside_modules,
-    place,
+)
+from pvae.runtime import (
+    Pair as PlacedPair,
 )
 
 __all__ = ["Session", "fingerprints", "opened"]
@@ -100,8 +102,8 @@ class Session:
                 yield self.processes.rank, replace(self, data=data)
             return
         for number, rows in self.batches:
-            with self.stream.named(number):
-                data = place(self.modules, rows, self.device)[1]
+            with self.stream.name_errors(number):
+                data = PlacedPair(self.pair.model, self.pair.guide, self.modules, self.device).cast(rows)
                 block = replace(self, data=data, where=f" of batch {number} of {self.stream.name}")
                 block.check()
             yield number, block
@@ -155,20 +157,20 @@ def opened(
         streams: Whether the block takes data that come in `Session.blocks`.
     """
     check_surroundings()
-    modules = modules_of(model, guide, *others)  # type: ignore[arg-type]
     stream = batches = None
     if streams and is_stream(data):
         stream = _stream(data, seed, processes)
         tensors, batches = _begun(stream)
     else:
         tensors = as_tensors("data", data)
-    chosen, tensors = place(modules, tensors, device)
+    placed = PlacedPair.place(model, guide, *others, device=device, data=tensors if stream is None else ())
+    chosen, modules, tensors = placed.device, placed.modules, placed.cast(tensors)
     known = outside_modules(pyro.get_param_store())
     whole = tensors if stream is None else None
     with (
         named_shape("data", whole),
         _half_precision_told(),
-        isolated(modules, seed=processes.rank_seed(seed), device=chosen, params=known) as store,
+        isolate(modules, seed=processes.rank_seed(seed), device=chosen, params=known) as store,
     ):
         pair = Densities.of(model, guide, tensors, chosen)
         untrained = outside_modules(store)["params"].keys() - known["params"].keys()

@@ -38,7 +38,7 @@ from pvae.evidence.pair_checks import (
     refusal,
     support_of,
 )
-from pvae.runtime import Program, check_pair, check_signature, check_supports, density_sites, observed, tensors_of
+from pvae.runtime import Program, check_pair, check_signature, check_supports, density_sites, observed_data, tensors_of
 
 __all__ = ["Densities"]
 
@@ -96,7 +96,7 @@ class Densities:
         check_names(traces[1]["model"], traces[2]["model"])
         check_pair(traces[2]["model"], traces[2]["guide"], strict=True)
         check_densities(**traces[2])
-        found = tuple(observed(traces[2]["model"], batch))
+        found = tuple(observed_data(traces[2]["model"], batch))
         check_supports(found, data)
         dim = data_dim(traces[1], traces[2])
         depths = [-plate.dim for sites in traces[2].values() for s in sites.values() for plate in plates_of(s)]

@@ -1,9 +1,9 @@
 """Running somebody's programs: placed, looked at, isolated; in turn, by several processes, until a signal."""
 
-from pvae.runtime.isolation import isolated, noise, outside_modules, resolve_seed, set_noise
+from pvae.runtime.isolation import get_rng_state, isolate, outside_modules, resolve_seed, set_rng_state
 from pvae.runtime.processes import ALONE, Processes, resolve_processes
-from pvae.runtime.programs import Program, cast, dtype_of, modules_of, place, reached
-from pvae.runtime.signals import Interrupted, Stop, heeded
+from pvae.runtime.programs import Pair, Program, dtype_of, modules_of, reachable
+from pvae.runtime.signals import Interrupted, Stop, graceful_stop
 from pvae.runtime.sites import (
     base_distribution,
     check_pair,
@@ -12,7 +12,7 @@ from pvae.runtime.sites import (
     check_support,
     check_supports,
     density_sites,
-    observed,
+    observed_data,
     simple_support,
     tensors_of,
 )
@@ -22,11 +22,11 @@ from pvae.runtime.turns import in_turn, turn
 __all__ = [
     "ALONE",
     "Interrupted",
+    "Pair",
     "Processes",
     "Program",
     "Stop",
     "base_distribution",
-    "cast",
     "check_pair",
     "check_real",
     "check_signature",
@@ -35,18 +35,17 @@ __all__ = [
     "check_surroundings",
     "density_sites",
     "dtype_of",
-    "heeded",
+    "get_rng_state",
+    "graceful_stop",
     "in_turn",
-    "isolated",
+    "isolate",
     "modules_of",
-    "noise",
-    "observed",
+    "observed_data",
     "outside_modules",
-    "place",
-    "reached",
+    "reachable",
     "resolve_processes",
     "resolve_seed",
-    "set_noise",
+    "set_rng_state",
     "simple_support",
     "tensors_of",
     "turn",

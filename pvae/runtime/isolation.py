@@ -26,15 +26,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pvae.errors import ArgumentError, PVAEError
 from pvae.runtime.turns import turn
 
-__all__ = ["OwnParameters", "isolated", "noise", "outside_modules", "resolve_seed", "set_noise"]
+__all__ = ["OwnParameters", "get_rng_state", "isolate", "outside_modules", "resolve_seed", "set_rng_state"]
 
 
-def noise() -> Any:
+def get_rng_state() -> Any:
     """The states of the process's random numbers on the CPU: torch's, Python's and NumPy's."""
     return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 (of those who use it)
 
 
-def set_noise(states: Any) -> None:
+def set_rng_state(states: Any) -> None:
     """Puts back what `noise` gave."""
     torch.set_rng_state(states[0])
     random.setstate(states[1])
@@ -51,7 +51,7 @@ def resolve_seed(seed: int | None) -> int:
 
 
 @contextmanager
-def isolated(
+def isolate(
     modules: Iterable[nn.Module] = (),
     *,
     seed: int,
@@ -88,7 +88,7 @@ def isolated(
     with ExitStack() as stack:
         stack.enter_context(turn())
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        stack.callback(set_noise, noise())
+        stack.callback(set_rng_state, get_rng_state())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(training))
         if device.type != "meta":  # where a VAE can be made, to look at its shapes

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pvae.errors import ArgumentError, RankError, first_line, yes_no_or_auto
+from pvae.runtime.signals import Stop
 
 __all__ = ["ALONE", "Processes", "resolve_processes"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -112,6 +114,22 @@ class Processes:
         ]
         if wrong:
             raise RankError(f"all ranks must be called alike: {'; '.join(wrong[:10])}.")
+
+    def own_stop(self, stop: Stop) -> Stop:
+        """What may end a process's own work midway: of several one that ended early would leave the others waiting."""
+        return stop if self.world_size == 1 else Stop()
+
+    def only_on_main(self, function: Callable[P, Any] | None) -> Callable[P, Any] | None:
+        """A function that the main process calls for all; where it raises there, it does so on all."""
+        if function is None or self.world_size == 1:
+            return function
+
+        def call_on_main(*args: P.args, **kwargs: P.kwargs) -> None:
+            with self.together():
+                if self.is_main:
+                    function(*args, **kwargs)
+
+        return call_on_main
 
     @contextmanager
     def together(self) -> Iterator[None]:

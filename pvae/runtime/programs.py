@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from types import ModuleType
 from typing import Any
 
 import torch
+from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 from pvae.errors import ArgumentError, DataError, DeviceError
 
-__all__ = ["Program", "cast", "dtype_of", "modules_of", "place", "reached", "resolve_device"]
+__all__ = ["Pair", "Program", "cast", "dtype_of", "modules_of", "place", "reachable", "resolve_device"]
 
 
 Program = Callable[..., Any]
@@ -24,10 +26,10 @@ Program = Callable[..., Any]
 
 def modules_of(*programs: Program) -> list[nn.Module]:
     """The modules that programs are made of: themselves, what they are methods of, close over, call or hold."""
-    return [thing for thing in reached(*programs) if _is_module(thing)]
+    return [thing for thing in reachable(*programs) if _is_module(thing)]
 
 
-def reached(*programs: Any) -> list[Any]:
+def reachable(*programs: Any) -> list[Any]:
     """All that programs are made of, close over, call or hold; modules are not looked into."""
     seen: dict[int, Any] = {}
     queue: list[Any] = list(programs)
@@ -83,21 +85,105 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def place(
-    modules: Iterable[nn.Module], tensors: tuple[Tensor, ...], device: str | torch.device
-) -> tuple[torch.device, tuple[Tensor, ...]]:
-    """Moves modules to the device, and gives floating-point data the modules' dtype (float64 data become float32).
+@dataclass(frozen=True)
+class Pair:
+    """A model and a guide on a device.
 
-    Integers and booleans keep their dtype, as they may be labels or masks; data stay where they are, and each batch
-    is moved when it is used. With ``device="auto"`` a pair without modules to move stays on the data's device.
+    Attributes:
+        model: The generative program.
+        guide: The recognition program.
+        modules: Those found in the two.
+        device: Where they were put.
+    """
+
+    model: Program
+    guide: Program
+    modules: Sequence[nn.Module]
+    device: torch.device
+
+    @classmethod
+    def place(cls, model: Program, guide: Program, *others: Any, device: str | torch.device, data: Any = ()) -> Pair:
+        """Moves a pair's modules to a device; ``"auto"`` without modules to move is where the data are.
+
+        Args:
+            model: The generative program.
+            guide: The recognition program.
+            others: What else may hold modules, such as an objective.
+            device: As for `pvae.fit`.
+            data: Tensors, or what is to be read. They stay where they are: batches are moved as they are used.
+
+        Raises:
+            DeviceError: There is no such device, or parameters are on one without numbers.
+        """
+        modules = modules_of(model, guide, *others)
+        return cls(model, guide, modules, place(modules, device, data if isinstance(data, tuple) else ()))
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the modules' floating-point parameters; ``None`` if there are none."""
+        return dtype_of(self.modules)
+
+    def cast(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gives floating-point data the modules' dtype (float64 data become float32).
+
+        Integers and booleans keep theirs, as they may be labels or masks.
+
+        Raises:
+            DataError: Data are too large for that dtype.
+        """
+        dtype = self.dtype
+        return tuple(cast(t, dtype) if dtype and t.is_floating_point() else t for t in tensors)
+
+    def named_tensors(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What training changes, by names that are the same in every process: modules' states, and bare parameters.
+
+        Args:
+            params: Unconstrained, as the store holds them. Where there are several modules, names begin with the
+                modules' numbers.
+        """
+        tensors: dict[str, Tensor] = {}
+        seen: set[Any] = set()
+        for number, module in enumerate(self.modules):
+            for key, value in module.state_dict(keep_vars=True).items():
+                if not isinstance(value, Tensor) or value.layout is not torch.strided:
+                    continue  # `nameless_state` tells of them
+                place_in_memory = (value.data_ptr(), value.shape, value.stride())
+                if place_in_memory not in seen or not value.numel():  # else it is in there under another name
+                    seen.add(place_in_memory)
+                    tensors[key if len(self.modules) == 1 else f"{number}.{key}"] = value
+        return tensors | {f"param/{name}": params[name] for name in self.bare_params(params)}
+
+    def bare_params(self, params: Mapping[str, Tensor]) -> list[str]:
+        """The names of parameters that live in no module that was found."""
+        own = {id(p) for module in self.modules for p in module.parameters()}
+        # Pyro's own mark of a module's parameter; such a module may mean another one of that name elsewhere.
+        return [name for name, value in params.items() if id(value) not in own and "$$$" not in name]
+
+    def bare_state(self, store: ParamStoreDict) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The values of `bare_params`, and the store's state of them."""
+        state: Any = store.get_state()
+        names = self.bare_params(state["params"])
+        state = {key: {name: state[key][name] for name in names} for key in ("params", "constraints")}
+        return {name: store[name].detach().clone() for name in names}, state
+
+    def nameless_state(self) -> list[str]:
+        """What modules hold that `named_tensors` leaves out, in words."""
+        states = [(key, value) for module in self.modules for key, value in module.state_dict().items()]
+        return [
+            f"'{key}' is {f'of layout {value.layout}' if isinstance(value, Tensor) else f'a {type(value).__name__}'}"
+            for key, value in states
+            if not isinstance(value, Tensor) or value.layout is not torch.strided
+        ]
+
+
+def place(modules: Sequence[nn.Module], device: str | torch.device, data: Sequence[Tensor] = ()) -> torch.device:
+    """Moves modules to a device, and returns it; ``"auto"`` without modules is where the data are.
 
     Raises:
-        DataError: Data are too large for the modules' dtype.
         DeviceError: There is no such device, or parameters are on one without numbers.
     """
-    modules = list(modules)
-    if device == "auto" and not modules and tensors:
-        return tensors[0].device, tensors
+    if device == "auto" and not modules and data:
+        return data[0].device
     chosen = resolve_device(device)
     if any(t.is_meta for module in modules for t in chain(module.parameters(), module.buffers())):
         raise DeviceError(
@@ -106,9 +192,7 @@ def place(
         )
     for module in modules:
         module.to(chosen)
-    if dtype := dtype_of(modules):
-        tensors = tuple(cast(t, dtype) if t.is_floating_point() else t for t in tensors)
-    return chosen, tensors
+    return chosen
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupted", "Stop", "heeded"]
+__all__ = ["Interrupted", "Stop", "graceful_stop"]
 
 logger = logging.getLogger("pvae")
 
@@ -47,7 +47,7 @@ class Stop:
 
 
 @contextmanager
-def heeded() -> Iterator[Stop]:
+def graceful_stop() -> Iterator[Stop]:
     """A block in which the first SIGINT or SIGTERM only sets a flag, and the next does what it always did.
 
     Handlers can only be set in the main thread; in others, and for signals that the process ignores, nothing changes.

@@ -22,7 +22,7 @@ __all__ = [
     "check_support",
     "check_supports",
     "density_sites",
-    "observed",
+    "observed_data",
     "simple_support",
     "tensors_of",
 ]
@@ -63,7 +63,7 @@ def simple_support(distribution: Any) -> constraints.Constraint | None:
     return support
 
 
-def observed(sites: Mapping[str, Any], batch: tuple[Tensor, ...]) -> list[tuple[str, Any, list[int]]]:
+def observed_data(sites: Mapping[str, Any], batch: tuple[Tensor, ...]) -> list[tuple[str, Any, list[int]]]:
     """The observed sites that took tensors of a batch as they were: name, distribution, and which tensors by index.
 
     Args:

@@ -30,7 +30,7 @@ from pvae.errors import ArgumentError, ProgramError, PVAEError, first_line, warn
 from pvae.runtime import Program
 from pvae.svi.objectives import Objective, Verified, loss_of
 
-__all__ = ["bound", "nested", "resolve", "try_out"]
+__all__ = ["bound", "nest", "resolve", "try_out"]
 
 _ENUMERATING = (TraceEnum_ELBO, TraceTMC_ELBO)
 _DRAWING = (Trace_ELBO, TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep, Trace_MMD)
@@ -89,7 +89,7 @@ def bound(objective: Objective, verified: Verified) -> Any:
 
 
 @contextmanager
-def nested(objective: Objective, verified: Verified) -> Iterator[None]:
+def nest(objective: Objective, verified: Verified) -> Iterator[None]:
     """A block in which an ELBO object knows how deep plates are nested, whatever it was told or remembers of others.
 
     Pyro's own guess would run the pair once more in a first step, with noise of its own, and stay in the object.
@@ -117,7 +117,7 @@ def try_out(
     """
     if not verified.marked or not isinstance(objective, TraceEnum_ELBO):
         return
-    with torch.no_grad(), pyro.validation_enabled(True), nested(objective, verified):
+    with torch.no_grad(), pyro.validation_enabled(True), nest(objective, verified):
         try:
             loss_of(objective, model, guide, batch)
         except PVAEError:

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
-from pyro.params.param_store import ParamStoreDict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pvae.capture import worth_compiling
-from pvae.data import Batches, Data, Transform
-from pvae.errors import ArgumentError, NumericalError, folder_path, one_of, positive_int, yes_no_or_auto
-from pvae.persistence import storage
-from pvae.runtime import Program, check_surroundings, heeded, in_turn, isolated, resolve_processes, resolve_seed
-from pvae.svi import elbos as bounds
-from pvae.svi import objectives, passes
-from pvae.svi import step as engine
-from pvae.svi.loading import begun, check_same_run, found, opened, outside
-from pvae.svi.pairs import Pair
+from pvae.data import Data, Transform
+from pvae.runtime import Program, check_surroundings, graceful_stop, in_turn, resolve_processes
+from pvae.svi.assembly import start_run
+from pvae.svi.checkpointer import open_checkpointer
+from pvae.svi.objectives import Objective
 from pvae.svi.results import FitResult
-from pvae.svi.run import Callback, Plan, Training
-from pvae.svi.settings import described, kl_weights, patience_for, positive, scheduled
-from pvae.svi.validation import Validation
+from pvae.svi.settings import Callback, Settings
+from pvae.svi.trainable import make_trainable
 
 __all__ = ["fit"]
-
-_ENOUGH_TO_JUDGE = 200  # steps; before, an encoder that tells nothing apart is only a new one
 
 
 @in_turn
@@ -50,7 +37,7 @@ def fit(
     kl_weight: float | Callable[[int], float] = 1.0,
     patience: int | None = None,
     seed: int | None = 0,
-    objective: objectives.Objective | None = None,
+    objective: Objective | None = None,
     device: str | torch.device = "auto",
     validation: Data | None = None,
     start: FitResult | None = None,
@@ -138,117 +125,35 @@ def fit(
     Stochastic Variational Inference; for the warm-up, Sønderby et al., 2016, Ladder Variational Autoencoders.
     """
     check_surroundings()
-    epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
-    lr, clip_norm = positive("lr", lr), None if clip_norm is None else positive("clip_norm", clip_norm)
-    compile, resume = yes_no_or_auto("compile", compile), one_of("resume", resume, ("auto", "never"))
-    precision = one_of("precision", precision, engine.PRECISIONS)
-    weights, patience = kl_weights(kl_weight, epochs), patience_for(patience, validation)
-    path = None if checkpoint is None else folder_path("checkpoint", checkpoint)
-    make_scheduler, schedule = scheduled(scheduler, lr, checkpoint)
     processes = resolve_processes(distributed)
-    bounds.resolve(objective)
-    resolve_seed(seed)
-    if callback is not None and not callable(callback):
-        raise ArgumentError(f"callback must be a function of one dict, got {callback!r}.")
-    if start is not None and not isinstance(start, FitResult):
-        raise ArgumentError(f"start must be what an earlier fit returned, got {start!r}.")
-    if resume == "auto" and checkpoint is None:
-        raise ArgumentError("resume='auto' needs a folder to go on from: pass checkpoint=.")
-
-    with heeded() as stop, opened(path, processes) as folder:
-        saved = found(folder, resume, processes, make_scheduler, schedule)
-        if saved is not None and seed is None:
-            seed = saved.config["arguments"]["seed"]
-        seed = processes.broadcast(resolve_seed(seed))
-        with processes.together():
-            pair = Pair.of(model, guide, data, device, objective)
-            shared: dict[str, Any] = {"seed": seed, "processes": processes, "asked_to_stop": stop}
-            batches = pair.batches("data", data, batch_size, transform=transform, **shared)
-            held_out = None
-            if validation is not None:
-                held_out = pair.batches("validation", validation, batch_size, evaluated=True, **shared)
-            verified, state = pair.verified(batches, held_out, seed, start._state if start else None)
-            objective = pair.objective(objective, verified, batches, state, weighted=weights is not None)
-        capture = _captures(compile, verified, batches, batch_size, epochs, pair.device)
-        arguments: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "lr": lr, "clip_norm": clip_norm}
-        arguments |= {"scheduler": schedule, "precision": precision}
-        arguments |= {"objective": described(objective), "transform": described(transform)}
-        if path is not None or processes.world_size > 1:
-            arguments["data"] = batches.fingerprint()
-            arguments["validation"] = held_out.fingerprint() if held_out else None
-        processes.agree(**arguments, epochs=epochs, kl_weights=weights, patience=patience, capture=capture)
-        with processes.together():
-            if saved is not None:
-                check_same_run(saved, pair, state, arguments, weights, epochs)
-
-        environment = {"device": str(pair.device), "threads": torch.get_num_threads(), "ranks": processes.world_size}
-        environment |= {"compiled": capture, **storage.versions()}
-        plan = Plan(epochs, weights, patience, arguments, environment)
-        lent = bounds.nested(objective, verified)
-        isolation: Any = {"seed": processes.rank_seed(seed), "device": pair.device, "training": True, "params": state}
-        with isolated(pair.modules, **isolation) as store, lent:
-            with processes.together():
-                if saved is None:
-                    pair.find_units(batches, verified, seed)
-            tensors = begun(pair, store, saved, processes)
-            options: dict[str, Any] = {"precision": precision, "capture": capture, "clip_norm": clip_norm}
-            # Where there are other processes, one that ended early would leave them waiting.
-            compiling = stop.interrupting if processes.world_size == 1 else nullcontext
-            options |= {"weighted": weights is not None, "processes": processes, "compiling": compiling}
-            with processes.together():
-                step = engine.Step(model, guide, objective, verified, batches, lr=lr, **options)
-                evaluate = None
-                if held_out is not None:
-                    about: Any = (pair.modules, held_out, verified, seed, capture, processes, stop, compiling)
-                    evaluate = Validation(model, guide, bounds.bound(objective, verified), *about)
-                made = make_scheduler(step.optimizer)
-                training = Training(plan, passes.epochs(step, stop), evaluate, made, tensors, pair, processes)
-                if saved is not None:
-                    if processes.is_main:  # the others' devices have other numbers
-                        saved.warn_of_another_place(environment)
-                    training.restore(saved)
-                    del saved  # as large as all that is trained
-                if folder is not None:
-                    training.check_names()
-                    folder.rewrite_history(training.records)
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "Encountered NaN")  # Pyro's; our error says where it comes from
-                    why = training.run(stop, folder, callback, progress)
-            except NumericalError as error:
-                raise _explained(error, training) from None
-            finally:
-                step.forget_gradients()
-            result = _result(training, pair, store, seed, why)
-        stopped = processes.any(stop())  # all say the same: they go on alike
-        if training.done * (batches.steps or 1) >= _ENOUGH_TO_JUDGE and not stopped:
-            pair.warn_if_collapsed(held_out or batches, result._state)
-        stopped = stopped or (processes.world_size == 1 and stop())
-        return replace(result, stopped="signal", signal=stop.signal) if stopped else result
-
-
-def _captures(
-    compile: bool | str, verified: objectives.Verified, batches: Batches, size: int, epochs: int, device: torch.device
-) -> bool:
-    if compile != "auto":
-        return bool(compile)
-    steps = batches.steps or 1000  # of a stream whose length is not known
-    num_data = batches.num_data or steps * size
-    return worth_compiling(epochs * steps, 6.0 * sum(p.numel() for p in verified.params) * epochs * num_data, device)
-
-
-def _explained(error: NumericalError, training: Training) -> NumericalError:
-    last = "There is no checkpoint." if training.last is None else f"The last good checkpoint is {training.last}."
-    lr = float(training.step.optimizer.param_groups[0]["lr"])
-    return NumericalError(
-        f"training stopped at epoch {training.done + 1}, {error}. {last} "
-        f"Try a smaller lr than {lr:g}, clip_norm, or rescale the data."
+    settings = Settings.checked(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        scheduler=scheduler,
+        clip_norm=clip_norm,
+        kl_weight=kl_weight,
+        patience=patience,
+        seed=seed,
+        objective=objective,
+        transform=transform,
+        validation=validation,
+        start=start,
+        checkpoint=checkpoint,
+        resume=resume,
+        callback=processes.only_on_main(callback),
+        compile=compile,
+        precision=precision,
+        progress=progress and processes.is_main,
     )
-
-
-def _result(training: Training, pair: Pair, store: ParamStoreDict, seed: int, why: str) -> FitResult:
-    params, state = outside(pair, store)
-    history = {name: np.array(values) for name, values in training.history.items()}
-    captured = training.step.captured
-    seconds = captured.seconds if captured else 0.0
-    return FitResult(history, params, pair.device, seed, seconds, state, why, None, training.last)
+    with graceful_stop() as stop, open_checkpointer(settings, processes) as checkpointer:
+        settings = settings.settle_seed(checkpointer.seed, processes)
+        pair = make_trainable(model, guide, data, validation, device, settings, processes, stop)
+        settings = replace(settings, capture=pair.is_to_be_captured(settings))
+        checkpointer.check_same_run(pair, settings)
+        with pair.isolate(settings.noise_seed), pair.nest():
+            run = start_run(pair, settings, checkpointer, processes, stop)
+            result = run.train()
+        if not run.is_to_stop():
+            run.warn_if_collapsed(result)
+        return replace(result, stopped="signal", signal=stop.signal) if run.is_to_stop() else result

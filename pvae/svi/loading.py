@@ -5,28 +5,25 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
-from pyro.params.param_store import ParamStoreDict
 from torch.distributions import constraints
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pvae.data import Data, Transform
+from pvae.data import Data, Transform, as_source, make_batches
 from pvae.errors import ArgumentError, CheckpointError, folder_path, one_of
-from pvae.persistence import storage
-from pvae.runtime import ALONE, Processes, Program, check_surroundings, in_turn, isolated
+from pvae.runtime import Pair, Program, check_surroundings, in_turn, isolate
 from pvae.svi.checkpoints import Folder, Saved
-from pvae.svi.pairs import Pair
 from pvae.svi.results import FitResult
+from pvae.svi.settings import Settings
+from pvae.svi.trainable import Trainable, look_at
 
-__all__ = ["begun", "check_same_run", "found", "load_checkpoint", "opened", "outside"]
+__all__ = ["check_same_run", "find_checkpoint", "load_checkpoint", "load_initial"]
 
 
 @in_turn
@@ -68,55 +65,42 @@ def load_checkpoint(
             f"{folder.path} has no checkpoint{' that is the best' if which == 'best' else ''}. Is it what fit was "
             "given as checkpoint=? During a warm-up of the KL divergence no epoch is the best."
         )
-    pair = Pair.of(model, guide, data, device)
-    batches = pair.batches("data", data, 256, transform=transform)
-    _, state = pair.verified(batches, None, 0, None)
+    source = as_source("data", data)
+    pair = Pair.place(model, guide, device=device, data=source)
+    batches = make_batches("data", source, pair, 256, transform=transform)
+    _, state = look_at(pair, "data", batches, 0, None)
     _add_unconstrained(saved, state)
     _raise_differences(saved, saved.differences(pair.named_tensors(state["params"])))
-    with isolated(pair.modules, seed=0, device=pair.device, params=state) as store:
-        begun(pair, store, saved, ALONE)
-        history = {name: np.array(values) for name, values in saved.history.items()}
-        params, state = outside(pair, store)
+    with isolate(pair.modules, seed=0, device=pair.device, params=state) as store:
+        load_initial(pair, saved)
+        params, state = pair.bare_state(store)
+    history = {name: np.array(values) for name, values in saved.history.items()}
     seed = saved.config["arguments"]["seed"]
     return FitResult(history, params, pair.device, seed, 0.0, state, "loaded", checkpoint=saved.folder)
 
 
-@contextmanager
-def opened(path: Path | None, processes: Processes) -> Iterator[Folder | None]:
-    """A block that uses a folder of checkpoints, on the first process alone."""
-    with ExitStack() as stack:
-        folder = None
-        with processes.together():
-            if path is not None and processes.is_main:
-                folder = Folder(path)
-                stack.enter_context(storage.exclusive(path, "trains with these checkpoints"))
-                folder.check()
-        yield folder
+def find_checkpoint(folder: Folder, settings: Settings) -> Saved | None:
+    """What there is to go on from; none where a run begins.
+
+    Raises:
+        CheckpointError: There is some, and that is not wanted; or as by `Folder.newest`.
+    """
+    saved = folder.newest(partial(_check_scheduler, settings=settings))
+    if saved is not None and settings.resume == "never":
+        raise CheckpointError(
+            f"{folder.path} holds checkpoints of {saved.epoch} epoch(s). Pass resume='auto' to go on from "
+            "them, or another folder for a new run."
+        )
+    return saved
 
 
-def found(
-    folder: Folder | None, resume: str, processes: Processes, make: Callable[[Optimizer], Any], schedule: str | None
-) -> Saved | None:
-    """What there is to go on from, on all processes; the scheduler is as `pvae.svi.settings.scheduled` gives it."""
-    saved = None
-    with processes.together():
-        if folder is not None:
-            saved = folder.newest(partial(_check_scheduler, make=make, schedule=schedule))
-            if saved is not None and resume == "never":
-                raise CheckpointError(
-                    f"{folder.path} holds checkpoints of {saved.epoch} epoch(s). Pass resume='auto' to go on from "
-                    "them, or another folder for a new run."
-                )
-    return processes.broadcast(saved)
-
-
-def _check_scheduler(saved: Saved, make: Callable[[Optimizer], Any], schedule: str | None) -> None:
+def _check_scheduler(saved: Saved, settings: Settings) -> None:
     """Raises some error where the caller's scheduler cannot go on from its state: tried on an optimizer of nothing."""
     arguments, state = saved.config["arguments"], saved.training["scheduler"]
-    if schedule is None or arguments.get("scheduler") != schedule:
+    if settings.schedule is None or arguments.get("scheduler") != settings.schedule:
         return  # of another run, which is told with all that differs
     optimizer = torch.optim.Adam([torch.zeros(1)], lr=float(arguments["lr"]))
-    scheduler = make(optimizer)
+    scheduler: Any = settings.make_scheduler(optimizer)
     optimizer.param_groups[0] |= saved.training["group"]
     scheduler.load_state_dict(copy.deepcopy(state))
     optimizer.step()
@@ -125,25 +109,25 @@ def _check_scheduler(saved: Saved, make: Callable[[Optimizer], Any], schedule: s
         raise ValueError("its scheduler gives no learning rate")
 
 
-def check_same_run(
-    saved: Saved, pair: Pair, state: Any, arguments: Mapping[str, Any], kl_weights: Any, epochs: int
-) -> None:
+def check_same_run(saved: Saved, pair: Trainable, settings: Settings, arguments: Mapping[str, Any]) -> None:
     """Raises where a checkpoint is not of a run that is called as this one, with all that differs."""
+    state: Any = pair.state
+    weights = settings.kl_weights
     _add_unconstrained(saved, state)
-    differences = saved.differences(pair.named_tensors(state["params"]), arguments)
+    differences = saved.differences(pair.placed.named_tensors(state["params"]), arguments)
     before = saved.config["kl_weights"]
-    if (before is None) != (kl_weights is None) or (kl_weights or [])[: len(before or [])] != (before or []):
-        differences.append(f"kl_weight was {before or 1.0!r} in its epochs, and is {kl_weights or 1.0!r} now")
+    if (before is None) != (weights is None) or (weights or [])[: len(before or [])] != (before or []):
+        differences.append(f"kl_weight was {before or 1.0!r} in its epochs, and is {weights or 1.0!r} now")
     for name, constraint in saved.training["constraints"].items():
         now = repr(state["constraints"].get(name))
         if name in state["params"] and now != constraint:
             differences.append(f"the constraint of {name} was {constraint} and is {now} now")
     _raise_differences(saved, differences)
-    if saved.epoch + bool(saved.training["steps"]) > epochs:
+    if saved.epoch + bool(saved.training["steps"]) > settings.epochs:
         within = f", and is within epoch {saved.epoch + 1}" if saved.training["steps"] else ""
         raise ArgumentError(
-            f"epochs={epochs}, and the checkpoint in {saved.folder} already has {saved.epoch}{within}. Pass at least "
-            "as many; load_checkpoint only loads."
+            f"epochs={settings.epochs}, and the checkpoint in {saved.folder} already has {saved.epoch}{within}. Pass "
+            "at least as many; load_checkpoint only loads."
         )
 
 
@@ -167,28 +151,10 @@ def _raise_differences(saved: Saved, differences: Sequence[str]) -> None:
         )
 
 
-def begun(pair: Pair, store: ParamStoreDict, saved: Saved | None, processes: Processes) -> Callable[[], dict[str, Any]]:
-    """Gives all processes the same weights to begin from; returns what names them."""
-
-    def tensors() -> dict[str, Any]:
-        return pair.named_tensors(store._params)
-
+def load_initial(pair: Pair, saved: Saved) -> None:
+    """Gives a pair a checkpoint's weights, in the block in which it is isolated."""
     with torch.no_grad():
-        if saved is not None:
-            for name, tensor in tensors().items():
-                weight = saved.weights[name].to(tensor.device)
-                if not torch.equal(tensor, weight):  # what is expanded cannot be written to, and need not be
-                    tensor.copy_(weight)
-        if processes.world_size > 1:
-            processes.broadcast_tensors(
-                [*tensors().values(), *(b for module in pair.modules for b in module.buffers())]
-            )
-    return tensors
-
-
-def outside(pair: Pair, store: ParamStoreDict) -> tuple[dict[str, Any], Any]:
-    """Parameters that live in no module: their values, and the store's state of them."""
-    state = store.get_state()
-    names = pair.bare(state["params"])
-    state = {key: {name: state[key][name] for name in names} for key in ("params", "constraints")}
-    return {name: store[name].detach().clone() for name in names}, state
+        for name, tensor in pair.named_tensors(pyro.get_param_store()._params).items():
+            weight = saved.weights[name].to(tensor.device)
+            if not torch.equal(tensor, weight):  # what is expanded cannot be written to, and need not be
+                tensor.copy_(weight)

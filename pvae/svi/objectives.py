@@ -31,7 +31,7 @@ from pvae.runtime import (
     check_signature,
     check_supports,
     density_sites,
-    observed,
+    observed_data,
 )
 
 __all__ = [
@@ -55,7 +55,7 @@ class Verified(NamedTuple):
     """What `verify` found out about a pair."""
 
     params: list[Tensor]  # unconstrained, as an optimizer moves them
-    observed: list[Any]  # as `pvae.runtime.sites.observed` finds them
+    observed: list[Any]  # as `pvae.runtime.sites.observed_data` finds them
     subsampled_from: int | None  # the size that a plate scales each batch up to; None where no plate does
     batch: tuple[Tensor, ...]  # what it was run on
     summed: tuple[str, ...] = ()  # latents that are enumerated in the model and are not in the guide
@@ -66,6 +66,13 @@ class Verified(NamedTuple):
     def marked(self) -> list[str]:
         """All latents that are to be enumerated."""
         return [*self.summed, *self.enumerated]
+
+    def join(self, other: Verified) -> Verified:
+        """With what a run on other data, as held-out ones, has shown: a batch of all data does not show that a plate
+        would scale up a smaller one.
+        """
+        size = other.subsampled_from if self.subsampled_from is None else self.subsampled_from
+        return self._replace(subsampled_from=size, nesting=max(self.nesting, other.nesting))
 
     def share(self, batch: tuple[Tensor, ...]) -> float:
         """What to multiply a batch's loss by, to undo the scale of a plate that subsamples."""
@@ -215,7 +222,7 @@ def verify(
     latent, proposed = density_sites(model_trace.nodes), density_sites(guide_trace.nodes)
     check_pair(latent, proposed, strict=False)
     _check_names(sites)
-    found = observed(model_trace.nodes, batch)
+    found = observed_data(model_trace.nodes, batch)
     check_supports(found, batch if data is None else data)
     params = _params(sites)
     if not params:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.data import InMemory, Rows
+from pvae.data import InMemory
 from pvae.errors import NumericalError
 from pvae.runtime import Interrupted
-from pvae.svi.step import Step
+from pvae.svi.step import Step, StepLike
 
-__all__ = ["CudaEpochs", "Epochs", "epochs"]
+__all__ = ["CudaEpochs", "Epochs", "fastest_epochs"]
 
 _STEPS_TO_A_REPLAY = 16
 
@@ -27,23 +27,33 @@ class Epochs:
     """Passes over the data, a step at a time.
 
     Attributes:
-        step: The step.
-        total: The loss so far in this epoch, in nats, of this process's parts of the batches.
+        total: The loss so far in this epoch, in nats, of this process's shards of the batches.
         seen: Data so far in this epoch, in all of each batch.
         steps: Steps so far in this epoch.
-        stopped: Whether a process was asked to stop; the epoch may have steps left.
-        running: Whether the total is known before the epoch's end.
+        is_stopped: Whether it was asked to stop; the epoch may have steps left.
     """
 
-    running = True
-
-    def __init__(self, step: Step, asked_to_stop: Callable[[], bool] = bool) -> None:
-        self.step, self.asked_to_stop = step, asked_to_stop
+    def __init__(self, step: Step, take: StepLike | None = None) -> None:
+        """Takes steps by ``take``, which is the step itself or one around it."""
+        self.step, self.take = step, step if take is None else take
         self.begin()
 
     def begin(self, total: float = 0.0, seen: int = 0, steps: int = 0) -> None:
         """Goes to the beginning of an epoch, or to where one was left."""
-        self.total, self.seen, self.steps, self.stopped = total, seen, steps, False
+        self.total, self.seen, self.steps, self.is_stopped = total, seen, steps, False
+
+    @property
+    def loss_so_far(self) -> float | None:
+        """The loss in this epoch, nats per datum; none where it is not known before the end."""
+        return self.total / max(self.seen, 1) if self.take is self.step else None
+
+    def mean_loss(self) -> float:
+        """The loss of the whole pass, nats per datum."""
+        return self.take.end_pass(self.total) / self.seen
+
+    def is_to_stop(self) -> bool:
+        """Whether to stop here, between epochs."""
+        return self.take.is_to_stop()
 
     def epoch(self, number: int) -> Iterator[int]:
         """Takes the steps of an epoch from where it stands, and yields how many data each saw.
@@ -51,40 +61,26 @@ class Epochs:
         Raises:
             NumericalError: As `Step` does; names the step.
         """
-        self.step.begin()
-        stop, alone = False, self.step.processes.world_size == 1
-        for rows, problem in self._parts(number, alone):
+        self.step.look()
+        stop = False
+        for rows in self.take.feed(self.step.batches.shuffle(number, self.steps)):
             try:
-                taken = self.step(rows, self.asked_to_stop(), problem)
+                result = self.take(rows)
             except Interrupted:
                 break
             except NumericalError as error:
                 raise NumericalError(f"step {self.steps + 1}, before its update: {error}") from None
-            if not taken.seen:
-                break  # no process has a batch left
-            self.total += taken.loss
-            self.seen += taken.seen
+            if not result.seen:
+                break  # there are none left
+            self.total += result.loss
+            self.seen += result.seen
             self.steps += 1
-            yield taken.seen
-            stop = taken.stop or (alone and self.asked_to_stop())
+            yield result.seen
+            stop = result.stop or self.step.stop()
             if stop:
                 break
-        # A loader may have ended early, too, if the signal ended its workers. Several processes stop by what all know.
-        self.stopped = stop or (alone and self.asked_to_stop())
-
-    def _parts(self, number: int, alone: bool) -> Iterator[tuple[Rows | None, Exception | None]]:
-        """This process's parts of the batches. Of several processes, one that has none left, or cannot read it, goes on
-        giving none: it is needed in the others' steps.
-        """
-        batches = iter(self.step.batches.shuffled(number, self.steps))
-        if alone:
-            yield from ((rows, None) for rows in batches)
-        while not alone:
-            try:
-                part = next(batches, None), None
-            except Exception as problem:
-                part = None, problem
-            yield part
+        # A loader may have ended early, too, if the signal ended its workers.
+        self.is_stopped = stop or self.step.stop()
 
 
 class CudaEpochs(Epochs):
@@ -95,17 +91,11 @@ class CudaEpochs(Epochs):
     the host learns of it at the end of the epoch.
     """
 
-    running = False
-
-    def __init__(
-        self,
-        step: Step,
-        asked_to_stop: Callable[[], bool] = bool,
-        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
-    ) -> None:
-        super().__init__(step, asked_to_stop)
-        self.record = record or _recorded
-        self.batches: Any = step.batches
+    def __init__(self, step: Step, record: Callable[[Callable[[], None]], Callable[[], None]] | None = None) -> None:
+        super().__init__(step)
+        self.record = record or _record
+        batches: Any = step.batches
+        self.batches: InMemory = batches.on_device()
         device = self.batches.device
         self.sum = torch.zeros((), dtype=torch.float64, device=device)
         self.good = torch.zeros((), device=device)  # steps before the first bad one
@@ -113,9 +103,13 @@ class CudaEpochs(Epochs):
         self.rows = torch.zeros(_STEPS_TO_A_REPLAY, self.batches.batch_size, dtype=torch.int64, device=device)
         self.replay: Callable[[], None] | None = None
 
+    @property
+    def loss_so_far(self) -> None:
+        """None: losses stay on the device."""
+
     def epoch(self, number: int) -> Iterator[int]:
         """Takes the steps of an epoch from where it stands, and yields how many data each replay saw."""
-        self.step.begin()
+        self.step.look()
         self.sum.fill_(self.total)
         self.good.zero_()
         size, before = self.batches.batch_size, self.steps
@@ -125,7 +119,7 @@ class CudaEpochs(Epochs):
                 self.seen += count
                 self.steps = -(-self.seen // size)
                 yield count
-                if self.asked_to_stop():
+                if self.step.stop():
                     break
         self.total = self.sum.item()
         if self.bad.item():
@@ -133,7 +127,7 @@ class CudaEpochs(Epochs):
             rows = order[(step - 1) * size : step * size]
             wrong = self.step.what_is_wrong(self.batches.take(rows))
             raise NumericalError(f"step {step}, before its update: {wrong}")
-        self.stopped = self.asked_to_stop()
+        self.is_stopped = self.step.stop()
 
     def _pieces(self, order: Tensor) -> Iterator[int]:
         """Takes the steps of an order of the data, and yields how many data it saw at once."""
@@ -166,7 +160,7 @@ class CudaEpochs(Epochs):
         loss, finite, grads = self.step.evaluate(batch)
         self.bad.copy_(torch.maximum(self.bad, (~finite).to(self.bad)))
         self.good.add_(1 - self.bad)
-        self.sum.add_(loss.double() * self.step.verified.share(batch))
+        self.sum.add_(loss.double() * self.step.pair.verified.share(batch))
         self.step.update(grads, skip=self.bad)
 
     def _many(self) -> None:
@@ -182,25 +176,17 @@ class CudaEpochs(Epochs):
         return self._recorded_for == self._now()
 
 
-def epochs(step: Step, asked_to_stop: Callable[[], bool] = bool) -> Epochs:
+def fastest_epochs(step: Step) -> Epochs:
     """The fastest way to run a step over all data: on the GPU if it was captured and the data fit there."""
-    batches = step.batches
-    alone = step.processes.world_size == 1
-    if (
-        step.captured is not None
-        and step.fused
-        and batches.device.type == "cuda"
-        and isinstance(batches, InMemory)
-        and alone
-    ):
+    batches, on_gpu = step.batches, step.batches.device.type == "cuda"
+    if step.captured is not None and step.is_fused and on_gpu and isinstance(batches, InMemory):
         size = sum(t.numel() * t.element_size() for t in batches.tensors)
         if size < torch.cuda.mem_get_info(batches.device)[0] / 2:
-            step.batches = batches.on_device()
-            return CudaEpochs(step, asked_to_stop)
-    return Epochs(step, asked_to_stop)
+            return CudaEpochs(step)
+    return Epochs(step)
 
 
-def _recorded(work: Callable[[], None]) -> Callable[[], None]:
+def _record(work: Callable[[], None]) -> Callable[[], None]:
     """Work on the GPU as a CUDA graph; recording does none of it."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

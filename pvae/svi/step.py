@@ -1,16 +1,14 @@
 """The step of SVI as fast as the hardware: loss, gradients, a look at them, and Adam's update.
 
-A step is plain Pyro, or the tensor program that was captured from it. Of several processes each takes its part of the
-batch; what they find is summed, and all make the same update.
+A step is plain Pyro, or the tensor program that was captured from it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import reduce
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,119 +19,115 @@ from torch.overrides import TorchFunctionMode
 from pvae.capture import Captured
 from pvae.data import Batches, Rows
 from pvae.errors import NumericalError, ProgramError
-from pvae.runtime import ALONE, Processes, Program
+from pvae.runtime import Stop
 from pvae.svi import objectives
+from pvae.svi.contents import FIXED
+from pvae.svi.settings import Settings
+from pvae.svi.trainable import Trainable
 
-__all__ = ["PRECISIONS", "Step", "Taken", "in_precision"]
-
-PRECISIONS = ("float32", "bfloat16")
+__all__ = ["Step", "StepLike", "StepResult", "in_precision"]
 
 
-class Taken(NamedTuple):
+class StepResult(NamedTuple):
     """What a step came to."""
 
-    loss: float  # of this process's part of the batch, in nats summed over it
+    loss: float  # of this process's shard of the batch, in nats summed over it
     seen: int  # data in the whole batch
-    stop: bool  # whether any process was asked to stop
+    stop: bool  # whether it is time to stop
+
+
+class StepLike(Protocol):
+    """What a pass over the data takes steps by: a `Step`, or what is around one."""
+
+    def __call__(self, rows: Any) -> StepResult: ...  # noqa: D102
+
+    def feed(self, batches: Iterable[Rows]) -> Iterator[Any]: ...  # noqa: D102
+
+    def end_pass(self, total: float) -> float: ...  # noqa: D102
+
+    def is_to_stop(self) -> bool: ...  # noqa: D102
 
 
 class Step:
     """Loss and gradients of a batch, and Adam's update.
 
     Args:
-        model: The generative program.
-        guide: The recognition program.
-        objective: What to minimise.
-        verified: What was found out about the pair.
+        pair: The pair that is trained.
         batches: Where batches come from.
-        lr: Adam's learning rate.
-        precision: One of `PRECISIONS`, for matrix products and convolutions.
-        capture: Whether to capture and compile.
-        clip_norm: The most that the norm of all gradients together may be; longer ones are shortened to it.
-        weighted: Whether latents' log-densities get a weight, `kl_weight`, which the caller sets.
-        processes: The processes that take the step together.
-        compiling: As for `Captured`.
+        settings: Learning rate, precision, clipping, KL weights, whether to capture.
+        stop: Whether the process was asked to stop.
+
+    Attributes:
+        params: Those that are trained, unconstrained, in the optimizer's order.
+        kl_weight: What multiplies latents' log-densities, shape ``()``, an input of captured programs, which see its
+            changes; ``None`` where they have no weight.
     """
 
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        objective: objectives.Objective,
-        verified: objectives.Verified,
-        batches: Batches,
-        *,
-        lr: float,
-        precision: str = "float32",
-        capture: bool = False,
-        clip_norm: float | None = None,
-        weighted: bool = False,
-        processes: Processes = ALONE,
-        compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        self.model, self.guide, self.objective, self.verified = model, guide, objective, verified
-        self.batches, self.precision, self.clip_norm, self.processes = batches, precision, clip_norm, processes
-        self.names: Callable[[], dict[str, Tensor]] = dict  # of parameters, for messages; the caller may know better
-        # An input of captured programs, which see its changes.
-        self.kl_weight = torch.ones((), device=batches.device) if weighted else None
-        self.params = list(verified.params)
-        self.shared = 0  # so many of them are known to be the same on all processes
+    def __init__(self, pair: Trainable, batches: Batches, settings: Settings, stop: Stop | None = None) -> None:
+        self.pair, self.batches, self.settings = pair, batches, settings
+        self.stop = Stop() if stop is None else stop
+        self.kl_weight = None if settings.kl_weights is None else torch.ones((), device=batches.device)
+        self.params = list(pair.verified.params)
         # One fused optimizer for all parameters: pyro.optim makes one for each, which is slower.
-        self.fused = all(
+        self.is_fused = all(
             p.is_floating_point() and p.device.type in ("cpu", "cuda") and _is_dense(p) for p in self.params
         )
+        on_gpu = batches.device.type == "cuda"
         self.optimizer = torch.optim.Adam(
-            self.params, lr=lr, fused=self.fused, capturable=capture and batches.device.type == "cuda"
+            self.params, lr=settings.lr, fused=self.is_fused, capturable=settings.capture and on_gpu
         )
-        self.forget_gradients()
+        self.zero_grad()
         self.captured = None
-        if capture:
-            depends_on = (model, guide, objective, batches.transform)
-            tolerances = (1e-5, 0.05) if precision == "float32" else (0.01, 0.2)
-            options: dict[str, Any] = {"check_each_run": False, "tolerances": tolerances, "compiling": compiling}
-            self.captured = Captured(self._loss_and_grads, "pvae.fit's step", depends_on, **options)
+        if settings.capture:
+            self.captured = Captured(
+                self._loss_and_grads,
+                "pvae.fit's step",
+                (pair.placed.model, pair.placed.guide, pair.objective, batches.transform),
+                looks=False,
+                tolerances=(1e-5, 0.05) if settings.precision == "float32" else (0.01, 0.2),
+                compiling=self.stop.interrupting,
+            )
 
-    def __call__(self, rows: Rows | None, stop: bool = False, error: Exception | None = None) -> Taken:
-        """Takes one step.
-
-        Args:
-            rows: This process's part of a batch. Where there are several, it may be empty, or ``None``: there is none.
-            stop: Whether this process was asked to stop; the step is taken all the same.
-            error: Why this process has no part. It is raised here, where the others learn of it.
+    def __call__(self, rows: Rows) -> StepResult:
+        """Takes one step on a batch.
 
         Raises:
             NumericalError: The loss or a gradient is not finite; nothing was updated.
-            RankError: Another process raised something else; nothing was updated.
         """
-        before, known = torch.get_rng_state(), len(self.params)
-        seen, value, fine, grads = len(rows[0]) if rows else 0, 0.0, True, {}
-        try:
-            if rows and seen:
-                loss, finite, grads = self.evaluate(rows)
-                value, fine = loss.item(), bool(finite)
-        except Exception as caught:
-            if self.processes.world_size == 1:
-                raise
-            error = caught
-        if self.processes.world_size > 1:
-            seen, all_fine, stop, grads = self._over_ranks(known, seen, fine, stop, error, grads)
-            if fine and not all_fine:
-                raise NumericalError("the loss or a gradient is not finite on another rank")
-        if rows and not fine:
+        before = torch.get_rng_state()
+        loss, finite, grads = self.evaluate(rows)
+        value = loss.item()
+        if not finite:
             torch.set_rng_state(before)  # for the same noise again
             raise NumericalError(self.what_is_wrong(rows, value, grads))
         self.update(grads)
-        return Taken(value * self.verified.share(rows) if rows else 0.0, seen, stop)
+        return StepResult(value * self.pair.verified.share(rows), len(rows[0]), self.stop())
+
+    def feed(self, batches: Iterable[Rows]) -> Iterator[Rows]:
+        """What to call it with in a pass over the data: each batch."""
+        return iter(batches)
+
+    def end_pass(self, total: float) -> float:
+        """The loss of a whole pass, given the sum of what its steps returned."""
+        return total
+
+    def is_to_stop(self) -> bool:
+        """Whether to stop here, between steps."""
+        return self.stop()
 
     def what_is_wrong(self, rows: Rows, loss: float = math.nan, grads: dict[int, Tensor] | None = None) -> str:
         """Where a loss or a gradient that is not finite may come from, in words."""
         said = "the loss or a gradient is not finite"
         if grads is not None:
             said = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss:g}"
-        found = objectives.not_finite(self.model, self.guide, self.batches.transformed(*rows))
+        found = objectives.not_finite(
+            self.pair.placed.model, self.pair.placed.guide, self.batches.apply_transform(*rows)
+        )
         if not found and grads is not None and math.isfinite(loss):
             bad = {id(self.params[number]) for number, grad in grads.items() if not grad.isfinite().all()}
-            found = f"that of {', '.join(name for name, param in self.names().items() if id(param) in bad)}"
+            found = (
+                f"that of {', '.join(name for name, param in self.pair.named_tensors().items() if id(param) in bad)}"
+            )
         return f"{said}: {found}" if found else said
 
     @property
@@ -141,10 +135,10 @@ class Step:
         """Whether steps are captured programs; else Python has to run in each of them."""
         return self.captured is not None and not self.captured.given_up
 
-    def begin(self) -> None:
+    def look(self) -> None:
         """Looks at what the programs can see, once for the steps that follow: nothing of the caller's runs between."""
         if self.captured is not None:
-            self.captured.drop_if_changed()
+            self.captured.look()
 
     def evaluate(self, rows: Rows) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Loss, whether it and all gradients are finite, and gradients by their parameters' number."""
@@ -158,11 +152,11 @@ class Step:
             grads: By the parameters' number.
             skip: If given, nothing moves where it is 1 rather than 0, and the host need not know which.
         """
-        if self.clip_norm is not None and grads:
-            shrink = (self.clip_norm / (get_total_norm(grads.values()) + 1e-6)).clamp(max=1.0)
+        if self.settings.clip_norm is not None and grads:
+            shrink = (self.settings.clip_norm / (get_total_norm(grads.values()) + 1e-6)).clamp(max=1.0)
             grads = {number: grad * shrink for number, grad in grads.items()}
         state = [self.optimizer.state.get(self.params[number]) for number in grads]
-        if all(state) and self.fused:
+        if all(state) and self.is_fused:
             self._move(grads, state, skip)
             return
         for number, grad in grads.items():
@@ -170,7 +164,7 @@ class Step:
         if skip is not None:
             self.optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
-        self.forget_gradients()
+        self.zero_grad()
 
     def _move(self, grads: dict[int, Tensor], state: list[Any], skip: Tensor | None) -> None:
         """The optimizer's own kernel on its own state, without the looks around that it takes in every step."""
@@ -195,24 +189,52 @@ class Step:
                 maximize=False,
             )
 
-    def forget_gradients(self) -> None:
+    def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """The optimizer's state and the parameters' order, as plain values and tensors.
+
+        Args:
+            names: Of the parameters, by their ``id``.
+        """
+        return {
+            "order": [names[id(p)] for p in self.params],
+            "optimizer": {names[id(p)]: dict(state) for p, state in self.optimizer.state.items()},
+            "group": {k: v for k, v in self.optimizer.param_groups[0].items() if k not in FIXED},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state of the same parameters, from any device."""
+        tensors, optimizer = self.pair.named_tensors(), self.optimizer
+        self.params = [tensors[name] for name in state["order"]]
+        optimizer.param_groups[0] |= {**state["group"], "params": list(self.params)}
+        counts_there = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
+        for name, adam_state in state["optimizer"].items():
+            param = tensors[name]
+            # Adam's kernel takes for granted that moments lie in memory as the parameter does.
+            moments = {key: torch.empty_like(param).copy_(adam_state[key]) for key in ("exp_avg", "exp_avg_sq")}
+            count = adam_state["step"].to(param.device if counts_there else "cpu")
+            optimizer.state[param] = {"step": count, **moments}
+        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  (what schedulers look for)
+
+    def zero_grad(self) -> None:
         """Leaves no parameter with a gradient."""
         for param in self.params:
             param.grad = None
 
     def _loss_and_grads(self, *inputs: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         rows, weight = (inputs, None) if self.kl_weight is None else (inputs[:-1], inputs[-1])
-        batch = self.batches.transformed(*rows)
+        batch = self.batches.apply_transform(*rows)
         try:
             with ExitStack() as stack:
-                stack.enter_context(in_precision(self.precision, self.batches.device))
+                stack.enter_context(in_precision(self.settings.precision, self.batches.device))
                 if self.is_captured:  # innermost, where it sees who calls
                     stack.enter_context(objectives.ItemsStayTensors())
-                loss, params = objectives.loss_and_grads(self.objective, self.model, self.guide, batch, weight)
+                loss, params = objectives.loss_and_grads(
+                    self.pair.objective, self.pair.placed.model, self.pair.placed.guide, batch, weight
+                )
             self._add_new(params)
             grads = {number: p.grad for number, p in enumerate(self.params) if p.grad is not None}
         finally:
-            self.forget_gradients()
+            self.zero_grad()
         if not grads:
             raise ProgramError("the loss has a gradient for no parameter: does the objective depend on them?")
         # A sum is finite where all its terms are, unless they are so large that it overflows.
@@ -230,58 +252,6 @@ class Step:
             for p in late:
                 p.data = p.data if _is_dense(p) else p.data.contiguous()
             self.params += late
-
-    def _over_ranks(
-        self, known: int, seen: int, fine: bool, stop: bool, error: Exception | None, grads: dict[int, Tensor]
-    ) -> tuple[int, bool, bool, dict[int, Tensor]]:
-        """What the parts of a batch come to together. Where something went wrong on one process, all learn of it here.
-
-        Args:
-            known: How many parameters there were before the step; those after them are new.
-            seen: Data in this process's part.
-            fine: Whether its loss and gradients are finite.
-            stop: Whether it was asked to stop.
-            error: What it raised.
-            grads: Its gradients.
-
-        Returns:
-            Of all processes: data, whether all are fine, whether any is to stop, and gradients.
-        """
-        if self.shared < known:  # at first
-            self.processes.broadcast_tensors(self.params[self.shared : known], "parameter")
-        told = [not fine, stop, error is not None, len(self.params) > known]
-        seen_by_all, (wrong, stops, failed, late), whole = self._summed(range(known), seen, told, grads)
-        if failed:
-            with self.processes.together():
-                if error is not None:
-                    raise error
-        if late and not wrong:
-            self.processes.broadcast_tensors(self.params[known:], "parameter made in a later step")
-            whole |= self._summed(range(known, len(self.params)), seen, [], grads)[2]
-        self.shared = len(self.params)
-        return seen_by_all, not wrong, stops > 0, whole
-
-    def _summed(
-        self, numbers: range, seen: int, told: list[bool], grads: dict[int, Tensor]
-    ) -> tuple[int, list[float], dict[int, Tensor]]:
-        """Losses are summed over a batch, so gradients of its parts are, too; with what is told, by one exchange."""
-        # A plate that scales a part up to all the data does so on each process: there, the parts are averaged.
-        averaged = self.verified.subsampled_from is not None
-        params = [self.params[n] for n in numbers]
-        kind = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)  # counts are exact to 2^24
-        said = torch.tensor([seen, *told, *(n in grads for n in numbers)], dtype=kind, device=self.batches.device)
-        dense = [grads[n] if n in grads else torch.zeros_like(p) for n, p in zip(numbers, params, strict=True)]
-        said, *dense = self.processes.all_reduce(
-            [said, *(g.to(said) * seen if averaged else g.to(said) for g in dense)]
-        )
-        seen_by_all, *counts = said.tolist()
-        divisor = seen_by_all if averaged else 1
-        summed = {
-            n: torch.empty_like(p).copy_(grad / divisor)  # in the layout that the optimizer's kernel takes for granted
-            for n, p, grad, present in zip(numbers, params, dense, counts[len(told) :], strict=True)
-            if present
-        }
-        return int(seen_by_all), counts[: len(told)], summed
 
 
 def _is_dense(param: Tensor) -> bool:

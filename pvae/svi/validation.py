@@ -3,84 +3,76 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae.capture import Captured
-from pvae.data import Batches
+from pvae.data import Batches, Rows
 from pvae.errors import warn
-from pvae.runtime import Interrupted, Processes, Program, isolated
+from pvae.runtime import Interrupted, Stop, isolate
 from pvae.svi import objectives
+from pvae.svi.settings import Settings
+from pvae.svi.trainable import Trainable
 
 __all__ = ["Validation"]
 
 
 class Validation:
-    """Minus an ELBO object's own loss of held-out data, in eval mode and with the same noise each time."""
+    """Minus an ELBO object's own loss of held-out data, in eval mode and with the same noise each time.
 
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        bound: Any,
-        modules: Sequence[nn.Module],
-        batches: Batches,
-        verified: objectives.Verified,
-        seed: int,
-        capture: bool,
-        processes: Processes,
-        asked_to_stop: Callable[[], bool] = bool,
-        compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        self.model, self.guide = model, guide
-        # Where there are other processes, one that ended early would leave them waiting.
-        self.asked_to_stop = asked_to_stop if processes.world_size == 1 else bool
-        self.modules, self.batches, self.verified, self.processes = modules, batches, verified, processes
-        self.seed = processes.rank_seed(seed)
+    Args:
+        pair: The pair that is trained.
+        batches: The held-out data.
+        settings: The seed of the noise, and whether to capture.
+        stop: Whether the process was asked to stop.
+    """
+
+    def __init__(self, pair: Trainable, batches: Batches, settings: Settings, stop: Stop | None = None) -> None:
+        self.pair, self.batches, self.seed = pair, batches, settings.noise_seed
+        self.stop = Stop() if stop is None else stop
         self.captured: Captured | None = None
-
-        def loss(*batch: Tensor) -> Tensor:
-            with objectives.ItemsStayTensors() if capture else nullcontext():
-                return objectives.loss_of(bound, model, guide, batch)
-
-        self.loss = loss
-        if capture:
-            with self._isolated():
+        if settings.capture:
+            with self._isolate():
                 # Few runs an epoch, without gradients: it is compiled in the longest runs alone.
-                options: dict[str, Any] = {"capture_after": 1, "compile_first": False, "compiling": compiling}
-                self.captured = Captured(loss, "pvae.fit's validation", (model, guide, bound), **options)
-                self.loss = self.captured
+                self.captured = Captured(
+                    self._loss,
+                    "pvae.fit's validation",
+                    (pair.placed.model, pair.placed.guide, pair.bound),
+                    capture_after=1,
+                    compile_first=False,
+                    compiling=self.stop.interrupting,
+                )
 
     def __call__(self, epoch: int) -> float | None:
-        """Returns the bound in nats per datum, over the data of all processes; nothing if asked to stop meanwhile."""
-        total, seen = 0.0, 0
-        with self.processes.together(), self._isolated():
-            for batch in self.batches.in_order():
-                try:
-                    loss = self.loss(*batch).item() * self.verified.share(batch)
-                except Interrupted:
-                    return None
-                if math.isfinite(total) and not math.isfinite(loss):
-                    self._warn(epoch, loss, batch)
-                total += loss
-                seen += len(batch[0])
-                if self.asked_to_stop():
-                    break
-        if self.asked_to_stop():  # the batches may have ended early, too
-            return None
-        sums = torch.tensor([total, seen], dtype=torch.float64, device=self.batches.device)
-        total, seen = self.processes.all_reduce([sums])[0].tolist()
-        return -total / seen
+        """The bound in nats per datum, over all the data; none where it was asked to stop meanwhile."""
+        told = False
 
-    def _warn(self, epoch: int, loss: float, batch: tuple[Tensor, ...]) -> None:
-        found = objectives.not_finite(self.model, self.guide, batch)
+        def loss_of(batch: Rows) -> float:
+            nonlocal told
+            loss = (self.captured or self._loss)(*batch).item() * self.pair.verified.share(batch)
+            if not told and not math.isfinite(loss):
+                told = True
+                self._warn(epoch, loss, batch)
+            return loss
+
+        try:
+            with self._isolate():
+                total, seen = self.batches.sum_over(loss_of, self.stop)
+        except Interrupted:
+            return None
+        return None if self.stop() else -total / seen  # the batches may have ended early, too
+
+    def _loss(self, *batch: Tensor) -> Tensor:
+        with objectives.ItemsStayTensors() if self.captured is not None else nullcontext():
+            return objectives.loss_of(self.pair.bound, self.pair.placed.model, self.pair.placed.guide, batch)
+
+    def _warn(self, epoch: int, loss: float, batch: Rows) -> None:
+        found = objectives.not_finite(self.pair.placed.model, self.pair.placed.guide, batch)
         warn(f"epoch {epoch}: the loss of a batch of validation data is {loss:g}{found and f': {found}'}.")
 
-    def _isolated(self) -> AbstractContextManager[Any]:
-        state: Any = pyro.get_param_store().get_state()
-        return isolated(self.modules, seed=self.seed, device=self.batches.device, params=state)
+    def _isolate(self) -> AbstractContextManager[Any]:
+        placed, state = self.pair.placed, pyro.get_param_store().get_state()
+        return isolate(placed.modules, seed=self.seed, device=self.batches.device, params=state)

@@ -1,0 +1,207 @@
+"""A pair that can be trained: a look at it and its data before anything moves, which shows what there is to train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.params.param_store import ParamStoreDict
+from torch import Tensor
+from torch.distributions import constraints
+
+from pvae.capture import worth_compiling
+from pvae.data import Batches, Data, as_source, make_batches, named_shape
+from pvae.errors import warn
+from pvae.runtime import Pair, Processes, Program, Stop, base_distribution, isolate
+from pvae.svi import elbos, objectives
+from pvae.svi.settings import Settings
+
+__all__ = ["Trainable", "look_at", "make_trainable"]
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A placed pair, what trains it, and what a trial run found.
+
+    Attributes:
+        placed: The pair on its device.
+        verified: What the run found.
+        objective: What is minimised.
+        state: That of the param store, with all that the programs make at first.
+        batches: What it is trained on.
+        held_out: What it is measured on, if anything.
+    """
+
+    placed: Pair
+    verified: objectives.Verified
+    objective: objectives.Objective
+    state: Mapping[str, Any]
+    batches: Batches
+    held_out: Batches | None
+
+    @cached_property
+    def bound(self) -> Any:
+        """What held-out data are measured by."""
+        return elbos.bound(self.objective, self.verified)
+
+    def isolate(self, seed: int) -> AbstractContextManager[ParamStoreDict]:
+        """A block in which the pair is trained, in a param store of its own."""
+        placed = self.placed
+        return isolate(placed.modules, seed=seed, device=placed.device, training=True, params=self.state)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """What training changes, by name; in the block in which the pair is isolated."""
+        return self.placed.named_tensors(pyro.get_param_store()._params)
+
+    def is_to_be_captured(self, settings: Settings) -> bool:
+        """Whether to capture and compile steps: as asked for, or where the run is long enough to gain by it."""
+        if settings.compile != "auto":
+            return bool(settings.compile)
+        steps = self.batches.steps or 1000  # of a stream whose length is not known
+        seen = settings.epochs * (self.batches.num_data or steps * settings.batch_size)
+        operations = 6.0 * sum(p.numel() for p in self.verified.params) * seen
+        return worth_compiling(settings.epochs * steps, operations, self.placed.device)
+
+    def nest(self) -> AbstractContextManager[None]:
+        """A block in which the objective knows how deep plates are nested."""
+        return elbos.nest(self.objective, self.verified)
+
+    def find_units(self, seed: int) -> None:
+        """Lets modules that want it see the scale of their data, before anything is trained; warns of other scales.
+
+        Such a module has ``wants_units(x)`` and ``find_units(x)``, as `pvae.VAE` does.
+        """
+        modules = [part for module in self.placed.modules for part in module.modules()]
+        parts: list[Any] = [part for part in modules if hasattr(part, "wants_units")]
+        for name, distribution, indices in self.verified.observed:
+            rows = self.verified.batch[indices[0]]
+            wanting = [part for part in parts if part.wants_units(rows)]
+            if wanting:
+                with isolate(seed=seed, device=self.placed.device):  # a transform may draw
+                    rows = self.batches.any()[indices[0]]
+                for part in wanting:
+                    part.find_units(rows)
+            elif found := _far_scale(name, distribution, rows):
+                warn(found)
+
+    def warn_if_collapsed(self, params: Mapping[str, Any]) -> None:
+        """Says so where no latent dimension follows the data."""
+        placed = self.placed
+        with isolate(placed.modules, seed=0, device=placed.device, params=params):
+            if objectives.inactive(placed.model, placed.guide, (self.held_out or self.batches).first()):
+                warn(
+                    "the posterior has collapsed: no latent dimension follows x, since Var_x(E_q[z]) is below 0.01 of "
+                    "the prior's variance for each, so that the model makes no use of its latents. Try a warm-up "
+                    "(kl_weight=lambda epoch: min(1.0, epoch / 10)), a smaller lr, or a less powerful decoder.",
+                )
+
+
+def make_trainable(
+    model: Program,
+    guide: Program,
+    data: Data,
+    validation: Data | None,
+    device: str | torch.device,
+    settings: Settings,
+    processes: Processes,
+    stop: Stop,
+) -> Trainable:
+    """Puts a pair and its data on a device, looks at them, and finds what trains it.
+
+    Args:
+        model: The generative program.
+        guide: The recognition program.
+        data: As for `pvae.fit`.
+        validation: As for `pvae.fit`.
+        device: As for `pvae.fit`.
+        settings: What is asked for.
+        processes: Those that share the data.
+        stop: Whether this process was asked to stop.
+
+    Raises:
+        DataError, DeviceError, ProgramError: Before anything but the modules' device has changed; as `look_at`,
+            `pvae.svi.elbos.resolve` and `pvae.svi.elbos.try_out` do. On all processes where one raises.
+    """
+    with processes.together():
+        source = as_source("data", data)
+        holders = () if settings.objective is None else (settings.objective,)
+        pair = Pair.place(model, guide, *holders, device=device, data=source)
+        share = partial(make_batches, pair=pair, batch_size=settings.batch_size, seed=settings.seed)
+        share = partial(share, processes=processes, stop=processes.own_stop(stop))
+        batches = share("data", source, transform=settings.transform)
+        held_out = None
+        if validation is not None:
+            held_out = share("validation", as_source("validation", validation), evaluated=True)
+        verified, state = look_at(pair, "data", batches, settings.seed, settings.params)
+        batches = batches.watch(verified.observed)
+        if held_out is not None:
+            other, state = look_at(pair, "validation", held_out, settings.seed, state, transforms=False)
+            held_out, verified = held_out.watch(other.observed), verified.join(other)
+        for param in verified.params:
+            if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+                param.data = param.data.contiguous()  # entries that share memory could not be moved one by one
+        objective = elbos.resolve(settings.objective, verified, weighted=settings.kl_weights is not None)
+        if verified.marked:
+            with isolate(pair.modules, seed=0, device=pair.device, params=state):
+                elbos.try_out(objective, model, guide, batches.first(), verified)
+    return Trainable(pair, verified, objective, state, batches, held_out)
+
+
+def look_at(
+    pair: Pair, name: str, batches: Batches, seed: int, params: Mapping[str, Any] | None, *, transforms: bool = True
+) -> tuple[objectives.Verified, Mapping[str, Any]]:
+    """Runs a pair on a batch.
+
+    Args:
+        pair: On its device.
+        name: What to call the data in an error.
+        batches: Where the batch is taken from.
+        seed: Of the run.
+        params: State of the param store to start from.
+        transforms: Whether the caller takes a ``transform`` for them.
+
+    Returns:
+        What was found, and the state of the param store after.
+
+    Raises:
+        ProgramError, DataError: As `objectives.verify` does.
+    """
+    whole = batches.whole
+    with named_shape(name, whole), isolate(pair.modules, seed=seed, device=pair.device, params=params) as store:
+        verified = objectives.verify(pair.model, pair.guide, batches.first(), whole, transforms=transforms)
+        return verified, store.get_state()
+
+
+def _far_scale(site: str, distribution: Any, value: Tensor) -> str:
+    """How far the scale of a site of real numbers is from that of its data before training, in words; empty if near.
+
+    Noise ten times as wide as the data hides what varies in them. Data a hundred times as far from the site's mean as
+    its noise is wide are out of reach: Adam moves a parameter by about its learning rate in a step. Noise that is
+    narrower than the data by less may well be right.
+    """
+    support = distribution.support
+    if getattr(support, "base_constraint", support) not in (constraints.real, constraints.real_vector):
+        return ""
+    try:
+        mean, noise = distribution.mean, distribution.stddev.median().item()
+    except (NotImplementedError, AttributeError):  # as of transformed distributions
+        return ""
+    if mean.numel() != value.numel():  # it broadcasts
+        return ""
+    value = value.to(mean).reshape(mean.shape)
+    spread, distance = value.std(correction=0).item(), (value - mean).abs().median().item()
+    said = f"site '{site}' is {type(base_distribution(distribution)).__name__} with a standard deviation of {noise:.2g}"
+    advice = (
+        "Rescale the data, such as to mean 0 and standard deviation 1, or let the scale begin at theirs: Adam moves "
+        "its logarithm by about lr in a step."
+    )
+    if 0 < 10 * spread < noise < float("inf"):
+        return f"{said}, and that of its data is {spread:.2g}: noise so wide hides what varies in them. {advice}"
+    if 100 * noise < distance < float("inf"):
+        return f"{said}, and its data are {distance:.2g} away from its mean (medians, before training). {advice}"
+    return ""
