@@ -83,7 +83,7 @@ class Step:
                 self._loss_and_grads,
                 "pvae.fit's step",
                 (pair.placed.model, pair.placed.guide, pair.objective, batches.transform),
-                looks=False,
+                check_each_run=False,
                 tolerances=(1e-5, 0.05) if settings.precision == "float32" else (0.01, 0.2),
                 compiling=self.stop.interrupting,
             )
@@ -138,7 +138,7 @@ class Step:
     def look(self) -> None:
         """Looks at what the programs can see, once for the steps that follow: nothing of the caller's runs between."""
         if self.captured is not None:
-            self.captured.look()
+            self.captured.drop_if_changed()
 
     def evaluate(self, rows: Rows) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Loss, whether it and all gradients are finite, and gradients by their parameters' number."""
