@@ -3,7 +3,7 @@
 from pvae.runtime.isolation import get_rng_state, isolate, outside_modules, resolve_seed, set_rng_state
 from pvae.runtime.processes import ALONE, Processes, resolve_processes
 from pvae.runtime.programs import Pair, Program, dtype_of, modules_of, reachable
-from pvae.runtime.signals import Interrupted, Stop, graceful_stop
+from pvae.runtime.signals import Interrupted, NeverStop, Stop, graceful_stop
 from pvae.runtime.sites import (
     base_distribution,
     check_pair,
@@ -22,6 +22,7 @@ from pvae.runtime.turns import in_turn, turn
 __all__ = [
     "ALONE",
     "Interrupted",
+    "NeverStop",
     "Pair",
     "Processes",
     "Program",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pvae.errors import ArgumentError, RankError, first_line, yes_no_or_auto
-from pvae.runtime.signals import Stop
+from pvae.runtime.signals import NeverStop, Stop
 
 __all__ = ["ALONE", "Processes", "resolve_processes"]
 
@@ -117,7 +117,7 @@ class Processes:
 
     def own_stop(self, stop: Stop) -> Stop:
         """What may end a process's own work midway: of several one that ended early would leave the others waiting."""
-        return stop if self.world_size == 1 else Stop()
+        return stop if self.world_size == 1 else NeverStop()
 
     def only_on_main(self, function: Callable[P, Any] | None) -> Callable[P, Any] | None:
         """A function that the main process calls for all; where it raises there, it does so on all."""

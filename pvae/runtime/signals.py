@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupted", "Stop", "graceful_stop"]
+__all__ = ["Interrupted", "NeverStop", "Stop", "graceful_stop"]
 
 logger = logging.getLogger("pvae")
 
@@ -44,6 +44,14 @@ class Stop:
     def __call__(self) -> bool:
         """Whether it was asked."""
         return self.signal is not None
+
+
+class NeverStop(Stop):
+    """What nobody asks to stop, whatever comes."""
+
+    def __call__(self) -> bool:
+        """No."""
+        return False
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from pvae.capture import Captured
 from pvae.data import Batches, Rows
 from pvae.errors import NumericalError, ProgramError
-from pvae.runtime import Stop
+from pvae.runtime import NeverStop, Stop
 from pvae.svi import objectives
 from pvae.svi.contents import FIXED
 from pvae.svi.settings import Settings
@@ -65,7 +65,7 @@ class Step:
 
     def __init__(self, pair: Trainable, batches: Batches, settings: Settings, stop: Stop | None = None) -> None:
         self.pair, self.batches, self.settings = pair, batches, settings
-        self.stop = Stop() if stop is None else stop
+        self.stop = NeverStop() if stop is None else stop
         self.kl_weight = None if settings.kl_weights is None else torch.ones((), device=batches.device)
         self.params = list(pair.verified.params)
         # One fused optimizer for all parameters: pyro.optim makes one for each, which is slower.

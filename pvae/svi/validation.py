@@ -12,7 +12,7 @@ from torch import Tensor
 from pvae.capture import Captured
 from pvae.data import Batches, Rows
 from pvae.errors import warn
-from pvae.runtime import Interrupted, Stop, isolate
+from pvae.runtime import Interrupted, NeverStop, Stop, isolate
 from pvae.svi import objectives
 from pvae.svi.settings import Settings
 from pvae.svi.trainable import Trainable
@@ -32,7 +32,7 @@ class Validation:
 
     def __init__(self, pair: Trainable, batches: Batches, settings: Settings, stop: Stop | None = None) -> None:
         self.pair, self.batches, self.seed = pair, batches, settings.noise_seed
-        self.stop = Stop() if stop is None else stop
+        self.stop = NeverStop() if stop is None else stop
         self.captured: Captured | None = None
         if settings.capture:
             with self._isolate():
