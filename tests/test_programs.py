@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pvae.errors import ArgumentError, DeviceError
-from pvae.runtime.programs import modules_of, place, resolve_device
+from pvae.runtime.programs import Pair, modules_of, resolve_device
 
 GLOBAL_MODULE = nn.Linear(1, 1)
 
@@ -58,15 +58,17 @@ def test_modules_are_found_where_programs_keep_them(module_pair):
     assert modules_of(functools.partial(max, key=local)) == [local]
 
 
-def test_place_gives_floats_the_modules_dtype_and_leaves_labels():
+def test_a_placed_pair_gives_floats_its_modules_dtype_and_leaves_labels():
     x, y = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
-    _, placed = place([nn.Linear(2, 2)], (x, y), "cpu")
-    assert [t.dtype for t in placed] == [torch.float32, torch.int64]
-    _, placed = place([nn.Linear(2, 2).double()], (x, y), "cpu")
-    assert placed[0] is x
-    device, placed = place([], (x, y), "auto")
-    assert device == x.device
-    assert placed[0] is x
+
+    def place(net):
+        return Pair.place(lambda x: net, lambda x: None, device="auto", data=(x, y))
+
+    assert [t.dtype for t in place(nn.Linear(2, 2)).cast((x, y))] == [torch.float32, torch.int64]
+    assert place(nn.Linear(2, 2).double()).cast((x, y))[0] is x
+    bare = place(None)
+    assert bare.device == x.device
+    assert bare.cast((x, y))[0] is x
 
 
 def test_device_names(monkeypatch):

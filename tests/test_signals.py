@@ -79,7 +79,7 @@ def test_a_signal_during_validation_leaves_it(bits, tmp_path, monkeypatch):
         return original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Validation, "_isolated", isolate)
+        patch.setattr(Validation, "_isolate", isolate)
         first = train(stopped, bits, validation=bits, checkpoint=tmp_path)
     assert first.checkpoint.name == "epoch-000001-step-0000005"
     result = train(other, bits, validation=bits, checkpoint=tmp_path, resume="auto")
