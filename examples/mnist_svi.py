@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 import pvae
-from pvae.persistence import storage
+from pvae.persistence import versions, write_file
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
 FIRST = os.environ.get("RANK", "0") == "0"  # the one that prints and writes
@@ -274,7 +274,7 @@ def draw_figures(
             draw()
             picture = io.BytesIO()
             plt.savefig(picture, format="png", dpi=200, metadata={"Comment": origin(report)})
-            storage.put(folder / f"{name}.png", picture.getvalue())
+            write_file(folder / f"{name}.png", picture.getvalue())
         except Exception as error:  # one figure is not worth the others
             failed = True
             print(f"error: no {name}.png: {error}", file=sys.stderr)
@@ -378,7 +378,7 @@ def ready(folder: Path) -> None:
     probe = folder / ".probe.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        storage.put(probe, os.urandom(2**20))  # more than the report and the figures take
+        write_file(probe, os.urandom(2**20))  # more than the report and the figures take
     except OSError as error:
         raise pvae.ArgumentError(f"--output-dir: {error}") from error
     finally:
@@ -425,7 +425,7 @@ def run(args: argparse.Namespace) -> int:
         "device": torch.cuda.get_device_name(device) if args.cuda else "cpu",
         "threads": torch.get_num_threads(),
         "processes": PROCESSES,
-        "versions": storage.versions() | {"pvae": pvae.__version__},
+        "versions": versions() | {"pvae": pvae.__version__},
         "train_seconds": train_seconds,
         "compile_seconds": result.compile_seconds,
         "seconds": time.perf_counter() - start,
@@ -484,7 +484,7 @@ def keep(report: Mapping[str, Any], folder: Path) -> bool:
     """Writes report.json, or prints it where that cannot be done: minutes or days of work are in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        storage.put(folder / "report.json", as_json(report).encode())
+        write_file(folder / "report.json", as_json(report).encode())
     except (pvae.PVAEError, OSError) as error:
         print(f"error: no report.json: {error}\n{as_json(report)}", file=sys.stderr, flush=True)
         return False

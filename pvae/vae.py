@@ -17,7 +17,7 @@ from pvae import likelihoods, networks, posteriors, priors
 from pvae.data import Array, as_tensors, check_shape
 from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, folder_path, one_of, positive_int
 from pvae.networks import Units
-from pvae.persistence import saving, storage, try_run
+from pvae.persistence import check_free, pack_module, read_files, try_run, unpack_module, write_packed
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
 from pvae.runtime import check_real, check_support, in_turn, isolate, resolve_seed
@@ -247,13 +247,13 @@ class VAE(nn.Module):
             CheckpointError: The folder holds something else, or cannot be written. What was there still is.
         """
         folder = folder_path("path", path)
-        saving.check_free(folder, overwrite=overwrite)
+        check_free(folder, overwrite=overwrite)
         try:
-            files, rebuilt = saving.pack(self)
+            files, rebuilt = pack_module(self)
             _check_densities(self, rebuilt)
         except ProgramError as error:
             raise ProgramError(f"this {type(self).__name__} cannot be saved: {error}") from error
-        saving.write(folder, files, overwrite=overwrite)
+        write_packed(folder, files, overwrite=overwrite)
 
     @classmethod
     @in_turn
@@ -276,9 +276,9 @@ class VAE(nn.Module):
         if wrong := [m for m in modules if not (isinstance(m, type) and issubclass(m, nn.Module))]:
             raise ArgumentError(f"modules must be classes of nn.Module, got {wrong[0]!r}.")
         folder = folder_path("path", path)
-        files = storage.read(folder)
+        files = read_files(folder)
         try:
-            vae = saving.unpack(files, (cls, VAE, *_PARTS, *modules))
+            vae = unpack_module(files, (cls, VAE, *_PARTS, *modules))
         except CheckpointError as error:
             raise CheckpointError(f"{folder} cannot be loaded: {error}") from error
         if not isinstance(vae, cls):

@@ -291,10 +291,10 @@ def attack(rng, folder):
         path = rng.choice(sorted(folder.iterdir()))
         path.write_bytes(any_bytes(rng, path.read_bytes()))
     else:
-        contents = storage.read(folder)
+        contents = storage.read_files(folder)
         name = rng.choice(sorted(contents))
         change = any_bytes if how == "bytes" else STRUCTURED[Path(name).suffix]
-        storage.write(folder, {**contents, name: change(rng, contents[name])})
+        storage.write_files(folder, {**contents, name: change(rng, contents[name])})
         how = f"{how} of {name}"
     return how
 

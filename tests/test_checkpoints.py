@@ -128,14 +128,14 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(bits, tmp_path):
     pair = ModulePair()
     train(pair, bits, epochs=2, checkpoint=tmp_path)
     folder = tmp_path / "epoch-000002"
-    contents = storage.read(folder)
+    contents = storage.read_files(folder)
     config = json.loads(contents["config.json"])
     config["environment"]["device"] = "cuda:0"
     training = torch.load(folder / "training.pt", weights_only=True)
     training["noise"][0]["cuda"] = torch.zeros(16, dtype=torch.uint8)
     torch.save(training, tmp_path / "training.pt")
     changed = {"config.json": json.dumps(config).encode(), "training.pt": (tmp_path / "training.pt").read_bytes()}
-    storage.write(folder, {**contents, **changed})
+    storage.write_files(folder, {**contents, **changed})
     other = ModulePair()
     with pytest.warns(UserWarning, match="device was 'cuda:0' and is 'cpu' now"):
         result = train(other, bits, epochs=3, checkpoint=tmp_path, resume="auto", device="cpu")

@@ -125,12 +125,12 @@ def test_pickles_are_refused_even_with_a_manifest_that_vouches_for_them(bits, tm
     for file in FILES[:-1]:
         train(ModulePair(), bits, epochs=2, checkpoint=run)
         for folder in run.glob("epoch-*"):
-            contents = storage.read(folder)
+            contents = storage.read_files(folder)
             evil = pickle.dumps(Evil(marker))
             if file == "training.pt":  # as torch.save would write it
                 torch.save({"epoch": Evil(marker)}, tmp_path / "evil.pt")
                 evil = (tmp_path / "evil.pt").read_bytes()
-            storage.write(folder, {**contents, file: evil})
+            storage.write_files(folder, {**contents, file: evil})
         with pytest.raises(pvae.CheckpointError, match=r"no checkpoint in .* is whole"):
             load_checkpoint(run, pair.model, pair.guide, bits)
         assert not marker.exists()
@@ -159,8 +159,8 @@ def test_states_that_make_no_sense_are_refused_whoever_vouches_for_them(change, 
     training = torch.load(folder / "training.pt", weights_only=True)
     change(training)
     torch.save(training, tmp_path / "changed.pt")
-    contents = storage.read(folder)
-    storage.write(folder, {**contents, "training.pt": (tmp_path / "changed.pt").read_bytes()})
+    contents = storage.read_files(folder)
+    storage.write_files(folder, {**contents, "training.pt": (tmp_path / "changed.pt").read_bytes()})
     with pytest.warns(UserWarning, match="was not written by pvae.fit.*Going back"):
         result = train(ModulePair(), bits, epochs=3, checkpoint=run, resume="auto")
     assert len(result.history["elbo"]) == 3

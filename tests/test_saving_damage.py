@@ -22,7 +22,7 @@ from pvae.persistence import storage
 
 
 def test_overwriting_is_asked_for(tmp_path):
-    first, second = compose_vae()()
+    first, second = compose_vae(), compose_vae()
     first.save(tmp_path)
     with pytest.raises(CheckpointError, match="overwrite=True"):
         second.save(tmp_path)
@@ -54,10 +54,10 @@ def test_other_files_that_came_later_are_left(tmp_path):
 
 def test_other_sets_are_not_replaced(tmp_path):
     contents = {"weights.safetensors": b"", "config.json": b"{}", "training.pt": b"x"}
-    storage.write(tmp_path, contents)
+    storage.write_files(tmp_path, contents)
     with pytest.raises(CheckpointError, match=r"holds no VAE but config\.json, training\.pt"):
         compose_vae().save(tmp_path, overwrite=True)
-    assert storage.read(tmp_path) == contents
+    assert storage.read_files(tmp_path) == contents
 
 
 def test_what_a_first_save_left_that_was_cut_off_is_no_hindrance(tmp_path):
@@ -126,14 +126,14 @@ def test_folders_without_a_vae_are_named(path, tmp_path):
 
 @pytest.mark.parametrize("contents", [{}, {"config.json": b"{}"}, {"weights.safetensors": b""}, {"a": b""}], ids=str)
 def test_sets_of_something_else_are_named(contents, tmp_path):
-    storage.write(tmp_path, contents)
+    storage.write_files(tmp_path, contents)
     with pytest.raises(CheckpointError, match=r"cannot be loaded: it has no (config\.json|weights\.safetensors)"):
         pvae.VAE.load(tmp_path)
 
 
 def test_a_newer_schema_is_named(saved, monkeypatch):
     monkeypatch.setattr(storage, "SCHEMA", storage.SCHEMA + 1)
-    storage.write(saved, storage.read(saved))
+    storage.write_files(saved, storage.read_files(saved))
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"has schema \d.*Update pvae"):
         pvae.VAE.load(saved)
@@ -160,7 +160,7 @@ def test_pickles_are_refused_and_not_run(file, kind, saved, tmp_path):
     if file == storage.MANIFEST:
         (saved / file).write_bytes(content)
     else:  # with a manifest that says it belongs there
-        storage.write(saved, {**storage.read(saved), file: content})
+        storage.write_files(saved, {**storage.read_files(saved), file: content})
     with pytest.raises(CheckpointError):
         pvae.VAE.load(saved)
     assert not marker.exists()
@@ -195,9 +195,9 @@ CRAFTED = {
 
 @pytest.mark.parametrize("name", CRAFTED)
 def test_configurations_that_are_none_are_refused(name, saved, caller_state):
-    files = storage.read(saved)
+    files = storage.read_files(saved)
     made = CRAFTED[name](json.loads(files["config.json"]))
-    storage.write(saved, {**files, "config.json": made if isinstance(made, bytes) else json.dumps(made).encode()})
+    storage.write_files(saved, {**files, "config.json": made if isinstance(made, bytes) else json.dumps(made).encode()})
     before = caller_state()
     with pytest.raises(CheckpointError):
         pvae.VAE.load(saved)
@@ -208,8 +208,8 @@ def test_configurations_that_are_none_are_refused(name, saved, caller_state):
 def test_weights_of_another_vae_are_refused_with_their_names(saved, tmp_path):
     other = pvae.VAE.mlp(6, 2, [9], "gaussian").double()
     other.save(tmp_path / "other")
-    weights = storage.read(tmp_path / "other")["weights.safetensors"]
-    storage.write(saved, {**storage.read(saved), "weights.safetensors": weights})
+    weights = storage.read_files(tmp_path / "other")["weights.safetensors"]
+    storage.write_files(saved, {**storage.read_files(saved), "weights.safetensors": weights})
     with pytest.raises(CheckpointError) as caught:
         pvae.VAE.load(saved)
     for part in (

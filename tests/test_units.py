@@ -132,12 +132,12 @@ def test_the_old_parts_are_there_without_units(likelihood):
 @pytest.mark.parametrize("likelihood", GAUSSIANS)
 def test_a_vae_that_was_saved_before_there_were_units_loads(likelihood, x):
     old = made(likelihood, units=(0, 1))
-    files, _ = saving.pack(old)
+    files, _ = saving.pack_module(old)
     config = json.loads(files["config.json"])
     for part in ("decoder", "encoder"):
         assert config["model"]["arguments"][part]["arguments"].pop("units") is None
     parts = (pvae.VAE, priors.StandardNormal, likelihoods.Gaussian, posteriors.DiagonalNormal)
-    loaded = saving.unpack(files | {"config.json": json.dumps(config).encode()}, parts)
+    loaded = saving.unpack_module(files | {"config.json": json.dumps(config).encode()}, parts)
     assert isinstance(loaded, pvae.VAE)
     assert torch.equal(loaded.reconstruct(x), old.reconstruct(x))
     assert loaded.state_dict().keys() == old.state_dict().keys()

@@ -79,7 +79,7 @@ def run(trained, tmp_path):
 
 def vouched(folder, **changes):
     """Changes what a checkpoint or a saved VAE holds, with a manifest that vouches for it."""
-    contents = storage.read(folder)
+    contents = storage.read_files(folder)
     for name, change in changes.items():
         file = next(file for file in contents if file.partition(".")[0] == name)
         if isinstance(change, bytes):
@@ -94,7 +94,7 @@ def vouched(folder, **changes):
             value = json.loads(contents[file])
             change(value)
             contents[file] = json.dumps(value).encode()
-    storage.write(folder, contents)
+    storage.write_files(folder, contents)
 
 
 # --- what a checkpoint holds --------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_a_description_that_does_not_fit_the_weights_builds_nothing(name, tmp_pa
         inside = json.dumps(linear())
         for _ in range(200):
             inside = '{"class": "torch.nn.Sequential", "children": {"0": ' + inside + "}}"
-        config = json.loads(storage.read(tmp_path)["config.json"])
+        config = json.loads(storage.read_files(tmp_path)["config.json"])
         config["model"]["arguments"]["decoder"]["arguments"]["network"] = "HERE"
         vouched(tmp_path, config=json.dumps(config).replace('"HERE"', inside).encode())
     else:
@@ -350,7 +350,7 @@ def zipped(content, how, **members):
 
 
 def training_file(run):
-    return storage.read(run / "epoch-000003")["training.pt"]
+    return storage.read_files(run / "epoch-000003")["training.pt"]
 
 
 STATES = {
@@ -389,10 +389,10 @@ def test_json_without_end_is_refused(content, run):
 
 
 def test_brackets_in_text_are_none():
-    from pvae.persistence.serialization import json_from
+    from pvae.persistence.serialization import json_from_bytes
 
     value = {"[" * 1000: ['"' + "{" * 1000, "\\", "]"]}
-    assert json_from(json.dumps(value).encode()) == value
+    assert json_from_bytes(json.dumps(value).encode()) == value
 
 
 def test_files_that_are_holes_are_not_read(run):
@@ -523,7 +523,7 @@ def test_pruning_follows_no_link_and_removes_what_the_manifest_names(run, traine
     for folder in theirs:
         assert sorted(path.name for path in folder.iterdir()) == sorted(THEIRS)
     assert len(list((tmp_path / "moved").iterdir())) == 5
-    if not storage.holds_set(run / "epoch-000003"):  # else it is the best
+    if not storage.holds_files(run / "epoch-000003"):  # else it is the best
         assert [path.name for path in (run / "epoch-000003").iterdir()] == ["film.part"]
 
 
@@ -538,7 +538,7 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(stage, tmp_path, m
     for before in (None, {"config.json": b"0", "weights.safetensors": b"0"}):
         folder = tmp_path / str(before is None)
         if before:
-            storage.write(folder, before)
+            storage.write_files(folder, before)
         renamed, rename = [], os.replace
 
         def until(*args, renamed=renamed, rename=rename):
@@ -553,16 +553,16 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(stage, tmp_path, m
             patch.setattr(Path, "unlink", lambda *_, **__: None)  # the dead remove nothing
             if stage <= 3:
                 with pytest.raises(Killed):
-                    storage.write(folder, contents)
+                    storage.write_files(folder, contents)
             else:
-                storage.write(folder, contents)
+                storage.write_files(folder, contents)
         (folder / "film.part").write_text("mine")
         if stage <= 3 and before:
-            assert storage.read(folder) == before
-        storage.write(folder, contents)
-        assert storage.read(folder) == contents
+            assert storage.read_files(folder) == before
+        storage.write_files(folder, contents)
+        assert storage.read_files(folder) == contents
         assert len(list(folder.iterdir())) == 4
-        storage.remove(folder, contents)
+        storage.remove_files(folder, contents)
         assert [path.name for path in folder.iterdir()] == ["film.part"]
 
 

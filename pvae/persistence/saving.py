@@ -21,7 +21,7 @@ from pvae.persistence import serialization, storage
 from pvae.persistence.bounds import Bounded, needs_numbers, record_trials, replay_trials
 from pvae.persistence.description import DTYPES, build, class_name, describe, dtype_name, tensors_of
 
-__all__ = ["check_free", "pack", "unpack", "write"]
+__all__ = ["check_free", "pack_module", "unpack_module", "write_packed"]
 
 _CONFIG = "config.json"
 _WEIGHTS = "weights.safetensors"
@@ -36,11 +36,11 @@ _LEFTOVER = re.compile(
 )
 
 
-def pack(module: nn.Module) -> tuple[dict[str, bytes], nn.Module]:
+def pack_module(module: nn.Module) -> tuple[dict[str, bytes], nn.Module]:
     """Makes files of a module: its description and its weights.
 
     Returns:
-        The contents of the files by name, and the module that `unpack` makes of them, on the CPU.
+        The contents of the files by name, and the module that `unpack_module` makes of them, on the CPU.
 
     Raises:
         ProgramError: It cannot be described, or what is built from its description is something else.
@@ -62,7 +62,7 @@ def pack(module: nn.Module) -> tuple[dict[str, bytes], nn.Module]:
         _WEIGHTS: _weights_as_bytes(state),
     }
     try:
-        rebuilt = unpack(files, classes)
+        rebuilt = unpack_module(files, classes)
     except CheckpointError as error:
         raise ProgramError(f"it cannot be rebuilt from its constructors' arguments: {error}") from error
     if describe(rebuilt) != description:
@@ -75,15 +75,15 @@ def pack(module: nn.Module) -> tuple[dict[str, bytes], nn.Module]:
     return files, rebuilt
 
 
-def unpack(files: Mapping[str, bytes], own: Iterable[type[nn.Module]] = ()) -> nn.Module:
-    """Builds the module that `pack` wrote, on the CPU, with its weights, dtypes and frozen parameters.
+def unpack_module(files: Mapping[str, bytes], own: Iterable[type[nn.Module]] = ()) -> nn.Module:
+    """Builds the module that `pack_module` wrote, on the CPU, with its weights, dtypes and frozen parameters.
 
     Args:
         files: Contents by name.
         own: As for `build`.
 
     Raises:
-        CheckpointError: The files are none of `pack`'s, or do not fit each other; what differs is listed.
+        CheckpointError: The files are none of `pack_module`'s, or do not fit each other; what differs is listed.
     """
     config, weights = _parse(files)
     size, own = sum(tensor.nbytes for tensor in weights.values()), tuple(own)
@@ -140,7 +140,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
         return
     except OSError as error:
         raise CheckpointError(f"{folder} is no folder to save in: {error}.") from error
-    if not storage.holds_set(folder):
+    if not storage.holds_files(folder):
         if others:
             names = ", ".join(sorted(others)[:3])
             raise CheckpointError(f"{folder} holds other files ({names}) and no saved VAE. Save into a new folder.")
@@ -148,22 +148,22 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise CheckpointError(f"{folder} already holds something saved. Pass overwrite=True to replace a saved VAE.")
     try:
-        names = storage.read(folder).keys()
+        names = storage.read_files(folder).keys()
     except storage.DamagedError:  # nothing that could be loaded is lost
         return
     if names != {_CONFIG, _WEIGHTS}:
         raise CheckpointError(f"{folder} holds no VAE but {', '.join(sorted(names))}. Save into a new folder.")
 
 
-def write(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
-    """Writes the files of `pack`, if `check_free` allows it still once no other process can write.
+def write_packed(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    """Writes the files of `pack_module`, if `check_free` allows it still once no other process can write.
 
     Raises:
         CheckpointError: It forbids it, another process writes there, or the folder cannot be written.
     """
     with storage.exclusive(folder, "saves there, too"):
         check_free(folder, overwrite=overwrite)
-        storage.write(folder, files)
+        storage.write_files(folder, files)
 
 
 def _dtype_and_shape(tensor: Any) -> str:
@@ -174,7 +174,7 @@ def _weights_as_bytes(state: Mapping[str, Tensor]) -> bytes:
     from safetensors import SafetensorError
 
     try:
-        return serialization.tensors_as_bytes(state)
+        return serialization.tensors_to_bytes(state)
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise ProgramError(f"its weights cannot be saved: {type(error).__name__}: {error}") from error
 
@@ -184,7 +184,7 @@ def _parse(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Tensor
     if missing := [name for name in (_CONFIG, _WEIGHTS) if name not in files]:
         raise CheckpointError(f"it has no {missing[0]}, but {', '.join(files) or 'nothing'}.")
     try:
-        config = serialization.json_from(files[_CONFIG])
+        config = serialization.json_from_bytes(files[_CONFIG])
         kinds = {name: DTYPES[dtype] for name, dtype in config["dtypes"].items()}
         config = {**config, "dtypes": kinds, "default_dtype": DTYPES[config["default_dtype"]]}
         if not isinstance(config["frozen"], list) or config["default_dtype"] not in _DEFAULTS:
@@ -193,7 +193,7 @@ def _parse(files: Mapping[str, bytes]) -> tuple[dict[str, Any], dict[str, Tensor
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CheckpointError(f"{_CONFIG} is not a configuration that pvae wrote.") from None
     try:
-        return config, serialization.tensors_from(files[_WEIGHTS])
+        return config, serialization.tensors_from_bytes(files[_WEIGHTS])
     except Exception as error:  # of a file that may be anything
         raise CheckpointError(f"{_WEIGHTS} is no file of safetensors: {error}.") from None
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pvae.errors import CheckpointError, first_line
 
-__all__ = ["json_from", "state_as_bytes", "state_from", "tensors_as_bytes", "tensors_from"]
+__all__ = ["json_from_bytes", "state_from_bytes", "state_to_bytes", "tensors_from_bytes", "tensors_to_bytes"]
 
 _MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 16 << 20
@@ -51,13 +51,13 @@ _GLOBALS = {
 }
 
 
-def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Tensors as the bytes of a file of safetensors. They are copied: of some that share memory it would write none."""
     return save({n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()})
 
 
-def tensors_from(content: bytes) -> dict[str, Tensor]:
-    """Reads what `tensors_as_bytes` wrote.
+def tensors_from_bytes(content: bytes) -> dict[str, Tensor]:
+    """Reads what `tensors_to_bytes` wrote.
 
     Raises:
         SafetensorError, ValueError: They are no such bytes.
@@ -67,7 +67,7 @@ def tensors_from(content: bytes) -> dict[str, Tensor]:
     return load(content)
 
 
-def json_from(content: bytes) -> Any:
+def json_from_bytes(content: bytes) -> Any:
     """Reads JSON that is neither huge nor nested without end: each bracket would take memory and stack.
 
     Raises:
@@ -82,11 +82,11 @@ def json_from(content: bytes) -> Any:
     return json.loads(content)
 
 
-def state_as_bytes(state: Any) -> bytes:
+def state_to_bytes(state: Any) -> bytes:
     """Tensors and plain values, such as the state of an optimizer, as ``torch.save`` writes them.
 
     Raises:
-        CheckpointError: It holds more than that, which `state_from` would not read.
+        CheckpointError: It holds more than that, which `state_from_bytes` would not read.
     """
     buffer = io.BytesIO()
     try:
@@ -98,8 +98,8 @@ def state_as_bytes(state: Any) -> bytes:
     return content
 
 
-def state_from(content: bytes) -> Any:
-    """Reads what `state_as_bytes` wrote: each tensor on the CPU, contiguous, in memory of its own.
+def state_from_bytes(content: bytes) -> Any:
+    """Reads what `state_to_bytes` wrote: each tensor on the CPU, contiguous, in memory of its own.
 
     Raises:
         CheckpointError: They are no such bytes.

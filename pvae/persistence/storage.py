@@ -30,15 +30,15 @@ __all__ = [
     "MANIFEST",
     "SCHEMA",
     "DamagedError",
-    "append",
+    "append_to_file",
     "check_writable",
     "exclusive",
-    "holds_set",
-    "put",
-    "read",
-    "remove",
+    "holds_files",
+    "read_files",
+    "remove_files",
     "versions",
-    "write",
+    "write_file",
+    "write_files",
 ]
 
 SCHEMA = 1
@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes a set of files with its manifest into a folder, in place of one that is there.
 
     Args:
@@ -101,7 +101,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
                 _tidy(folder, files)
 
 
-def read(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """Reads and verifies the set of files in a folder; returns their contents by name.
 
     Raises:
@@ -120,7 +120,7 @@ def read(folder: Path) -> dict[str, bytes]:
                     raise  # else another process replaced the set meanwhile
 
 
-def remove(folder: Path, names: Iterable[str]) -> None:
+def remove_files(folder: Path, names: Iterable[str]) -> None:
     """Removes a set of files of such names, whole or not, and its folder; what else is there stays, and so do links."""
     with suppress(OSError):
         if folder.is_symlink():
@@ -131,19 +131,19 @@ def remove(folder: Path, names: Iterable[str]) -> None:
         folder.rmdir()
 
 
-def holds_set(folder: Path) -> bool:
+def holds_files(folder: Path) -> bool:
     """Whether there is a set of files in force, damaged or not."""
     return os.path.lexists(folder / MANIFEST)
 
 
-def put(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Writes one file so that it has the old content or the new one, whatever happens."""
     with _explain_errors(path.parent):
         _put(path, content)
         _flush_folder(path.parent)
 
 
-def append(path: Path, content: bytes) -> None:
+def append_to_file(path: Path, content: bytes) -> None:
     """Adds to the end of a file, on the disk."""
     with _explain_errors(path.parent), _open(path, "ab") as file:
         file.write(content)
@@ -184,7 +184,7 @@ def check_writable(folder: Path) -> None:
     """Raises `CheckpointError` where no file can be written."""
     with _explain_errors(folder):
         probe = folder / f".probe{_TEMPORARY}"
-        put(probe, b"")
+        write_file(probe, b"")
         probe.unlink()
 
 

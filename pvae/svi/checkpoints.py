@@ -22,7 +22,21 @@ from torch import Tensor
 
 from pvae.data import kind
 from pvae.errors import CheckpointError, first_line, warn
-from pvae.persistence import serialization, storage
+from pvae.persistence import (
+    DamagedError,
+    append_to_file,
+    check_writable,
+    holds_files,
+    json_from_bytes,
+    read_files,
+    remove_files,
+    state_from_bytes,
+    state_to_bytes,
+    tensors_from_bytes,
+    tensors_to_bytes,
+    write_file,
+    write_files,
+)
 from pvae.svi.contents import check_contents
 
 __all__ = ["Folder", "Saved", "check_plain", "check_weights"]
@@ -91,8 +105,8 @@ class Folder:
 
     def check(self) -> None:
         """Raises `CheckpointError` where checkpoints cannot be written, before anything is trained."""
-        storage.check_writable(self.path)
-        ahead = list(takewhile(lambda path: not storage.holds_set(path), self._all(unfinished=True)))
+        check_writable(self.path)
+        ahead = list(takewhile(lambda path: not holds_files(path), self._all(unfinished=True)))
         for path in self._all(unfinished=True):
             if not path.is_dir() or (path in ahead and path.is_symlink()):
                 raise CheckpointError(f"{path} is in the way of a checkpoint of that name. Use another folder.")
@@ -115,7 +129,7 @@ class Folder:
                 except CheckpointError as error:
                     if self._sets() != there:
                         break  # another process has written one meanwhile, and removed others
-                    if not isinstance(error, storage.DamagedError):
+                    if not isinstance(error, DamagedError):
                         raise
                     problems.append(str(error))
                     continue
@@ -150,8 +164,8 @@ class Folder:
         """
         folder = self.path / _named(saved.epoch, saved.training["steps"])
         contents = {
-            "weights.safetensors": serialization.tensors_as_bytes(saved.weights),
-            "training.pt": serialization.state_as_bytes(dict(saved.training)),
+            "weights.safetensors": tensors_to_bytes(saved.weights),
+            "training.pt": state_to_bytes(dict(saved.training)),
             "history.json": json.dumps(saved.history).encode(),
             "config.json": json.dumps(saved.config, indent=2).encode(),
         }
@@ -159,24 +173,24 @@ class Folder:
             raise CheckpointError(f"{folder} is a link, and in the way of a checkpoint. Use another folder.")
         if folder.exists():
             try:
-                storage.read(folder)
-            except storage.DamagedError:
-                storage.remove(folder, _FILES)
-        storage.write(folder, contents)
+                read_files(folder)
+            except DamagedError:
+                remove_files(folder, _FILES)
+        write_files(folder, contents)
         self._remove_all_but(folder, saved.config["best_epoch"])
         return folder
 
     def rewrite_history(self, records: list[dict[str, float]]) -> None:
         """Makes ``history.jsonl`` say what a run begins from."""
-        storage.put(self.path / _HISTORY, b"".join(_line(record) for record in records))
+        write_file(self.path / _HISTORY, b"".join(_line(record) for record in records))
 
     def append_history(self, record: dict[str, float]) -> None:
         """Adds an epoch's line to ``history.jsonl``."""
-        storage.append(self.path / _HISTORY, _line(record))
+        append_to_file(self.path / _HISTORY, _line(record))
 
     def _sets(self) -> list[Path]:
         """Folders of checkpoints, or the folder itself if it is that of one."""
-        return [self.path] if storage.holds_set(self.path) else self._all()
+        return [self.path] if holds_files(self.path) else self._all()
 
     def _all(self, *, unfinished: bool = False) -> list[Path]:
         """Folders of checkpoints, the newest first. One without a manifest was never finished, and is none."""
@@ -184,23 +198,23 @@ class Folder:
             return []
         found = [(m, path) for path in self.path.iterdir() if (m := _NAME.fullmatch(path.name))]
         order = sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][3] or 0)), reverse=True)
-        return [path for _, path in order if unfinished or storage.holds_set(path)]
+        return [path for _, path in order if unfinished or holds_files(path)]
 
     def _remove_all_but(self, newest: Path, best_epoch: int | None) -> None:
         """Those ahead of the newest were damaged, or it would not have been written after them."""
         order = self._all(unfinished=True)
         place = order.index(newest)
-        whole = [path for path in order[place:] if storage.holds_set(path)]
+        whole = [path for path in order[place:] if holds_files(path)]
         keep = whole[:_KEPT] + ([] if best_epoch is None else [self.path / _named(best_epoch, 0)])
         for old in order:
             if old not in keep:
-                storage.remove(old, _FILES)
+                remove_files(old, _FILES)
 
 
 def check_plain(name: str, state: Any) -> None:
     """Raises `CheckpointError` where a state holds more than can be read from a file without running code."""
     try:
-        serialization.state_as_bytes(state)
+        state_to_bytes(state)
     except CheckpointError as error:
         raise CheckpointError(
             f"{name} cannot be in a checkpoint: its state holds more than tensors and plain values ({error})."
@@ -211,27 +225,25 @@ def check_weights(weights: Mapping[str, Tensor]) -> None:
     """Raises `CheckpointError` where safetensors cannot hold them."""
     for name, tensor in weights.items():
         try:
-            serialization.tensors_as_bytes({name: tensor.new_empty(0, device="cpu")})
+            tensors_to_bytes({name: tensor.new_empty(0, device="cpu")})
         except (KeyError, ValueError, SafetensorError):
             raise CheckpointError(f"'{name}' cannot be in a checkpoint: its dtype is {tensor.dtype}.") from None
 
 
 def _read(folder: Path, check: Callable[[Saved], None] | None = None) -> Saved:
-    contents = storage.read(folder)
+    contents = read_files(folder)
     if missing := set(_FILES) - contents.keys():
         raise CheckpointError(f"{folder} is not a checkpoint of pvae.fit: it has no {', '.join(sorted(missing))}.")
     try:
-        weights = serialization.tensors_from(contents.pop("weights.safetensors"))
-        training = serialization.state_from(contents.pop("training.pt"))
-        history, config = (serialization.json_from(contents[name]) for name in ("history.json", "config.json"))
+        weights = tensors_from_bytes(contents.pop("weights.safetensors"))
+        training = state_from_bytes(contents.pop("training.pt"))
+        history, config = (json_from_bytes(contents[name]) for name in ("history.json", "config.json"))
         check_contents(weights, training, history, config)
         saved = Saved(weights, training, history, config, folder)
         if check is not None:
             check(saved)
     except Exception as error:  # of files that may hold anything
-        raise storage.DamagedError(
-            f"{folder} holds a file that was not written by pvae.fit: {first_line(error)}"
-        ) from None
+        raise DamagedError(f"{folder} holds a file that was not written by pvae.fit: {first_line(error)}") from None
     return saved
 
 
