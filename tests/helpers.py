@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -102,15 +103,20 @@ def python(code, *arguments, options=(), **environment):
     return subprocess.Popen(
         [sys.executable, *options, "-c", code, *map(str, arguments)],
         env={name: str(value) for name, value in settings.items() if value is not None},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def lines_of(process):
-    """What a process prints, once it has ended well."""
-    out, errors = process.communicate()
+def lines_of(process, timeout=None):
+    """What a process prints, once it has ended well, within so many seconds."""
+    with process:
+        try:
+            out, errors = process.communicate(timeout=timeout)
+        finally:
+            process.kill()  # where it has not ended
     assert process.returncode == 0, errors
     return out.splitlines()
 
@@ -221,6 +227,10 @@ class Counted(Iterated):
 
     def __len__(self):
         return len(self.items)
+
+
+# A loader that is left in the middle of a pass hears once more of a worker's end, as it is cleared away.
+kills_workers = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def make_loader(data, **options):

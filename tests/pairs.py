@@ -35,6 +35,45 @@ class ModulePair(nn.Module):
             pyro.sample("latent", dist.Normal(loc, raw.exp()).to_event(1))
 
 
+class ParamPair:
+    """A mean-field pair for the mean of data, with a constrained ``pyro.param``: nothing lives in a module.
+
+    ``beta`` weighs all of its sites, and ``wide`` is another prior.
+    """
+
+    def model(self, x, beta=1.0, *, wide=False):
+        noise = pyro.param("noise", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=beta):
+            z = pyro.sample("z", dist.Normal(0.0, 2.0 if wide else 1.0))
+            pyro.sample("x", dist.Normal(z, noise), obs=x)
+
+    def guide(self, x, beta=1.0, *, wide=False):
+        slope = pyro.param("slope", torch.tensor(0.0))
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=beta):
+            pyro.sample("z", dist.Normal(slope * x, scale))
+
+
+class RealPair(nn.Module):
+    """Two networks by hand under one name, as many programs have them; the scale of the data is fixed."""
+
+    def __init__(self, event: int = 6, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.decoder, self.encoder = nn.Linear(2, event), nn.Linear(event, 2)
+
+    def model(self, x):
+        pyro.module("hand", self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), self.scale).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("hand", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+
+
 def compose_vae(decoder: nn.Module | None = None, encoder: nn.Module | None = None) -> pvae.VAE:
     """A VAE of bits whose networks, from 2 to 6 and from 6 to 4 numbers, can be given."""
     return pvae.VAE(

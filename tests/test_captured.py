@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,6 +10,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from helpers import lines_of, python
 from pyro import distributions as dist
 from torch import nn
 
@@ -307,8 +306,7 @@ def test_a_machine_without_a_compiler(tmp_path):
         "assert abs(a - elbo(False)) < 1e-3\n"
     )
     environment = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert "pvae.fit's step runs captured but uncompiled" in done.stdout
+    assert "pvae.fit's step runs captured but uncompiled" in lines_of(python(code, **environment))[0]
 
 
 def test_the_rule_that_decides_where_it_pays():
@@ -320,7 +318,7 @@ def test_the_rule_that_decides_where_it_pays():
 
 def test_the_compiler_is_not_loaded_before_it_is_used():
     code = "import sys, pvae; print('torch._inductor.compile_fx' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert lines_of(python(code)) == ["False"]
 
 
 # --- what a review found ------------------------------------------------------------------------------------------

@@ -6,15 +6,13 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pyro
 import pytest
 import torch
-from helpers import assert_same_run, train
+from helpers import assert_same_run, python, train
 from pairs import Bare, ModulePair
 from pyro import distributions as dist
 from safetensors.torch import load_file
@@ -316,9 +314,7 @@ except pvae.CheckpointError as error:
 
 
 def test_two_processes_cannot_train_in_one_folder(bits, tmp_path):
-    first = subprocess.Popen(
-        [sys.executable, "-c", TWICE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    first = python(TWICE, tmp_path)
     assert first.stdout.readline() == "training\n"
     with pytest.raises(pvae.CheckpointError, match="is in use by another process"):
         train(ModulePair(), bits, checkpoint=tmp_path, resume="auto")

@@ -6,12 +6,10 @@ import copy
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import assert_same_run, train
+from helpers import assert_same_run, lines_of, python, train
 from pairs import ModulePair
 
 import pvae
@@ -57,9 +55,8 @@ print(before)
 
 
 def test_killed_at_20_random_moments_a_whole_checkpoint_is_always_there(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 20
+    (epoch,) = lines_of(python(KILLED, tmp_path), timeout=200)
+    assert int(epoch) >= 20
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -204,9 +201,7 @@ print(len(pvae.svi.load_checkpoint(path, other.model, other.guide, x).history["e
 
 
 def test_a_full_disk_is_an_error_and_the_checkpoints_before_are_whole(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    error, epochs = done.stdout.splitlines()
+    error, epochs = lines_of(python(FULL, tmp_path), timeout=100)
     assert "epoch-000003 cannot be used: [Errno 27] File too large" in error
     assert epochs == "2"
     assert not list(tmp_path.rglob("*.part"))

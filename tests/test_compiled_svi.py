@@ -10,12 +10,11 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from pairs import ModulePair
+from pairs import ModulePair, ParamPair
 from pyro import distributions as dist
 from pyro.infer import SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import SGD, Adam, ClippedAdam, ExponentialLR
 from torch import nn
-from torch.distributions import constraints
 
 import pvae
 from pvae.capture import captured as captured_module
@@ -36,20 +35,6 @@ def _captured_at_once(monkeypatch, never_compiled, request):
     if "patient" not in request.fixturenames:
         monkeypatch.setattr(compiled_svi, "_STEPS_FOR_A_CAPTURE", 0)
         monkeypatch.setattr(compiled_svi._Losses, "after", 1)
-
-
-class ParamPair:
-    def model(self, x, beta=1.0, *, wide=False):
-        noise = pyro.param("noise", torch.tensor(1.0), constraint=constraints.positive)
-        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=beta):
-            z = pyro.sample("z", dist.Normal(0.0, 2.0 if wide else 1.0))
-            pyro.sample("x", dist.Normal(z, noise), obs=x)
-
-    def guide(self, x, beta=1.0, *, wide=False):
-        slope = pyro.param("slope", torch.tensor(0.0))
-        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
-        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=beta):
-            pyro.sample("z", dist.Normal(slope * x, scale))
 
 
 def run(cls, pair, batches, optim=None, loss=None, seed=1):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
+import helpers
 import pyro
 import pytest
 import torch
@@ -26,6 +28,8 @@ from pvae.runtime.isolation import isolate
 from pvae.svi import elbos as bounds
 from pvae.svi import objectives, validation
 from pvae.svi import step as engine
+
+fit = partial(helpers.fit, epochs=5, batch_size=200, lr=0.05)
 
 CENTRES = (-3.0, 0.0, 4.0)
 
@@ -76,12 +80,6 @@ class Clusters(nn.Module):
             return self.joint(x).logsumexp(-1).mean().item()
         log_q = self.encoder(x[:, None]).log_softmax(-1)
         return (log_q.exp() * (self.joint(x) - log_q)).sum(-1).mean().item()
-
-
-def fit(pair, x, **options):
-    return pvae.fit(
-        pair.model, pair.guide, x, **{"epochs": 5, "batch_size": 200, "lr": 0.05, "progress": False, **options}
-    )
 
 
 # --- which objective ----------------------------------------------------------------------------------------------

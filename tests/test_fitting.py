@@ -7,30 +7,14 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from pairs import ModulePair
+from helpers import fit, same, weights
+from pairs import ModulePair, ParamPair
 from pyro import distributions as dist
 from pyro.infer import SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
-from torch.distributions import constraints
 
 import pvae
-
-
-class ParamPair:
-    """A mean-field pair for the mean of data, with a constrained ``pyro.param``: nothing lives in a module."""
-
-    def model(self, x):
-        noise = pyro.param("noise", torch.tensor(1.0), constraint=constraints.positive)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, noise), obs=x)
-
-    def guide(self, x):
-        slope = pyro.param("slope", torch.tensor(0.0))
-        scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(slope * x, scale))
 
 
 class PyroDecoder(PyroModule):
@@ -54,18 +38,6 @@ class PyroEncoder(PyroModule):
         with pyro.plate("data", len(x)):
             loc, raw = getattr(self, self.name)(x).chunk(2, -1)
             pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
-
-
-def weights(module):
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
-def fit(pair, x, **options):
-    return pvae.fit(pair.model, pair.guide, x, **{"epochs": 2, "batch_size": 64, "progress": False, **options})
 
 
 # --- it is SVI ----------------------------------------------------------------------------------------------------

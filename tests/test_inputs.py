@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import helpers
 import numpy as np
 import pyro
 import pytest
 import torch
-from pyro import distributions as dist
-from torch import nn
+from helpers import evidence
+from pairs import RealPair
 from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
 from pvae.data.arrays import as_tensors
 
+fit = partial(helpers.fit, epochs=1, compile=False)
+
 
 def made(event_shape=6, likelihood="gaussian") -> pvae.VAE:
     torch.manual_seed(0)
     return pvae.VAE.mlp(event_shape, 2, [8], likelihood)
-
-
-def fit(vae, x, **options):
-    return pvae.fit(vae.model, vae.guide, x, epochs=1, compile=False, progress=False, **options)
-
-
-def evidence(vae, x):
-    return pvae.log_evidence(vae.model, vae.guide, x, num_samples=30)
 
 
 # --- NumPy --------------------------------------------------------------------------------------------------------
@@ -122,26 +119,9 @@ def test_data_of_another_shape_are_named_as_they_were_passed():
         evidence(made(), torch.zeros(1000, 7))
 
 
-class Own(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.decoder, self.encoder = nn.Linear(2, 500), nn.Linear(500, 2)
-
-    def model(self, x):
-        pyro.module("own", self)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("own", self)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
-
-
 def test_one_datum_for_a_pair_by_hand():
     with pytest.raises(pvae.ProgramError, match=r"float32\[256\].*float32\[500\]: if that is one.*X\[:1\]"):
-        fit(Own(), torch.zeros(500))
+        fit(RealPair(500), torch.zeros(500))
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------

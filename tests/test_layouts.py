@@ -7,7 +7,9 @@ would train nothing, so it is run on a twin with contiguous weights.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import helpers
 import numpy as np
 import pyro
 import pytest
@@ -21,6 +23,8 @@ from torch.distributions import constraints
 
 import pvae
 from pvae.svi import step as engine
+
+fit = partial(helpers.fit, epochs=3, lr=0.01, seed=5, compile=False)
 
 
 def channels_last():
@@ -98,11 +102,6 @@ def contiguous(pair):
     for p in twin.parameters():
         p.data = p.detach().contiguous()
     return twin
-
-
-def fit(pair, x, **options):
-    defaults = {"epochs": 3, "batch_size": 64, "lr": 0.01, "seed": 5, "progress": False, "compile": False}
-    return pvae.fit(pair.model, pair.guide, x, **{**defaults, **options})
 
 
 def by_svi(pair, x, epochs=3):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+from helpers import lines_of, python
 
 PEAK = """
 import resource
@@ -27,8 +27,7 @@ def peak(proposal: str, num_samples: int) -> float:
 
 def run(code: str) -> float:
     """What a program prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return float(lines_of(python(code))[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 
+import helpers
 import numpy as np
 import pyro
 import pytest
 import torch
+from helpers import same, weights
 from pairs import ModulePair
 from pyro import distributions as dist
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
@@ -19,19 +22,7 @@ from torch.distributions import kl_divergence
 import pvae
 from pvae.svi import load_checkpoint, objectives
 
-
-def fit(pair, x, **options):
-    return pvae.fit(
-        pair.model, pair.guide, x, **{"epochs": 3, "batch_size": 64, "lr": 0.01, "progress": False, **options}
-    )
-
-
-def weights(module):
-    return [p.detach().clone() for p in module.parameters()]
-
-
-def same(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+fit = partial(helpers.fit, epochs=3, lr=0.01)
 
 
 # --- the weight of the KL divergence --------------------------------------------------------------------------------

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_vae
+from helpers import assert_same_vae, lines_of, python
 from pairs import compose_vae
 
 import pvae
@@ -337,6 +335,4 @@ print("done")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("script", [KILLED, FIRST_KILLED, FULL, AT_ONCE], ids=["killed", "first", "full", "at-once"])
 def test_whatever_happens_a_whole_vae_is_loaded(script, tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", PROCESS + script, str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.stdout == "done\n", run.stdout + run.stderr
+    assert lines_of(python(PROCESS + script, tmp_path, options=["-W", "ignore"]), timeout=120) == ["done"]

@@ -9,7 +9,7 @@ import time
 import pyro
 import pytest
 import torch
-from helpers import Counted, Items, Iterated, Raising, fit_fresh, make_loader, tear
+from helpers import Counted, Items, Iterated, Raising, fit_fresh, kills_workers, make_loader, tear
 from pyro import distributions as dist
 from torch.utils.data import (
     BatchSampler,
@@ -30,8 +30,6 @@ from pvae.svi import step as engine
 
 # Python 3.12 warns of any fork where there are threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-# A loader that is left in the middle of a pass hears once more of a worker's end, as it is cleared away.
-kills_workers = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 # --- data that are left out, or come more than once -------------------------------------------------------------------

@@ -21,6 +21,7 @@ from helpers import (
     assert_same_run,
     batches_of,
     fit_fresh,
+    kills_workers,
     make_loader,
     same,
     tear,
@@ -39,8 +40,6 @@ from pvae.runtime.processes import ALONE
 
 # Python 3.12 warns of any fork where there are threads.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-# A loader that is left in the middle of a pass hears once more of a worker's end, as it is cleared away.
-kills_workers = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 # --- shuffling and other random numbers -------------------------------------------------------------------------------

@@ -8,8 +8,6 @@ import logging
 import os
 import queue
 import random
-import subprocess
-import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from helpers import lines_of, python
 from pyro import distributions as dist
 from torch import nn
 
@@ -341,8 +340,7 @@ def run_alone(program):
         alone = fitted(3)
     """
     code = textwrap.dedent(shared) + textwrap.dedent(program) + '\nprint("reached the end")\n'
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=4 * WAIT)
-    assert run.stdout.splitlines()[-1:] == ["reached the end"], run.stderr
+    assert lines_of(python(code, options=["-W", "ignore"]), timeout=4 * WAIT)[-1] == "reached the end"
 
 
 def test_signals_among_two_threads():

@@ -5,19 +5,25 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from functools import partial
 
+import helpers
 import numpy as np
 import pyro
 import pytest
 import torch
+from helpers import Items
+from pairs import RealPair
 from pyro import distributions as dist
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import pvae
 from pvae import likelihoods, networks, posteriors, priors
 from pvae.persistence import saving
+
+fit = partial(helpers.fit, compile=False)
 
 GAUSSIANS = ["gaussian", "gaussian-per-pixel"]
 
@@ -25,11 +31,6 @@ GAUSSIANS = ["gaussian", "gaussian-per-pixel"]
 def made(likelihood: str = "gaussian", **options) -> pvae.VAE:
     torch.manual_seed(0)
     return pvae.VAE.mlp(6, 2, [16], likelihood, **options)
-
-
-def trained(vae: pvae.VAE, x, **options) -> pvae.FitResult:
-    options = {"epochs": 2, "batch_size": 64, "compile": False, "progress": False} | options
-    return pvae.fit(vae.model, vae.guide, x, **options)
 
 
 def units(vae: pvae.VAE) -> tuple[float, float]:
@@ -57,7 +58,7 @@ def test_training_does_not_depend_on_the_units_of_the_data(likelihood, shift, sc
     Tolerances are for float32: x near 3,000 has steps of 2.4e-4 of 800, and rounding grows through 60 steps.
     """
     one, other = made(likelihood), made(likelihood)
-    reference, result = trained(one, x, epochs=12), trained(other, shift + scale * x, epochs=12)
+    reference, result = fit(one, x, epochs=12), fit(other, shift + scale * x, epochs=12)
     difference = reference.history["elbo"] - result.history["elbo"] - 6 * np.log(scale)
     np.testing.assert_allclose(difference, 0, atol=0.02)
     back = (other.reconstruct(shift + scale * x) - shift) / scale
@@ -66,7 +67,7 @@ def test_training_does_not_depend_on_the_units_of_the_data(likelihood, shift, sc
 
 def test_a_learned_scale_begins_at_that_of_the_data(x):
     vae = made()
-    trained(vae, 5 + 0.01 * x, lr=1e-9, epochs=1)
+    fit(vae, 5 + 0.01 * x, lr=1e-9, epochs=1)
     assert units(vae) == pytest.approx((5, 0.01), rel=0.2)  # of the first batch
     assert vae.decode(torch.zeros(2)).base_dist.scale.tolist() == pytest.approx([0.01] * 6, rel=0.2)
 
@@ -91,18 +92,18 @@ def test_what_was_set_or_trained_is_left_alone(prepare, x, tmp_path):
     if prepare == "trained by SVI":
         SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x)
     if prepare in ("a second fit", "loaded"):
-        trained(vae, x)
+        fit(vae, x)
     if prepare == "loaded":
         vae.save(tmp_path / "vae")
         vae = pvae.VAE.load(tmp_path / "vae")
     before = units(vae)
-    trained(vae, 0.5 + 0.4 * x)
+    fit(vae, 0.5 + 0.4 * x)
     assert units(vae) == before
 
 
 def test_a_copy_that_was_not_trained_is_new(x):
     vae = copy.deepcopy(made())
-    trained(vae, 7 + x)
+    fit(vae, 7 + x)
     assert units(vae)[0] == pytest.approx(7, abs=0.3)
 
 
@@ -111,7 +112,7 @@ def test_plain_svi_begins_there_after_find_units(x):
     vae, by_fit = made(), made()
     vae.find_units(x.numpy())
     assert units(vae) == pytest.approx((5, 0.01), rel=1e-4)
-    trained(by_fit, x, batch_size=320, epochs=1)
+    fit(by_fit, x, batch_size=320, epochs=1)
     assert units(by_fit) == pytest.approx(units(vae), rel=1e-6)
     SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(x)
     assert units(vae) == pytest.approx((5, 0.01), rel=1e-4)
@@ -143,23 +144,12 @@ def test_a_vae_that_was_saved_before_there_were_units_loads(likelihood, x):
     assert loaded.state_dict().keys() == old.state_dict().keys()
 
 
-class Rows(Dataset):
-    def __init__(self, x):
-        self.x = x
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, index):
-        return self.x[index]
-
-
 def test_sorted_data_are_seen_from_all_their_rows(x):
     x = torch.arange(320.0)[:, None] + 0.01 * x
     tensor, dataset, loader = made(), made(), made()
-    trained(tensor, x)
-    trained(dataset, Rows(x))
-    trained(loader, DataLoader(Rows(x), batch_size=64, shuffle=True))
+    fit(tensor, x)
+    fit(dataset, Items(x))
+    fit(loader, DataLoader(Items(x), batch_size=64, shuffle=True))
     assert units(tensor) == units(dataset)
     for vae in (tensor, loader):
         assert units(vae)[0] == pytest.approx(160, abs=5 * 92 / 64**0.5)  # 5 standard errors
@@ -168,7 +158,7 @@ def test_sorted_data_are_seen_from_all_their_rows(x):
 
 def test_transformed_data_and_labels(x):
     vae = made()
-    trained(vae, (x, torch.arange(320)), transform=lambda x, y: 100 * x)
+    fit(vae, (x, torch.arange(320)), transform=lambda x, y: 100 * x)
     assert units(vae)[1] == pytest.approx(100, rel=0.2)
     vae = made()
     pvae.fit(lambda x, y: vae.model(x), lambda x, y: vae.guide(x), (7 + x, x[:, 0]), epochs=1, progress=False)
@@ -177,7 +167,7 @@ def test_transformed_data_and_labels(x):
 
 def test_data_that_are_all_alike_have_no_scale():
     vae = made()
-    trained(vae, torch.full((64, 6), 3.0))
+    fit(vae, torch.full((64, 6), 3.0))
     assert units(vae) == (0.0, 1.0)
 
 
@@ -194,10 +184,10 @@ def test_one_entry_out_of_all_bounds_does_not_set_the_scale(x):
 def test_resume_goes_on_in_the_same_units(x, tmp_path):
     x = 5 + 0.01 * x
     whole, parts = made(), made()
-    trained(whole, x, epochs=4)
-    trained(parts, x, epochs=2, checkpoint=tmp_path / "run")
+    fit(whole, x, epochs=4)
+    fit(parts, x, epochs=2, checkpoint=tmp_path / "run")
     again = made()
-    trained(again, x, epochs=4, checkpoint=tmp_path / "run", resume="auto")
+    fit(again, x, epochs=4, checkpoint=tmp_path / "run", resume="auto")
     assert all(torch.equal(p, q) for p, q in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
     loaded = made()
     pvae.svi.load_checkpoint(tmp_path / "run", loaded.model, loaded.guide, x[:2])
@@ -258,29 +248,9 @@ def pair(likelihood):
     return pvae.VAE(vae.prior, likelihood, vae.encoder)
 
 
-class Broad(nn.Module):
-    """Two networks by hand, as many programs have them; no scale of its own can be begun."""
-
-    def __init__(self, scale):
-        super().__init__()
-        self.scale = scale
-        self.decoder, self.encoder = nn.Linear(2, 6), nn.Linear(6, 2)
-
-    def model(self, x):
-        pyro.module("hand", self)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), self.scale).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("hand", self)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
-
-
 @pytest.mark.parametrize(
     "make",
-    [lambda scale: pair(likelihoods.Gaussian(networks.mlp(2, [16], 6), scale=scale)), Broad],
+    [lambda scale: pair(likelihoods.Gaussian(networks.mlp(2, [16], 6), scale=scale)), lambda scale: RealPair(6, scale)],
     ids=["a fixed scale", "by hand"],
 )
 @pytest.mark.parametrize(
@@ -298,8 +268,8 @@ def test_a_scale_far_from_that_of_the_data_is_warned_of(make, factor, scale, mat
     vae = make(scale)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trained(vae, factor * x)
+        fit(vae, factor * x)
         assert bool(caught) == (match is not None), [str(w.message) for w in caught]
     if match:
         with pytest.warns(UserWarning, match=match):
-            trained(vae, factor * x, epochs=1)
+            fit(vae, factor * x, epochs=1)

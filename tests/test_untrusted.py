@@ -15,8 +15,10 @@ import sys
 import warnings
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,8 @@ from pvae.errors import CheckpointError, DatasetError
 from pvae.persistence import storage
 from pvae.svi import checkpoints, load_checkpoint
 from pvae.svi.checkpoints import Folder
+
+fit = partial(helpers.fit, epochs=3, lr=0.01, compile=False)
 
 MOST_MEMORY = 200 << 20  # that a refusal may take; each of these files asked for more
 
@@ -48,11 +52,6 @@ def cheaply(seconds=120):
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < MOST_MEMORY
-
-
-def fit(pair, x, **options):
-    defaults = {"epochs": 3, "batch_size": 64, "lr": 0.01, "progress": False, "compile": False}
-    return pvae.fit(pair.model, pair.guide, x, **{**defaults, **options})
 
 
 OPTIONS = {
