@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pvae
 from pvae.data.arrays import as_tensors
 
-fit = partial(helpers.fit, epochs=1, compile=False)
+fit = partial(helpers.fit, epochs=1, batch_size=256, compile=False)
 
 
 def made(event_shape=6, likelihood="gaussian") -> pvae.VAE:
