@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from pvae.data import Data
-from pvae.evidence.estimates import EvidenceEstimate
-from pvae.evidence.importance import log_evidence
-from pvae.evidence.proposals import Guide, Refined
-from pvae.evidence.proposals.base import Proposal
+from pvae.evidence import EvidenceEstimate, log_evidence
+from pvae.evidence.proposals import Guide, Proposal, Refined
 from pvae.runtime import Program, in_turn, resolve_seed
 
 __all__ = ["Gaps", "gaps"]

@@ -161,7 +161,7 @@ def write_packed(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -
     Raises:
         CheckpointError: It forbids it, another process writes there, or the folder cannot be written.
     """
-    with storage.exclusive(folder, "saves there, too"):
+    with storage.lock_folder(folder, "saves there, too"):
         check_free(folder, overwrite=overwrite)
         storage.write_files(folder, files)
 

@@ -32,8 +32,8 @@ __all__ = [
     "DamagedError",
     "append_to_file",
     "check_writable",
-    "exclusive",
     "holds_files",
+    "lock_folder",
     "read_files",
     "remove_files",
     "versions",
@@ -189,7 +189,7 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[None]:
+def lock_folder(folder: Path, what: str) -> Iterator[None]:
     """A block that no other process is in for the same folder; a process that dies leaves it free.
 
     Raises:

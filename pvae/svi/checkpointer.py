@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pvae.persistence import storage
+from pvae.persistence import lock_folder, versions
 from pvae.runtime import Processes
 from pvae.svi.checkpoints import Folder, Saved
 from pvae.svi.loading import check_same_run, find_checkpoint, load_initial
@@ -100,7 +100,7 @@ class _Keeper(Checkpointer):
         arguments = self._agree(pair, settings)
         device, processes = str(pair.placed.device), self.processes
         place = {"device": device, "threads": torch.get_num_threads(), "ranks": processes.world_size}
-        environment = {**place, "compiled": settings.capture, **storage.versions()}
+        environment = {**place, "compiled": settings.capture, **versions()}
         self.config = {"arguments": arguments, "environment": environment}
         with processes.together():
             if self.found is not None:
@@ -167,7 +167,7 @@ def open_checkpointer(settings: Settings, processes: Processes) -> Iterator[Chec
         with processes.together():
             if settings.checkpoint is not None and processes.is_main:
                 folder = Folder(settings.checkpoint)
-                stack.enter_context(storage.exclusive(settings.checkpoint, "trains with these checkpoints"))
+                stack.enter_context(lock_folder(settings.checkpoint, "trains with these checkpoints"))
                 folder.check()
         if not processes.broadcast(folder is not None):
             yield Checkpointer(processes)
