@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pvae.errors import ArgumentError, DeviceError
-from pvae.runtime.programs import Pair, modules_of, resolve_device
+from pvae.runtime.programs import modules_of, place_pair, resolve_device
 
 GLOBAL_MODULE = nn.Linear(1, 1)
 
@@ -62,7 +62,7 @@ def test_a_placed_pair_gives_floats_its_modules_dtype_and_leaves_labels():
     x, y = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
 
     def place(net):
-        return Pair.place(lambda x: net, lambda x: None, device="auto", data=(x, y))
+        return place_pair(lambda x: net, lambda x: None, device="auto", data=(x, y))
 
     assert [t.dtype for t in place(nn.Linear(2, 2)).cast((x, y))] == [torch.float32, torch.int64]
     assert place(nn.Linear(2, 2).double()).cast((x, y))[0] is x

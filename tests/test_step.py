@@ -25,7 +25,7 @@ from torch import nn
 import pvae
 from pvae.data.batches import InMemory
 from pvae.errors import NumericalError
-from pvae.runtime import Pair, isolate
+from pvae.runtime import isolate, place_pair
 from pvae.svi import elbos as bounds
 from pvae.svi import objectives
 from pvae.svi import passes as passes_
@@ -111,7 +111,7 @@ CASES = {
 
 def step_of(pair, x, *, capture, objective=None, transform=None, **options):
     batches = InMemory((x,), 64, torch.device("cpu"), transform)
-    placed = Pair.place(pair.model, pair.guide, device="cpu")
+    placed = place_pair(pair.model, pair.guide, device="cpu")
     verified = objectives.verify(pair.model, pair.guide, batches.first(), None)
     trainable = Trainable(placed, verified, bounds.resolve(objective), {}, batches, None)
     settings = Settings.checked(epochs=1, batch_size=64, **{"lr": 1e-2, **options})

@@ -37,26 +37,17 @@ class Batches(ABC):
         device: Where batches go.
         transform: What is made of each batch there before a program sees it; nothing if left out.
         processes: Those that share the data.
+        num_data: ``N``, where that is known before a pass; else ``None``.
+        steps: Batches in one pass, where that is known.
+        whole: All the data as programs see them, where they are in memory and untransformed.
     """
 
     device: torch.device
     transform: Transform | None
     processes: Processes
-
-    @property
-    @abstractmethod
-    def num_data(self) -> int | None:
-        """``N``, where that is known before a pass."""
-
-    @property
-    @abstractmethod
-    def steps(self) -> int | None:
-        """Batches in one pass, where that is known."""
-
-    @property
-    @abstractmethod
-    def whole(self) -> Rows | None:
-        """All the data as programs see them, where they are in memory and untransformed."""
+    num_data: Any
+    steps: Any
+    whole: Any
 
     @abstractmethod
     def shuffle(self, epoch: int, begin: int = 0) -> Iterator[Rows]:

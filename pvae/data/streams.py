@@ -139,11 +139,11 @@ class Stream:
             rows = rows if order is None else order[rows]
             ours = rows if self.evaluated else self.processes.shard(rows)
             # Each batch has noise of its own, so that one need not be read for the sake of the next.
-            with _Noise(self.seed, epoch, number, self.processes.rank).drawn():
-                batch = self._collated((ours if len(ours) else rows[:1]).tolist())
+            with _Noise(self.seed, epoch, number, self.processes.rank).swap_in():
+                batch = self._collate((ours if len(ours) else rows[:1]).tolist())
             yield number + 1, tuple(t[: len(ours)] for t in self._tensors(number + 1, batch))
 
-    def _collated(self, rows: list[int]) -> Any:
+    def _collate(self, rows: list[int]) -> Any:
         fetch = getattr(self.data, "__getitems__", None)
         return default_collate(fetch(rows) if fetch else [self.data[row] for row in rows])
 
@@ -168,12 +168,12 @@ class Stream:
         """A loader's batches as it gives them."""
         found = [getattr(source, "generator", None) for source in (loader, *self._sources[1:])]
         reading = _Noise(self.seed, epoch, generators=[g for g in found if isinstance(g, torch.Generator)])
-        with reading.drawn():
+        with reading.swap_in():
             iterator = iter(loader)
         with _Workers(self.name, iterator) as workers:
             try:
                 while True:
-                    with reading.drawn(), workers.heard():
+                    with reading.swap_in(), workers.listen():
                         batch = next(iterator, _END)
                     if batch is _END:
                         return
@@ -246,7 +246,7 @@ class _Noise:
         self.states: Any = numbers, [torch.Generator(g.device).manual_seed(s).get_state() for g, s in own]
 
     @contextmanager
-    def drawn(self) -> Iterator[None]:
+    def swap_in(self) -> Iterator[None]:
         """A block that draws them; those of the process and of the generators are put back."""
         outside = self._now()
         self._set(self.states)
@@ -286,15 +286,15 @@ class _Workers:
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             self.before = signal.getsignal(signal.SIGCHLD)
             if callable(self.before):
-                signal.signal(signal.SIGCHLD, self._died)
+                signal.signal(signal.SIGCHLD, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if callable(self.before) and signal.getsignal(signal.SIGCHLD) == self._died:
+        if callable(self.before) and signal.getsignal(signal.SIGCHLD) == self._on_signal:
             signal.signal(signal.SIGCHLD, self.before)
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
+    def listen(self) -> Iterator[None]:
         """A block that reads.
 
         Raises:
@@ -323,7 +323,7 @@ class _Workers:
         ends = [process.sentinel for process in self.processes]
         return bool(ends and wait(ends, timeout=1.0))  # the end may be heard of before it is complete
 
-    def _died(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         try:
             self.before(number, frame)
         except RuntimeError as error:

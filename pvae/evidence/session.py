@@ -25,6 +25,7 @@ from pvae.runtime import (
     isolate,
     modules_of,
     outside_modules,
+    place_pair,
 )
 from pvae.runtime import (
     Pair as PlacedPair,
@@ -163,7 +164,7 @@ def opened(
         tensors, batches = _begun(stream)
     else:
         tensors = as_tensors("data", data)
-    placed = PlacedPair.place(model, guide, *others, device=device, data=tensors if stream is None else ())
+    placed = place_pair(model, guide, *others, device=device, data=tensors if stream is None else ())
     chosen, modules, tensors = placed.device, placed.modules, placed.cast(tensors)
     known = outside_modules(pyro.get_param_store())
     whole = tensors if stream is None else None

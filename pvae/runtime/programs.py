@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pvae.errors import ArgumentError, DataError, DeviceError
 
-__all__ = ["Pair", "Program", "cast", "dtype_of", "modules_of", "place", "reachable", "resolve_device"]
+__all__ = ["Pair", "Program", "cast", "dtype_of", "modules_of", "place_pair", "reachable", "resolve_device"]
 
 
 Program = Callable[..., Any]
@@ -101,23 +101,6 @@ class Pair:
     modules: Sequence[nn.Module]
     device: torch.device
 
-    @classmethod
-    def place(cls, model: Program, guide: Program, *others: Any, device: str | torch.device, data: Any = ()) -> Pair:
-        """Moves a pair's modules to a device; ``"auto"`` without modules to move is where the data are.
-
-        Args:
-            model: The generative program.
-            guide: The recognition program.
-            others: What else may hold modules, such as an objective.
-            device: As for `pvae.fit`.
-            data: Tensors, or what is to be read. They stay where they are: batches are moved as they are used.
-
-        Raises:
-            DeviceError: There is no such device, or parameters are on one without numbers.
-        """
-        modules = modules_of(model, guide, *others)
-        return cls(model, guide, modules, place(modules, device, data if isinstance(data, tuple) else ()))
-
     @property
     def dtype(self) -> torch.dtype | None:
         """That of the modules' floating-point parameters; ``None`` if there are none."""
@@ -176,14 +159,22 @@ class Pair:
         ]
 
 
-def place(modules: Sequence[nn.Module], device: str | torch.device, data: Sequence[Tensor] = ()) -> torch.device:
-    """Moves modules to a device, and returns it; ``"auto"`` without modules is where the data are.
+def place_pair(model: Program, guide: Program, *others: Any, device: str | torch.device, data: Any = ()) -> Pair:
+    """Moves a pair's modules to a device; ``"auto"`` without modules to move is where the data are.
+
+    Args:
+        model: The generative program.
+        guide: The recognition program.
+        others: What else may hold modules, such as an objective.
+        device: As for `pvae.fit`.
+        data: Tensors, or what is to be read. They stay where they are: batches are moved as they are used.
 
     Raises:
         DeviceError: There is no such device, or parameters are on one without numbers.
     """
-    if device == "auto" and not modules and data:
-        return data[0].device
+    modules = modules_of(model, guide, *others)
+    if device == "auto" and not modules and isinstance(data, tuple) and data:
+        return Pair(model, guide, modules, data[0].device)
     chosen = resolve_device(device)
     if any(t.is_meta for module in modules for t in chain(module.parameters(), module.buffers())):
         raise DeviceError(
@@ -192,7 +183,7 @@ def place(modules: Sequence[nn.Module], device: str | torch.device, data: Sequen
         )
     for module in modules:
         module.to(chosen)
-    return chosen
+    return Pair(model, guide, modules, chosen)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

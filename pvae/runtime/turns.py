@@ -63,7 +63,7 @@ def in_turn(function: Callable[P, T]) -> Callable[P, T]:
     """Makes a function one that no two threads are in at once, nor in any two of such."""
 
     @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if not _here.place.over:
             return function(*args, **kwargs)
         # Not by `turn`: an interrupt between its end and the block's beginning would leave it held.
@@ -75,7 +75,7 @@ def in_turn(function: Callable[P, T]) -> Callable[P, T]:
             place.over = True
             place.bell.release()
 
-    return called
+    return call
 
 
 @contextmanager

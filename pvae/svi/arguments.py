@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pvae.capture import find_opaque, is_same
 
-__all__ = ["Arguments", "most_varied", "named"]
+__all__ = ["Arguments", "most_varied", "name_of"]
 
 _FLOATS = (float, np.floating)
 _TENSOR = object()
@@ -102,7 +102,7 @@ def most_varied(seen: Sequence[Arguments]) -> int | str:
     return max((key for one in seen for key in one.parts), key=count)
 
 
-def named(key: int | str, program: Callable[..., Any]) -> str:
+def name_of(key: int | str, program: Callable[..., Any]) -> str:
     """An argument's name in a program's signature, in quotes."""
     names: list[str] = []
     if isinstance(key, int):

@@ -31,8 +31,6 @@ class Resumable(Protocol):
     @property
     def records(self) -> list[dict[str, float]]: ...
 
-    def check_names(self) -> None: ...
-
     def load_state_dict(self, saved: Saved) -> None: ...
 
 
@@ -103,6 +101,7 @@ class _Keeper(Checkpointer):
         environment = {**place, "compiled": settings.capture, **versions()}
         self.config = {"arguments": arguments, "environment": environment}
         with processes.together():
+            pair.check_names()
             if self.found is not None:
                 check_same_run(self.found, pair, settings, arguments)
 
@@ -119,7 +118,6 @@ class _Keeper(Checkpointer):
             self._place = (self.found.epoch, self.found.training["steps"])
             self.found = None  # as large as all that is trained
         if self.folder is not None:
-            run.check_names()
             self.folder.rewrite_history(run.records)
 
     def append_history(self, record: dict[str, float]) -> None:

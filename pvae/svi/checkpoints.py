@@ -145,7 +145,7 @@ class Folder:
         """The checkpoint of the epoch that the newest one calls the best, or none."""
         newest = self.newest()
         while newest is not None and newest.config["best_epoch"] is not None:
-            folder = self.path / _named(newest.config["best_epoch"], 0)
+            folder = self.path / _folder_name(newest.config["best_epoch"], 0)
             if folder == newest.folder:
                 return newest
             try:
@@ -162,7 +162,7 @@ class Folder:
         Raises:
             CheckpointError: It cannot be written; those before are as they were.
         """
-        folder = self.path / _named(saved.epoch, saved.training["steps"])
+        folder = self.path / _folder_name(saved.epoch, saved.training["steps"])
         contents = {
             "weights.safetensors": tensors_to_bytes(saved.weights),
             "training.pt": state_to_bytes(dict(saved.training)),
@@ -205,7 +205,7 @@ class Folder:
         order = self._all(unfinished=True)
         place = order.index(newest)
         whole = [path for path in order[place:] if holds_files(path)]
-        keep = whole[:_KEPT] + ([] if best_epoch is None else [self.path / _named(best_epoch, 0)])
+        keep = whole[:_KEPT] + ([] if best_epoch is None else [self.path / _folder_name(best_epoch, 0)])
         for old in order:
             if old not in keep:
                 remove_files(old, _FILES)
@@ -247,7 +247,7 @@ def _read(folder: Path, check: Callable[[Saved], None] | None = None) -> Saved:
     return saved
 
 
-def _named(epoch: int, steps: int) -> str:
+def _folder_name(epoch: int, steps: int) -> str:
     return f"epoch-{epoch:06d}" + (f"-step-{steps:07d}" if steps else "")
 
 

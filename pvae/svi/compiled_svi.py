@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from pvae.capture import Captured
 from pvae.errors import NumericalError, warn, yes_no_or_auto
 from pvae.runtime import in_turn
-from pvae.svi.arguments import Arguments, most_varied, named
+from pvae.svi.arguments import Arguments, most_varied, name_of
 from pvae.svi.objectives import ItemsStayTensors, inside_handlers, params_met
 
 __all__ = ["CompiledSVI"]
@@ -97,7 +97,7 @@ class CompiledSVI(SVI):
             NumericalError: The loss of a captured step is nan, or a gradient nan or infinite; raised before the update.
         """
         given = Arguments.of(args, kwargs)
-        run = self._known(self._gradients, given, _Gradients)
+        run = self._run_for(self._gradients, given, _Gradients)
         if run is None or not run.is_ready(given):
             return self._by_pyro(super().step, run, given, args, kwargs)
         loss, finite, grads, met = run.captured(*given.tensors)
@@ -120,12 +120,12 @@ class CompiledSVI(SVI):
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the loss without a step, as `pyro.infer.SVI.evaluate_loss` does."""
         given = Arguments.of(args, kwargs)
-        run = self._known(self._losses, given, _Losses)
+        run = self._run_for(self._losses, given, _Losses)
         if run is None or not run.is_ready(given):
             return self._by_pyro(super().evaluate_loss, run, given, args, kwargs)
         return pytree.tree_map(Tensor.item, run.captured(*given.tensors))
 
-    def _known(self, runs: list[_Run], given: Arguments, kind: type[_Run]) -> _Run | None:
+    def _run_for(self, runs: list[_Run], given: Arguments, kind: type[_Run]) -> _Run | None:
         """What is known of such arguments; none where they cannot be captured, or there are too many kinds of them."""
         self._taken += 1
         if inside_handlers():
@@ -135,12 +135,12 @@ class CompiledSVI(SVI):
             return found
         if foreign := given.foreign():
             self._warn(
-                f"plain Pyro: {named(foreign[0], self.model)} is or holds a {foreign[1]}, of which nobody can say "
+                f"plain Pyro: {name_of(foreign[0], self.model)} is or holds a {foreign[1]}, of which nobody can say "
                 "whether it has changed. Pass tensors, numbers, strings, or objects and small containers of them."
             )
             return None
         if len(runs) >= _MOST_KINDS:
-            varied = named(most_varied([run.given for run in runs]), self.model)
+            varied = name_of(most_varied([run.given for run in runs]), self.model)
             self._warn(
                 f"plain Pyro, but for {_MOST_KINDS} kinds of arguments that differ in more than tensors and floats, "
                 f"mostly in {varied}. Pass a tensor or a float, where it is something to compute with."
@@ -218,7 +218,7 @@ class _Run(ABC):
         else:
             varied = max(enumerate(given.parts), key=lambda part: len({shapes[part[0]] for shapes in self.seen}))
             self.svi._warn(
-                f"plain Pyro, but for {_MOST_SHAPES} sets of shapes, mostly of {named(varied[1], self.svi.model)}. "
+                f"plain Pyro, but for {_MOST_SHAPES} sets of shapes, mostly of {name_of(varied[1], self.svi.model)}. "
                 "Pad tensors to a few sizes."
             )
         self._add(params)
@@ -259,7 +259,7 @@ class _Gradients(_Run):
                 param.grad = grad
         met = {id(param) for param in params}
         met = {number: () for number, param in enumerate(self.params) if id(param) in met}
-        loss = _detached(loss)
+        loss = _detach(loss)
         # An infinite loss with finite gradients is left to Pyro's objectives: one of them is infinite always.
         parts = pytree.tree_leaves(loss)
         sums = [grad.double().sum() for number, grad in grads.items() if number in met]
@@ -278,8 +278,8 @@ class _Losses(_Run):
     def evaluate(self, *tensors: Tensor) -> Any:
         args, kwargs = self.given.put_together(tensors)
         with torch.no_grad(), pyro.validation_enabled(False), ItemsStayTensors():
-            return _detached(self.svi.loss(self.svi.model, self.svi.guide, *args, **kwargs))
+            return _detach(self.svi.loss(self.svi.model, self.svi.guide, *args, **kwargs))
 
 
-def _detached(loss: Any) -> Any:
+def _detach(loss: Any) -> Any:
     return pytree.tree_map(lambda part: torch.as_tensor(detach_provenance(part)).detach(), loss)

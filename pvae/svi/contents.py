@@ -40,13 +40,13 @@ def check_contents(
     _check_place(training, config)
     _check_history(training["epoch"], history, config)
     _check_optimizer(weights, training)
-    processes = len(_demanded(list, training["totals"], "totals"))
+    processes = len(_demand_type(list, training["totals"], "totals"))
     _demand(all(_is_number(total) for total in training["totals"]), "its totals are no numbers")
     _demand(processes == len(training["noise"]) == len(training["memory"]) > 0, "it lacks random numbers")
     for noise in training["noise"]:
         _check_noise(noise)
     for memories in training["memory"]:
-        _demand(len(_demanded(list, memories, "memory")) == 2, "of its captures")
+        _demand(len(_demand_type(list, memories, "memory")) == 2, "of its captures")
         for memory in memories:
             _demand(memory is None or _is_memory(memory), "of its captures")
     for name, constraint in training["constraints"].items():
@@ -58,12 +58,12 @@ def check_contents(
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    arguments = _demanded(dict, config["arguments"], "arguments")
-    _demanded(dict, config["environment"], "environment")
+    arguments = _demand_type(dict, config["arguments"], "arguments")
+    _demand_type(dict, config["environment"], "environment")
     _demand(_is_count(arguments["seed"], 2**63 - 1), "it has no seed")
     weights = config["kl_weights"]
     if weights is not None:
-        weights = _demanded(list, weights, "kl_weights")
+        weights = _demand_type(list, weights, "kl_weights")
         _demand(all(_is_number(weight) and weight >= 0 for weight in weights), "its KL weights are no numbers")
 
 
@@ -92,10 +92,12 @@ def _check_history(epoch: int, history: Mapping[str, list[float]], config: Mappi
     names |= ({"kl_weight"} if config["kl_weights"] is not None else set()) | (
         {"lr"} if arguments.get("scheduler") is not None else set()
     )
-    _demand(_demanded(dict, history, "history").keys() - names in ({"elbo"}, {"objective"}), "its history has others")
+    _demand(
+        _demand_type(dict, history, "history").keys() - names in ({"elbo"}, {"objective"}), "its history has others"
+    )
     _demand(names <= history.keys(), "its history lacks some")
     for name, values in history.items():
-        _demand(len(_demanded(list, values, name)) == epoch, "its history has another length")
+        _demand(len(_demand_type(list, values, name)) == epoch, "its history has another length")
         # The ELBO of held-out data alone may be none.
         fine = all(
             isinstance(v, float) or _is_number(v) if name == "validation_elbo" else _is_number(v) for v in values
@@ -106,13 +108,13 @@ def _check_history(epoch: int, history: Mapping[str, list[float]], config: Mappi
 
 
 def _check_optimizer(weights: Mapping[str, Tensor], training: Mapping[str, Any]) -> None:
-    order = _demanded(list, training["order"], "order")
+    order = _demand_type(list, training["order"], "order")
     _demand(all(isinstance(n, str) for n in order) and len(set(order)) == len(order), "it trains something twice")
     _demand(set(order) <= weights.keys(), "it trains what it does not hold")
     _demand(set(training["optimizer"]) <= set(order), "it optimizes what it does not train")
     for name, state in training["optimizer"].items():
         _demand(state.keys() == {"step", "exp_avg", "exp_avg_sq"} and _fits(weights[name], **state), f"of {name}")
-    group = _demanded(dict, training["group"], "group")
+    group = _demand_type(dict, training["group"], "group")
     _demand(not group.keys() & set(FIXED) and all(isinstance(name, str) for name in group), "of its optimizer")
     _demand(all(map(_is_setting, group.values())), "of its optimizer")
     _demand(not any(group.get(n) for n in ("amsgrad", "maximize", "decoupled_weight_decay")), "of its optimizer")
@@ -181,7 +183,7 @@ def _is_count(value: Any, most: int = _MOST) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
-def _demanded(kind: type, value: Any, name: str) -> Any:
+def _demand_type(kind: type, value: Any, name: str) -> Any:
     _demand(isinstance(value, kind), f"'{name}' is no {kind.__name__}")
     return value
 

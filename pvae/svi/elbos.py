@@ -50,7 +50,7 @@ def resolve(objective: Objective | None, verified: Verified | None = None, *, we
     """
     if objective is None:
         objective = Trace_ELBO()
-        if verified is not None and verified.marked:
+        if verified is not None and verified.to_sum:
             objective = TraceEnum_ELBO(max_plate_nesting=verified.nesting)
     if not callable(objective):
         raise ArgumentError(
@@ -115,7 +115,7 @@ def try_out(
     Raises:
         ProgramError: It does not run.
     """
-    if not verified.marked or not isinstance(objective, TraceEnum_ELBO):
+    if not verified.to_sum or not isinstance(objective, TraceEnum_ELBO):
         return
     with torch.no_grad(), pyro.validation_enabled(True), nest(objective, verified):
         try:
@@ -125,6 +125,6 @@ def try_out(
         except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
             said = first_line(error)
             raise ProgramError(
-                f"{type(objective).__name__} cannot enumerate {verified.marked} in this pair: {said} Values of an "
+                f"{type(objective).__name__} cannot enumerate {verified.to_sum} in this pair: {said} Values of an "
                 "enumerated latent come in a dimension of their own, left of all plates, which programs broadcast over."
             ) from error

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pvae.data import Data, Transform, as_source, make_batches
 from pvae.errors import ArgumentError, CheckpointError, folder_path, one_of
-from pvae.runtime import Pair, Program, check_surroundings, in_turn, isolate
+from pvae.runtime import Pair, Program, check_surroundings, in_turn, isolate, place_pair
 from pvae.svi.checkpoints import Folder, Saved
 from pvae.svi.results import FitResult
 from pvae.svi.settings import Settings
@@ -66,7 +66,7 @@ def load_checkpoint(
             "given as checkpoint=? During a warm-up of the KL divergence no epoch is the best."
         )
     source = as_source("data", data)
-    pair = Pair.place(model, guide, device=device, data=source)
+    pair = place_pair(model, guide, device=device, data=source)
     batches = make_batches("data", source, pair, 256, transform=transform)
     _, state = look_at(pair, "data", batches, 0, None)
     _add_unconstrained(saved, state)

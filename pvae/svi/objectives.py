@@ -63,7 +63,7 @@ class Verified(NamedTuple):
     nesting: int = 0  # how many dimensions plates take
 
     @property
-    def marked(self) -> list[str]:
+    def to_sum(self) -> list[str]:
         """All latents that are to be enumerated."""
         return [*self.summed, *self.enumerated]
 
@@ -235,10 +235,12 @@ def verify(
     dims = [p.dim for site in sites.values() for p in site.get("cond_indep_stack", ()) if p.vectorized]
     enumerated = tuple(name for name, site in proposed.items() if site["infer"].get("enumerate"))
     depth = -min(dims, default=0)
-    return Verified(params, found, next(subsampled, None), batch, _summed(latent, proposed), enumerated, depth)
+    return Verified(
+        params, found, next(subsampled, None), batch, _latents_to_sum_out(latent, proposed), enumerated, depth
+    )
 
 
-def _summed(latent: Mapping[str, Any], proposed: Mapping[str, Any]) -> tuple[str, ...]:
+def _latents_to_sum_out(latent: Mapping[str, Any], proposed: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the latents that are to be summed out in the model."""
     summed = [name for name, site in latent.items() if not site["is_observed"] and name not in proposed]
     for name in summed:

@@ -12,11 +12,10 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from pvae.errors import CheckpointError, NumericalError
+from pvae.errors import NumericalError
 from pvae.runtime import get_rng_state, set_rng_state
-from pvae.svi import objectives
 from pvae.svi.checkpointer import Checkpointer
-from pvae.svi.checkpoints import Saved, check_weights
+from pvae.svi.checkpoints import Saved
 from pvae.svi.passes import Epochs
 from pvae.svi.results import FitResult
 from pvae.svi.settings import Settings
@@ -47,8 +46,7 @@ class Run:
         self.settings, self.passes, self.validation, self.checkpointer = settings, passes, validation, checkpointer
         self.step = passes.step
         self.scheduler: LRScheduler | None = settings.make_scheduler(self.step.optimizer)
-        is_elbo = objectives.is_elbo(self.step.pair.objective) and not settings.kl_weights
-        self.curve = "elbo" if is_elbo else "objective"
+        self.curve = "elbo" if self.step.pair.is_elbo and not settings.kl_weights else "objective"
         names = [self.curve]
         names += ["validation_elbo"] if validation else []
         names += ["kl_weight"] if settings.kl_weights else []
@@ -195,21 +193,6 @@ class Run:
             if tensor.requires_grad and not tensor.isfinite().all():
                 raise NumericalError(f"after its last step: {name} is not finite")
 
-    def check_names(self) -> None:
-        """Raises `CheckpointError` where something is trained or held that a checkpoint cannot hold."""
-        tensors = self.step.pair.named_tensors()
-        known = {id(t) for t in tensors.values()}
-        for param in self.step.params:
-            if id(param) not in known:
-                raise CheckpointError(
-                    f"a parameter of shape {tuple(param.shape)} is trained, and cannot be in a checkpoint: it belongs "
-                    "to a module that was not found in the model or the guide. Make the module an attribute of what "
-                    "holds the program, or a variable that the program uses."
-                )
-        if left_out := self.step.pair.placed.nameless_state():
-            raise CheckpointError(f"what a module holds cannot be in a checkpoint: {'; '.join(left_out)}.")
-        check_weights(tensors)
-
     def state_dict(self) -> Saved:
         """Where this process stands, as a checkpoint holds it."""
         tensors = self.step.pair.named_tensors()
@@ -226,7 +209,7 @@ class Run:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "noise": self._rng_state(),
             "constraints": {name: repr(store._constraints[name]) for name in bare},
-            "memory": [c.state_dict() if c else None for c in self._captured()],
+            "memory": [c.state_dict() if c else None for c in self._captures()],
         }
         config = {
             "kl_weights": weights and list(weights[: self.num_epochs + bool(self.passes.steps)]),
@@ -243,13 +226,13 @@ class Run:
         self.history = {name: list(values) for name, values in saved.history.items() if name in self.history}
         self.passes.begin(training["totals"], training["seen"], training["steps"])
         self.seconds = training["seconds"]
-        for captured, memory in zip(self._captured(), training["memory"], strict=True):
+        for captured, memory in zip(self._captures(), training["memory"], strict=True):
             if captured is not None and memory is not None:
                 captured.load_state_dict(memory)
         if training["noise"] is not None:
             self._set_rng_state(training["noise"])
 
-    def _captured(self) -> list[Any]:
+    def _captures(self) -> list[Any]:
         return [self.step.captured, self.validation.captured if self.validation else None]
 
     def _rng_state(self) -> dict[str, Any]:

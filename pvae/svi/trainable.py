@@ -16,9 +16,10 @@ from torch.distributions import constraints
 
 from pvae.capture import worth_compiling
 from pvae.data import Batches, Data, as_source, make_batches, named_shape
-from pvae.errors import warn
-from pvae.runtime import Pair, Processes, Program, Stop, base_distribution, isolate
+from pvae.errors import CheckpointError, warn
+from pvae.runtime import Pair, Processes, Program, Stop, base_distribution, isolate, place_pair
 from pvae.svi import elbos, objectives
+from pvae.svi.checkpoints import check_weights
 from pvae.svi.settings import Settings
 
 __all__ = ["Trainable", "look_at", "make_trainable"]
@@ -48,6 +49,26 @@ class Trainable:
     def bound(self) -> Any:
         """What held-out data are measured by."""
         return elbos.bound(self.objective, self.verified)
+
+    @property
+    def is_elbo(self) -> bool:
+        """Whether minus the objective estimates the ELBO itself."""
+        return objectives.is_elbo(self.objective)
+
+    def check_names(self) -> None:
+        """Raises `CheckpointError` where something is trained or held that a checkpoint cannot hold."""
+        tensors = self.placed.named_tensors(self.state["params"])
+        known = {id(t) for t in tensors.values()}
+        for param in self.verified.params:
+            if id(param) not in known:
+                raise CheckpointError(
+                    f"a parameter of shape {tuple(param.shape)} is trained, and cannot be in a checkpoint: it belongs "
+                    "to a module that was not found in the model or the guide. Make the module an attribute of what "
+                    "holds the program, or a variable that the program uses."
+                )
+        if left_out := self.placed.nameless_state():
+            raise CheckpointError(f"what a module holds cannot be in a checkpoint: {'; '.join(left_out)}.")
+        check_weights(tensors)
 
     def isolate(self, seed: int) -> AbstractContextManager[ParamStoreDict]:
         """A block in which the pair is trained, in a param store of its own."""
@@ -130,7 +151,7 @@ def make_trainable(
     with processes.together():
         source = as_source("data", data)
         holders = () if settings.objective is None else (settings.objective,)
-        pair = Pair.place(model, guide, *holders, device=device, data=source)
+        pair = place_pair(model, guide, *holders, device=device, data=source)
         share = partial(make_batches, pair=pair, batch_size=settings.batch_size, seed=settings.seed)
         share = partial(share, processes=processes, stop=processes.own_stop(stop))
         batches = share("data", source, transform=settings.transform)
@@ -146,7 +167,7 @@ def make_trainable(
             if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
                 param.data = param.data.contiguous()  # entries that share memory could not be moved one by one
         objective = elbos.resolve(settings.objective, verified, weighted=settings.kl_weights is not None)
-        if verified.marked:
+        if verified.to_sum:
             with isolate(pair.modules, seed=0, device=pair.device, params=state):
                 elbos.try_out(objective, model, guide, batches.first(), verified)
     return Trainable(pair, verified, objective, state, batches, held_out)
