@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -152,12 +152,16 @@ def make_trainable(
         source = as_source("data", data)
         holders = () if settings.objective is None else (settings.objective,)
         pair = place_pair(model, guide, *holders, device=device, data=source)
-        share = partial(make_batches, pair=pair, batch_size=settings.batch_size, seed=settings.seed)
-        share = partial(share, processes=processes, stop=processes.own_stop(stop))
-        batches = share("data", source, transform=settings.transform)
+        size, seed, own_stop = settings.batch_size, settings.seed, processes.own_stop(stop)
+        batches = make_batches(
+            "data", source, pair, size, seed=seed, transform=settings.transform, processes=processes, stop=own_stop
+        )
         held_out = None
         if validation is not None:
-            held_out = share("validation", as_source("validation", validation), evaluated=True)
+            source = as_source("validation", validation)
+            held_out = make_batches(
+                "validation", source, pair, size, seed=seed, processes=processes, evaluated=True, stop=own_stop
+            )
         verified, state = look_at(pair, "data", batches, settings.seed, settings.params)
         batches = batches.watch(verified.observed)
         if held_out is not None:
