@@ -66,6 +66,19 @@ def test_a_module_imports_only_what_its_layer_may(name):
     assert imported(MODULES[name]) <= allowed(name)
 
 
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"__init__"}))
+def test_folders_are_used_by_their_faces(name):
+    """Inside of a folder its modules import one another; from outside there is its ``__init__``."""
+    others = {other for other in imported(MODULES[name]) if other.partition(".")[0] != name.partition(".")[0]}
+    assert not {other for other in others if "." in other} - {"evidence.proposals"}
+
+
+@pytest.mark.parametrize("name", [f"svi.{n}" for n in ("objectives", "elbos", "step", "passes", "validation", "run")])
+def test_what_is_of_one_process_does_not_mention_others(name):
+    text = MODULES[name].read_text()
+    assert not any(word in text for word in ("Processes", "world_size", "is_main", ".rank", "dist."))
+
+
 @pytest.mark.parametrize("name", sorted(n for n in MODULES if n.startswith(("svi", "evidence"))))
 def test_only_two_files_trace_programs(name):
     traces = "poutine" in MODULES[name].read_text()
