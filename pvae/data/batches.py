@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,64 +29,16 @@ _MOST_DATA = 4096
 _MOST_ENTRIES = 2**24
 
 
-class Batches(ABC):
-    """What steps are taken on; of several processes, each sees its shard.
-
-    Attributes:
-        device: Where batches go.
-        transform: What is made of each batch there before a program sees it; nothing if left out.
-        processes: Those that share the data.
-        num_data: ``N``, where that is known before a pass; else ``None``.
-        steps: Batches in one pass, where that is known.
-        whole: All the data as programs see them, where they are in memory and untransformed.
-    """
+class _Shared:
+    """What batches in memory and read ones have in common."""
 
     device: torch.device
     transform: Transform | None
     processes: Processes
-    num_data: Any
-    steps: Any
-    whole: Any
 
-    @abstractmethod
-    def shuffle(self, epoch: int, begin: int = 0) -> Iterator[Rows]:
-        """The batches of a pass from one of them on, as they are; a shard of one may have no rows."""
-
-    @abstractmethod
     def in_order(self) -> Iterator[Rows]:
         """Batches with every datum once among all processes, as they are."""
-
-    @abstractmethod
-    def first(self) -> Rows:
-        """One batch, transformed; the same on all processes."""
-
-    @abstractmethod
-    def any(self) -> Rows:
-        """The first batch of the first shuffled pass, transformed: rows from all over the data, the same anywhere."""
-
-    @abstractmethod
-    def peek(self) -> Rows:
-        """Some data, where they are: all that are in memory, or a stream's first batch, which `blocks` gives again."""
-
-    @abstractmethod
-    def blocks(self) -> Iterator[tuple[int, InMemory]]:
-        """One part after another of this process's data, held in memory, each with its number among all."""
-
-    @abstractmethod
-    def watch(self, observed: Iterable[Any]) -> Batches:
-        """The same, with data held against the supports of the sites that observe them where nobody has looked yet.
-
-        Args:
-            observed: As `pvae.runtime.sites.observed_data` finds it.
-        """
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A short text that other data are unlikely to have."""
-
-    def name_errors(self, number: int) -> AbstractContextManager[None]:
-        """A block in which a `DataError` is about the block of that number, and says so."""
-        return nullcontext()
+        raise NotImplementedError
 
     def apply_transform(self, *rows: Tensor) -> Rows:
         """A batch as programs see it."""
@@ -124,7 +75,7 @@ class Batches(ABC):
 
 
 @dataclass(frozen=True)
-class InMemory(Batches):
+class InMemory(_Shared):
     """Tensors with the same N, taken ``batch_size`` rows at a time and moved to a device.
 
     Attributes:
@@ -206,13 +157,17 @@ class InMemory(Batches):
         """Itself: all of them are looked at where the pair is."""
         return self
 
+    def name_errors(self, number: int) -> AbstractContextManager[None]:
+        """A block; nothing is to be added to its errors."""
+        return nullcontext()
+
     def fingerprint(self) -> str:
         """Of all that is in them."""
         return f"{self.num_data} data, {fingerprint(self.tensors)}"
 
 
 @dataclass
-class Streamed(Batches):
+class Streamed(_Shared):
     """A stream's batches, moved to a device and, where programs take them as they are, checked on their way.
 
     Attributes:
@@ -302,7 +257,7 @@ class Streamed(Batches):
             yield number, InMemory(rows, len(rows[0]), self.device, place=place)
 
     def watch(self, observed: Iterable[Any]) -> Streamed:
-        """The same, with each batch looked at as it comes."""
+        """The same, with each batch held against the supports of the sites that `observed_data` finds."""
         return replace(self, observed=observed)
 
     def name_errors(self, number: int) -> AbstractContextManager[None]:
@@ -324,6 +279,10 @@ class Streamed(Batches):
         """Of what is known of a stream: its type and its lengths."""
         source = self.stream.data if self.stream.loader is None else self.stream.loader.dataset
         return f"{type(source).__name__}, {self.num_data} data, {self.steps} batches"
+
+
+Batches = InMemory | Streamed
+"""What steps are taken on; of several processes, each sees its shard."""
 
 
 def as_source(name: str, data: Data) -> Rows | Any:
