@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import uuid
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +122,53 @@ def lines_of(process, timeout=None):
             process.kill()  # where it has not ended
     assert process.returncode == 0, errors
     return out.splitlines()
+
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def _start_server():
+    """Starts, once for each worker of pytest, the process that is forked; it needs to find what it preloads."""
+    paths = [str(Path(__file__).parent), str(Path(pvae.__file__).parents[1])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        FORKS.set_forkserver_preload(["preload"])
+        forkserver.ensure_running()
+
+
+def _redirected(output, function, arguments):
+    """Calls a function in another process; what it prints goes to a file, and errors to one beside it."""
+    for number, path in ((1, output), (2, output.with_suffix(".errors"))):
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), number)
+    function(*arguments)
+
+
+def fork(function, *arguments, output):
+    """Starts a function at the top of a module in a process of its own, which has pvae loaded as it begins."""
+    _start_server()
+    process = FORKS.Process(target=_redirected, args=(output, function, arguments))
+    process.start()
+    return process
+
+
+def fork_lines(code, *arguments, folder, timeout=120):
+    """What a program prints in a process of its own, which ends well, and has pvae loaded as it begins."""
+    output = folder / f"output-{uuid.uuid4()}"
+    process = fork(_execute, code, arguments, output=output)
+    process.join(timeout)
+    ended = process.exitcode is not None
+    process.kill()
+    process.join()
+    assert ended, f"it hangs: {output.with_suffix('.errors').read_text()}"
+    assert process.exitcode == 0, output.with_suffix(".errors").read_text()
+    return output.read_text().splitlines()
+
+
+def _execute(code, arguments):
+    sys.argv[1:] = map(str, arguments)
+    exec(code, {"__name__": "__main__"})
 
 
 def process_state():

@@ -1,7 +1,7 @@
 """Two processes under torch.distributed, started from a test; and what they train.
 
-The file is also the program that the processes run: ``python ranks.py <module>:<function> <folder>`` calls a function
-of a test file with the number of the process and a folder. It returns plain values, which the test looks at.
+The file is also the program that torchrun runs: ``python ranks.py <module>:<function> <folder>`` calls a function of a
+test file with the number of the process and a folder. It returns plain values, which the test looks at.
 """
 
 from __future__ import annotations
@@ -34,65 +34,75 @@ PATIENCE = 100  # seconds; a launch that takes longer hangs
 LIMIT = 60.0  # seconds after which a process gives another one up
 
 
-def launch(
-    case: Callable[[int, Path], Any],
-    folder: Path,
-    *,
-    torchrun: bool = False,
-    meanwhile: Callable[[Any], None] | None = None,
-) -> Any:
-    """Runs a case on two processes; returns what each returned (``None`` if nothing), and the exit codes.
+def launch(case: Callable[[int, Path], Any], folder: Path) -> list[Any]:
+    """Runs a case on two processes, which end well; returns what each returned.
 
     Args:
         case: A function at the top of a test file, called with the number of the process and the folder.
         folder: For what they write.
-        torchrun: Start them by torchrun, whose exit code is then the only one.
-        meanwhile: Called with the launcher's process.
     """
-    name = f"{case.__module__}:{case.__name__}"
-    if torchrun:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-        commands, ranks = [[*command, name, str(folder)]], [{}]
-    else:  # a process for each rank, which is sooner there
-        commands = [[sys.executable, __file__, name, str(folder)]] * 2
-        ranks = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    started = [helpers.fork(main, name_of(case), folder, rank, output=folder / "output") for rank in range(2)]
+    end = time.monotonic() + PATIENCE
+    for process in started:
+        process.join(max(0.1, end - time.monotonic()))
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+        process.join()
+    if codes != [0, 0]:  # None of one that hangs
+        pytest.fail(f"{name_of(case)} ended with {codes}: {(folder / 'output.errors').read_text()[-3000:]}")
+    return results_in(folder)
+
+
+def launch_torchrun(
+    case: Callable[[int, Path], Any], folder: Path, meanwhile: Callable[[Any], None] | None = None
+) -> tuple[list[Any], int]:
+    """Runs a case on two processes of torchrun; returns what each returned (`None` if nothing) and its exit code.
+
+    Args:
+        case: A function at the top of a test file, called with the number of the process and the folder.
+        folder: For what they write.
+        meanwhile: Called with torchrun's process.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / "output", "w+") as output:
-        started = [
-            subprocess.Popen(command, env=environment | rank, stdout=output, stderr=subprocess.STDOUT)
-            for command, rank in zip(commands, ranks, strict=True)
-        ]
-        end = time.monotonic() + PATIENCE
+        process = subprocess.Popen(
+            [*command, name_of(case), str(folder)], env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             if meanwhile is not None:
-                meanwhile(started[0])
-            codes = [process.wait(max(0.1, end - time.monotonic())) for process in started]
+                meanwhile(process)
+            code = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"{name} hangs: {(folder / 'output').read_text()[-3000:]}")
+            pytest.fail(f"{name_of(case)} hangs: {(folder / 'output').read_text()[-3000:]}")
         finally:
-            for process in started:
-                process.terminate()
-                try:
-                    process.wait(5)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    return results_in(folder), code
+
+
+def name_of(case: Callable[[int, Path], Any]) -> str:
+    return f"{case.__module__}:{case.__name__}"
+
+
+def results_in(folder: Path) -> list[Any]:
     found = [folder / f"returned-{rank}" for rank in range(2)]
-    returned = [torch.load(path, weights_only=True) if path.exists() else None for path in found]
-    if not torchrun and None in returned:
-        pytest.fail(f"{name} failed: {(folder / 'output').read_text()[-3000:]}")
-    return returned, codes
+    return [torch.load(path, weights_only=True) if path.exists() else None for path in found]
 
 
-def main(name: str, folder: Path) -> None:
+def main(name: str, folder: Path, rank: int) -> None:
     """What each of the processes does."""
     module, _, function = name.partition(":")
     case = getattr(importlib.import_module(module), function)
     signal.alarm(2 * PATIENCE)  # whatever happens, none is left behind
     torch.set_num_threads(1)
     method = {} if "MASTER_PORT" in os.environ else {"init_method": f"file://{folder}/store"}
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    td.init_process_group("gloo", rank=rank, world_size=count, timeout=timedelta(seconds=LIMIT), **method)
+    td.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT), **method)
     try:
         torch.save(case(rank, folder), folder / f"returned-{rank}")
     finally:
@@ -239,4 +249,4 @@ def late_parameter(rank: int, makes_it: bool = True) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"]))

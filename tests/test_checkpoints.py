@@ -12,7 +12,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
-from helpers import assert_same_run, python, train
+from helpers import FORKS, assert_same_run, fork, train
 from pairs import Bare, ModulePair
 from pyro import distributions as dist
 from safetensors.torch import load_file
@@ -299,27 +299,22 @@ def test_arguments_of_checkpoints_are_checked(bits, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-TWICE = """
-import sys, time, torch, pvae
-torch.set_num_threads(1)
-x, vae = (torch.rand(64, 6) < 0.5).float(), pvae.VAE.mlp(6, 2, [8])
-def wait(record):
-    print("training", flush=True)
-    sys.stdin.read()
-try:
-    pvae.fit(vae.model, vae.guide, x, epochs=1, checkpoint=sys.argv[1], callback=wait, progress=False)
-except pvae.CheckpointError as error:
-    print(error)
-"""
+def train_and_wait(folder, training, go_on):
+    """Trains in a folder, and in its callback waits for another process."""
+    x = (torch.rand(64, 6) < 0.5).float()
+    train(ModulePair(), x, epochs=1, checkpoint=folder, callback=lambda record: (training.set(), go_on.wait(60)))
 
 
 def test_two_processes_cannot_train_in_one_folder(bits, tmp_path):
-    first = python(TWICE, tmp_path)
-    assert first.stdout.readline() == "training\n"
+    training, go_on = FORKS.Event(), FORKS.Event()
+    first = fork(train_and_wait, tmp_path / "run", training, go_on, output=tmp_path / "output")
+    assert training.wait(60), (tmp_path / "output.errors").read_text()
     with pytest.raises(pvae.CheckpointError, match="is in use by another process"):
-        train(ModulePair(), bits, checkpoint=tmp_path, resume="auto")
-    assert first.communicate("go on")[0] == ""
-    assert Path(tmp_path / "epoch-000001" / "manifest.json").exists()
+        train(ModulePair(), bits, checkpoint=tmp_path / "run", resume="auto")
+    go_on.set()
+    first.join(60)
+    assert first.exitcode == 0, (tmp_path / "output.errors").read_text()
+    assert Path(tmp_path / "run" / "epoch-000001" / "manifest.json").exists()
 
 
 def test_a_trained_module_that_cannot_be_found_is_named(bits, tmp_path):

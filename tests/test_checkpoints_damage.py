@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same_run, lines_of, python, train
+from helpers import assert_same_run, fork_lines, train
 from pairs import ModulePair
 
 import pvae
@@ -24,9 +24,7 @@ KILLED = """
 import os, random, signal, sys, time, warnings
 import torch, pvae
 from pvae.svi.checkpoints import Folder
-from pvae.svi.validation import Validation
 
-torch.set_num_threads(1)
 warnings.simplefilter("error")
 path, x, rng = sys.argv[1], (torch.rand(32, 6) < 0.5).float(), random.Random(0)
 before = -1
@@ -35,7 +33,6 @@ def train(**options):
     vae = pvae.VAE.mlp(6, 2, [64])
     pvae.fit(vae.model, vae.guide, x, compile=False, progress=False, **options)
 
-train(epochs=1)  # loads what the children then have
 for kill in range(20):
     child = os.fork()
     if not child:
@@ -55,7 +52,7 @@ print(before)
 
 
 def test_killed_at_20_random_moments_a_whole_checkpoint_is_always_there(tmp_path):
-    (epoch,) = lines_of(python(KILLED, tmp_path), timeout=200)
+    (epoch,) = fork_lines(KILLED, tmp_path / "run", folder=tmp_path, timeout=200)
     assert int(epoch) >= 20
 
 
@@ -185,7 +182,6 @@ def test_when_all_are_damaged_it_is_an_error_and_nothing_moves(bits, tmp_path):
 FULL = """
 import resource, sys
 import torch, pvae
-torch.set_num_threads(1)
 path, x = sys.argv[1], (torch.rand(64, 6) < 0.5).float()
 vae = pvae.VAE.mlp(6, 2, [64])
 def full(record):
@@ -201,7 +197,7 @@ print(len(pvae.svi.load_checkpoint(path, other.model, other.guide, x).history["e
 
 
 def test_a_full_disk_is_an_error_and_the_checkpoints_before_are_whole(tmp_path):
-    error, epochs = lines_of(python(FULL, tmp_path), timeout=100)
+    error, epochs = fork_lines(FULL, tmp_path / "run", folder=tmp_path)
     assert "epoch-000003 cannot be used: [Errno 27] File too large" in error
     assert epochs == "2"
     assert not list(tmp_path.rglob("*.part"))

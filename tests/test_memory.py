@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
-from helpers import lines_of, python
+from helpers import fork_lines
 
 PEAK = """
 import resource
 import torch, pvae
-torch.set_num_threads(1)
 torch.manual_seed(0)
 vae = pvae.VAE.mlp(16, latent_dim=2, hidden=[16])
 x = torch.bernoulli(torch.full((1000, 16), 0.3))
@@ -20,21 +20,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
-def peak(proposal: str, num_samples: int) -> float:
+def peak(proposal: str, num_samples: int, folder: Path) -> float:
     """Megabytes."""
-    return run(PEAK.format(proposal=proposal, num_samples=num_samples))
+    return run(PEAK.format(proposal=proposal, num_samples=num_samples), folder)
 
 
-def run(code: str) -> float:
+def run(code: str, folder: Path) -> float:
     """What a program prints."""
-    return float(lines_of(python(code))[0])
+    return float(fork_lines(code, folder=folder)[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 @pytest.mark.parametrize("proposal", ["prior", pytest.param("guide", marks=pytest.mark.slow)])
-def test_peak_memory_does_not_grow_with_the_draws(proposal):
+def test_peak_memory_does_not_grow_with_the_draws(proposal, tmp_path):
     """1,000 data; from 1,000 to 100,000 draws the largest weights kept grow from 96 to 950 a datum, 7 MB."""
-    few, many = peak(proposal, 1000), peak(proposal, 100_000)
+    few, many = peak(proposal, 1000, tmp_path), peak(proposal, 100_000, tmp_path)
     print(f"{proposal}: {few:.0f} MB with 1,000 draws, {many:.0f} MB with 100,000")
     assert many < few + 120  # all weights would be 800 MB
 
@@ -42,7 +42,6 @@ def test_peak_memory_does_not_grow_with_the_draws(proposal):
 KEPT = """
 import resource
 import torch, pvae
-torch.set_num_threads(1)
 vae = pvae.VAE.mlp(784, latent_dim=2, hidden=[400])
 proposal = pvae.evidence.proposals.Refined(steps=1)
 pvae.log_weights(vae.model, vae.guide, torch.zeros(250, 784), num_samples={num_samples}, proposal=proposal)
@@ -51,7 +50,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
-def test_kept_weights_take_their_own_memory_and_no_more():
+def test_kept_weights_take_their_own_memory_and_no_more(tmp_path):
     """Of 40 chunks of 16 MB each but 2 MB of weights are kept; small pieces kept between them would hold on to all."""
-    few, many = (run(KEPT.format(num_samples=num_samples)) for num_samples in (21, 840))
+    few, many = (run(KEPT.format(num_samples=num_samples), tmp_path) for num_samples in (21, 840))
     assert many < few + 300

@@ -16,7 +16,19 @@ import pyro
 import torch
 import torch.distributed as td
 from helpers import Items
-from ranks import PATIENCE, at_call, curves, error_of, fit, late_parameter, launch, small, some_bits, weights
+from ranks import (
+    PATIENCE,
+    at_call,
+    curves,
+    error_of,
+    fit,
+    late_parameter,
+    launch,
+    launch_torchrun,
+    small,
+    some_bits,
+    weights,
+)
 
 import pvae
 
@@ -104,8 +116,7 @@ def hanging(rank: int, folder: Path) -> tuple[tuple[str, str], float]:
 
 
 def test_an_error_on_one_ends_all_and_they_meet_again(tmp_path):
-    (first, second), codes = launch(errors, tmp_path)
-    assert codes == [0, 0]
+    first, second = launch(errors, tmp_path)
     alike = ("RankError", "all ranks must be called alike")
     apart = ("RankError", "the ranks are not at the same place")
     # What the first one raises, and the second.
@@ -164,10 +175,10 @@ def killed(rank: int, folder: Path) -> None:
 
 
 def test_a_dead_process_ends_the_other_and_torchrun_says_so(tmp_path):
-    (first, second), codes = launch(killed, tmp_path, torchrun=True)
+    (first, second), code = launch_torchrun(killed, tmp_path)
     kind, said, seconds = first
     assert (kind, second) == ("RankError", None)
     assert "rank 0 of 2 lost contact" in said
     assert seconds < PATIENCE / 2
-    assert codes[0] != 0
+    assert code != 0
     assert (tmp_path / "run" / "epoch-000001" / "manifest.json").exists()  # what there is to go on from

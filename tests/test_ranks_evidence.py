@@ -49,8 +49,7 @@ def evidence(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def test_two_processes_evaluate_every_datum_once(tmp_path):
-    (first, second), codes = launch(evidence, tmp_path)
-    assert codes == [0, 0]
+    first, second = launch(evidence, tmp_path)
     exact = pvae.testing.linear_gaussian()
     for name in first:
         if name not in ("padded", "alone"):

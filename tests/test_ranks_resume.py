@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as td
-from ranks import PATIENCE, curves, error_of, fit, flip_some, launch, signal_at, small, some_bits, weights
+from ranks import (
+    PATIENCE,
+    curves,
+    error_of,
+    fit,
+    flip_some,
+    launch,
+    launch_torchrun,
+    signal_at,
+    small,
+    some_bits,
+    weights,
+)
 
 
 def interrupted(rank: int, folder: Path, compile: bool = False) -> dict[str, Any]:
@@ -51,8 +63,7 @@ def interrupted_compiled(rank: int, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", [interrupted, pytest.param(interrupted_compiled, marks=pytest.mark.slow)])
 def test_a_signal_to_one_stops_both_and_they_go_on_bit_for_bit(case, tmp_path):
-    (first, second), codes = launch(case, tmp_path)
-    assert codes == [0, 0]
+    first, second = launch(case, tmp_path)
     # In the middle of the second epoch, at the same step.
     assert first["stopped"][0] == second["stopped"][0] == "signal"
     assert second["stopped"][1] == signal.SIGTERM
@@ -95,7 +106,7 @@ def test_torchrun_passes_a_signal_on_and_waits_for_the_checkpoint(tmp_path):
             os.kill(int(pid.read_text()), signal.SIGTERM)
         torchrun.terminate()
 
-    (first, second), codes = launch(preempted, tmp_path, torchrun=True, meanwhile=preempt)
-    assert codes[0] != 0
+    (first, second), code = launch_torchrun(preempted, tmp_path, preempt)
+    assert code != 0
     assert first[:2] == second[:2] == ("signal", signal.SIGTERM)
     assert (Path(first[2]) / "manifest.json").exists()

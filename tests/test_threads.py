@@ -17,7 +17,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from helpers import lines_of, python
+from helpers import fork_lines
 from pyro import distributions as dist
 from torch import nn
 
@@ -309,14 +309,13 @@ def test_compiled_svi_takes_turns_with_fit(bits, module_pair, small_vae, never_c
     assert weights[0] == weights[1]
 
 
-def run_alone(program):
+def run_alone(program, folder):
     """Runs a program in a process of its own, after what all of them need."""
     shared = """
         import logging, os, queue, signal, sys, threading
         import torch
         import pvae
 
-        torch.set_num_threads(1)
         bits = (torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) < 0.5).float()
         names = queue.Queue()  # of threads that begin to wait for their turn
         handler = logging.Handler()
@@ -340,11 +339,12 @@ def run_alone(program):
         alone = fitted(3)
     """
     code = textwrap.dedent(shared) + textwrap.dedent(program) + '\nprint("reached the end")\n'
-    assert lines_of(python(code, options=["-W", "ignore"]), timeout=4 * WAIT)[-1] == "reached the end"
+    assert fork_lines(code, folder=folder, timeout=4 * WAIT) == ["reached the end"]
 
 
-def test_signals_among_two_threads():
-    run_alone("""
+def test_signals_among_two_threads(tmp_path):
+    run_alone(
+        """
         # The main thread waits for another one.
         inside, interrupted = threading.Event(), threading.Event()
 
@@ -383,12 +383,15 @@ def test_signals_among_two_threads():
         others[0].join(30)
         assert done == [alone], done
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    """)
+    """,
+        tmp_path,
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_while_a_call_has_the_turn():
-    run_alone("""
+def test_a_fork_while_a_call_has_the_turn(tmp_path):
+    run_alone(
+        """
         class Sampled(torch.utils.data.Dataset):
             def __len__(self):
                 return 8
@@ -425,4 +428,6 @@ def test_a_fork_while_a_call_has_the_turn():
         assert done == [alone], done
         assert codes == [0, 0], codes
         pvae.fit(vae.model, vae.guide, loader, epochs=1, progress=False)  # whose workers call pvae
-    """)
+    """,
+        tmp_path,
+    )
