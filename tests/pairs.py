@@ -115,3 +115,29 @@ class Bare:
     def guide(self, x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(pyro.param("slope", torch.tensor(0.0)) * x.sum(-1), 1.0))
+
+
+def bernoulli(logits):
+    return dist.Bernoulli(logits=logits)
+
+
+def bernoulli_pair(
+    prior=lambda x: dist.Normal(torch.zeros(2), 1.0), logits=lambda z, x: z @ torch.ones(2, 6), **options
+):
+    """A pair whose parts may or may not depend on the data, beyond observing them."""
+
+    class Made:
+        @staticmethod
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", prior(x).to_event(1))
+                fn = options.get("family", bernoulli)(logits(z, x))
+                fn = fn.mask(options["mask"]) if "mask" in options else fn
+                pyro.sample("x", fn.to_event(1), obs=x)
+
+        @staticmethod
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    return Made

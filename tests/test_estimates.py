@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from functools import partial
 
+import helpers
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -20,6 +23,8 @@ from pvae.evidence.pareto import pareto_khat
 from pvae.evidence.proposals import Annealed, Inflated, Refined, Sobol, resolve
 from pvae.evidence.weights import WeightSums
 from pvae.testing import linear_gaussian
+
+evidence = partial(helpers.evidence, num_samples=1000)
 
 
 def lognormal(sd, num_samples, num_data, generator):
@@ -342,3 +347,71 @@ def test_data_that_no_draw_explains_are_named():
     assert "number 0, 1, 2, 3, 4, ..., which" in str(EvidenceEstimate(WeightSums.of(w), "guide", 0, False, 0.0))
     none = str(EvidenceEstimate(WeightSums.of(w[:, :2]), "guide", 0, False, 0.0))
     assert "-inf for 2 of 2 data, number 0, 1, which no sample explains\n" in none
+
+
+# --- on its face ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def estimate():
+    oracle = linear_gaussian(2, 5, guide_shift=0.3)
+    return evidence(oracle, oracle.sample(30), num_samples=100, seed=4)
+
+
+def test_the_estimate_describes_itself(estimate):
+    assert estimate.num_data == 30
+    assert estimate.mean == pytest.approx(estimate.log_px.mean().item())
+    assert estimate.mean_std_error == pytest.approx((estimate.std_error**2).sum().sqrt().item() / 30)
+    assert estimate.data_std_error == pytest.approx(estimate.log_px.std().item() / 30**0.5)
+    assert str(estimate).splitlines()[0] == "log p(x) of 30 data, 100 samples each from the guide"
+    assert len(str(estimate).splitlines()) < 24
+    assert repr(estimate) == str(estimate)
+
+
+def test_too_few_samples_for_khat_are_said(small_vae, bits):
+    few = evidence(small_vae, bits, num_samples=24)
+    assert few.khat.isnan().all()
+    assert "k-hat needs at least 25 samples" in str(few)
+    assert few.unreliable.all()
+    one = evidence(small_vae, bits[:1], num_samples=1)
+    assert one.std_error.isnan().all()
+    assert math.isnan(one.data_std_error)
+    str(one)
+
+
+def test_to_dataset(estimate):
+    data = estimate.to_dataset()
+    assert dict(data.sizes) == {"datum": 30}
+    np.testing.assert_array_equal(data["log_px"], estimate.log_px.numpy())
+    assert set(data.data_vars) == {"log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "samples"}
+    assert data.attrs["num_samples"] == 100
+    assert data.attrs["units"] == "nats"
+
+
+@pytest.mark.parametrize("level", [0, 1, -0.5, 95, math.nan])
+def test_impossible_levels(estimate, level):
+    with pytest.raises(pvae.ArgumentError, match="level"):
+        estimate.interval(level)
+
+
+def test_intervals_are_the_bias_corrected_normal_ones(estimate):
+    """Up to what a tail heavier than it looks may add above, which is little for light ones: see test_intervals.py."""
+    lower, upper = estimate.interval(0.95)
+    centre, half = estimate.log_px + estimate.std_error**2 / 2, 1.959963984540054 * estimate.std_error
+    torch.testing.assert_close(lower, centre - half)
+    assert (upper > centre + half - 1e-12).all()
+    assert ((upper - lower) / (2 * half)).median() < 1.15
+
+
+def test_weights_too_large_for_their_precision_are_not_called_reliable():
+    """At 1e20 nats float32 tells weights apart by 1e13 only, so that they look equal; float64 by 1e4."""
+    for dtype, size in ((torch.float32, 1e10), (torch.float64, 1e10), (torch.float32, 1.0)):
+        oracle = linear_gaussian(2, 5, guide_shift=0.5, dtype=dtype)
+        x = torch.zeros(3, 5, dtype=dtype)
+        x[2, 0] = size
+        estimate = pvae.log_evidence(oracle.model, oracle.guide, x)
+        large = size > 1
+        assert estimate.unreliable.tolist() == [False, False, large]
+        assert ("rounded to" in estimate.withheld[2]) == ("rounded to" in estimate.mean_withheld) == large
+        assert ("1 of 3 data are unreliable: log-weights of this size are rounded to" in str(estimate)) == large
+        assert estimate.interval()[0].isnan().tolist() == [False, False, large]

@@ -8,12 +8,12 @@ import torch
 from pyro import distributions as dist
 
 import pvae
-from pvae.evidence import importance
+from pvae.evidence import drawing
 
 
 @pytest.fixture
 def made(never_compiled):
-    return never_compiled(importance)
+    return never_compiled(drawing)
 
 
 def estimates(model, guide, x, **options):

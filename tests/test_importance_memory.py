@@ -13,7 +13,7 @@ from helpers import Items, fit_fresh, make_loader, weights
 from pairs import ModulePair
 
 import pvae
-from pvae.evidence import importance
+from pvae.evidence import drawing
 
 evidence = partial(helpers.evidence, compile=False)
 
@@ -98,7 +98,7 @@ def test_other_errors_pass_unchanged(bits, caplog):
 
 @pytest.mark.parametrize("fail", [from_cuda, from_the_cpu])
 def test_no_memory_for_a_single_draw_is_an_error_with_its_cause(fail, bits, small_vae, caplog, monkeypatch):
-    monkeypatch.setattr(importance._Draws, "_strata", lambda *_: fail())
+    monkeypatch.setattr(drawing.Draws, "_draw_strata", lambda *_: fail())
     said = "there is no memory for even one draw of one datum at a time"
     with caplog.at_level(logging.WARNING, "pvae"), pytest.raises(MemoryError, match=said) as caught:
         evidence(small_vae, bits[:3], chunk_size=4)
@@ -118,7 +118,7 @@ def test_what_is_out_of_memory_lets_go_of_it_before_the_next_attempt(bits, monke
         held.append(weakref.ref(large))
         from_cuda()
 
-    monkeypatch.setattr(importance._Draws, "_strata", chunk)
+    monkeypatch.setattr(drawing.Draws, "_draw_strata", chunk)
     pair = ModulePair()
     with pytest.raises(MemoryError):
         evidence(pair, bits[:3], chunk_size=4)

@@ -21,7 +21,8 @@ from torch.utils.data import (
 )
 
 import pvae
-from pvae.evidence import importance, session
+from pvae.data import batches as data_batches
+from pvae.evidence import drawing
 from pvae.testing import linear_gaussian
 
 evidence = partial(helpers.evidence, compile=False)
@@ -70,7 +71,7 @@ def test_one_block_of_a_dataset_is_evaluated_as_in_memory(oracle):
 @pytest.mark.parametrize("kind", ["dataset", "loader"])
 def test_blocks_agree_with_memory_within_the_errors(proposal, kind, oracle, monkeypatch):
     """170 data: 5 combined standard errors, where k-hat lets errors be trusted, have a chance of 1e-4 to be passed."""
-    monkeypatch.setattr(session, "_MOST_DATA", 60)
+    monkeypatch.setattr(data_batches, "_MOST_DATA", 60)
     x = oracle.sample(170)
     ours = evidence(oracle, STREAMS[kind](x), proposal=proposal, num_samples=500)
     theirs = evidence(oracle, x, proposal=proposal, num_samples=500)
@@ -85,17 +86,17 @@ def test_blocks_agree_with_memory_within_the_errors(proposal, kind, oracle, monk
 
 
 def test_blocks_get_draws_of_their_own(oracle, monkeypatch):
-    monkeypatch.setattr(session, "_MOST_DATA", 20)
+    monkeypatch.setattr(data_batches, "_MOST_DATA", 20)
     x = oracle.sample(20)
     log_px = evidence(oracle, Items(torch.cat([x, x])), num_samples=20).log_px
     assert not torch.equal(log_px[:20], log_px[20:])
 
 
 def test_blocks_hold_fewer_of_larger_data(oracle, monkeypatch):
-    monkeypatch.setattr(session, "_MOST_ENTRIES", 52)
-    sizes, summed = [], importance._Draws.summed
+    monkeypatch.setattr(data_batches, "_MOST_ENTRIES", 52)
+    sizes, sum_block = [], drawing.Draws.sum_block
     monkeypatch.setattr(
-        importance._Draws, "summed", lambda self, *args: sizes.append(self.session.num_data) or summed(self, *args)
+        drawing.Draws, "sum_block", lambda self, block: sizes.append(block.num_data) or sum_block(self, block)
     )
     assert len(evidence(oracle, Items(oracle.sample(24)), num_samples=5).log_px) == 24
     assert sizes == [10, 10, 4]
@@ -144,7 +145,7 @@ def test_another_guide_with_modules_decides_the_dtype_of_every_block():
 
 def test_all_data_are_never_held_at_once(oracle, monkeypatch):
     """Data that are made as they are read: of 2,000, those of two blocks of 100 are there at most, and one datum."""
-    monkeypatch.setattr(session, "_MOST_DATA", 100)
+    monkeypatch.setattr(data_batches, "_MOST_DATA", 100)
     alive, most = weakref.WeakSet(), [0]
 
     class Made(Dataset):

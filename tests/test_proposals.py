@@ -18,6 +18,7 @@ import pvae
 from pvae.evidence.proposals import Annealed, Defensive, Guide, Inflated, Laplace, Prior, Refined, Sobol, StudentT
 from pvae.evidence.proposals.base import Density
 from pvae.evidence.traces import Densities
+from pvae.runtime import place_pair
 from pvae.testing import linear_gaussian, two_modes
 
 EVERY = [
@@ -152,7 +153,7 @@ def test_draws_are_scored_as_they_were_drawn(proposal):
     oracle = linear_gaussian(3, 6, guide_shift=0.3)
     x = oracle.sample(5)
     with torch.no_grad():
-        sampler = proposal.on(Densities.of(oracle.model, oracle.guide, (x,), torch.device("cpu")), (x,))
+        sampler = proposal.on(Densities.of(place_pair(oracle.model, oracle.guide, device="cpu"), (x,)), (x,))
         assert isinstance(sampler, Density)
         latents, log_q = sampler.draw(40)
         torch.testing.assert_close(sampler.log_prob(latents), log_q)
@@ -162,7 +163,7 @@ def test_a_density_integrates_to_one():
     """The mean of q(z) / p(z) over draws from the posterior p is 1, for the Student-t and for the mixture; 5 sigma."""
     oracle = linear_gaussian(2, 4)
     x = oracle.sample(1)
-    pair = Densities.of(oracle.model, oracle.guide, (x,), torch.device("cpu"))
+    pair = Densities.of(place_pair(oracle.model, oracle.guide, device="cpu"), (x,))
     with torch.no_grad():
         latents, log_p = pair.draw_guide((x,), 20_000)  # bounded ratios: q may be wider than p
         for proposal in (StudentT(df=3), Inflated(scale=0.9), Defensive(share=0.3)):
@@ -450,7 +451,7 @@ def test_a_mode_is_found_where_the_density_is_not_log_concave():
             pyro.sample("z", dist.Normal(0.1 * x, 1.0))
 
     x = torch.linspace(-6, 6, 13, dtype=torch.float64)
-    pair = Densities.of(model, guide, (x,), torch.device("cpu"))
+    pair = Densities.of(place_pair(model, guide, device="cpu"), (x,))
     grid = torch.linspace(-8, 8, 160_001, dtype=torch.float64)[:, None]
     joint = dist.Normal(number(0.0), 3.0).log_prob(grid) + dist.StudentT(number(2.0), grid, 0.3).log_prob(x)
     with torch.no_grad():
@@ -493,7 +494,7 @@ def test_a_flow_is_seen_through_its_moments(bits):
             pyro.sample("b", dist.Normal((4 * a + x) / 5, 0.45))
 
     x = torch.randn(30, dtype=torch.float64)
-    pair = Densities.of(model, guide, (x,), torch.device("cpu"))
+    pair = Densities.of(place_pair(model, guide, device="cpu"), (x,))
     with torch.no_grad():
         loc, factor = pair.guide_moments((x,))
     # a ~ N(x/2.25, .8^2), b = .8 a + x/5 + .45 e: from 400 draws, to 5 sigma

@@ -7,6 +7,7 @@ import math
 import pyro
 import pytest
 import torch
+from helpers import Items, make_loader
 from pyro import distributions as dist
 
 import pvae
@@ -70,6 +71,15 @@ def test_a_second_mode_shows_in_the_error_or_is_log_2_away():
     near = oracle.half.posterior(x).loc[:, 0].abs() < 1.5 * oracle.half.posterior(x).scale_tril[0, 0, 0]
     assert near.any()
     assert (wrong[near] < 0.01).all()
+
+
+@pytest.mark.parametrize("read", [Items, lambda x: make_loader(x, batch_size=8)], ids=["dataset", "loader"])
+def test_data_that_are_read_have_the_values_of_those_in_memory(read):
+    oracle = two_modes(1, 3, noise=0.5)
+    x = oracle.sample(20)
+    ours, theirs = (gauss_hermite(oracle.model, oracle.guide, data, num_nodes=8) for data in (read(x), x))
+    torch.testing.assert_close(ours.log_px, theirs.log_px, rtol=0, atol=1e-9)
+    torch.testing.assert_close(ours.error, theirs.error, rtol=0, atol=1e-9)
 
 
 def test_what_quadrature_refuses(small_vae, bits):

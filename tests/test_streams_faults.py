@@ -23,8 +23,8 @@ from torch.utils.data import (
 )
 
 import pvae
+from pvae.data import batches
 from pvae.data.streams import Stream
-from pvae.evidence import session
 from pvae.runtime.processes import Processes
 from pvae.svi import step as engine
 
@@ -190,7 +190,7 @@ def test_what_no_bernoulli_gives_is_named_before_its_step(value, example, bits, 
 
 def test_supports_that_a_single_entry_does_not_show(monkeypatch):
     """Counts of at most 3, of which a later batch has 7."""
-    monkeypatch.setattr(session, "_MOST_DATA", 10)
+    monkeypatch.setattr(batches, "_MOST_DATA", 10)
 
     class Counts:
         def model(self, x):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import helpers
 import pyro
 import pytest
 import torch
+from pairs import ModulePair
 from pyro import distributions as dist
 from pyro.distributions import transforms
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from torch import nn
 
 import pvae
 from pvae.evidence import bidirectional_monte_carlo, gauss_hermite
 from pvae.evidence.proposals import Annealed, Defensive, Guide, Prior
+from pvae.testing import linear_gaussian
+
+evidence = partial(helpers.evidence, num_samples=1000)
 
 MOVING = ["refined", "laplace", "student-t", "ais"]
 
@@ -237,6 +245,191 @@ def test_a_rate_of_zero_is_a_rate():
     shared, own = (pvae.log_evidence(model, guide, x, num_samples=4000, proposal=p) for p in (Prior(), "guide"))
     assert shared.shared_draws
     assert ((shared.log_px - own.log_px).abs() < 5 * (shared.std_error + own.std_error)).all()
+
+
+# --- pairs whose log p(x) is known -----------------------------------------------------------------------------------
+
+
+def test_pyros_own_style_of_vae_goes_through(module_pair, bits):
+    pvae.fit(module_pair.model, module_pair.guide, bits, epochs=10, batch_size=32, lr=0.01, progress=False)
+    guide, prior = (evidence(module_pair, bits[:100], num_samples=1000, proposal=p) for p in ("guide", "prior"))
+    assert not guide.unreliable.any()
+    error = (guide.std_error.square() + prior.std_error.square()).sqrt()
+    assert ((guide.log_px - prior.log_px).abs() < 5 * error).all()
+
+
+def test_a_probability_over_all_data_sums_to_one():
+    """p(x) over all 64 patterns of 6 bits sums to 1; the sum's standard error is known, 5 sigma."""
+    pair = ModulePair()
+    x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)
+    estimate = evidence(pair, x, num_samples=5000)
+    px = estimate.log_px.exp()
+    assert px.sum().item() == pytest.approx(1, abs=5 * (px * estimate.std_error).norm().item())
+
+
+def test_several_latents_and_a_nested_plate():
+    """Two latents, one for each of 3 features in a plate inside the data plate; the exact log p(x) is normal."""
+    scale = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)[:, None]
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            with pyro.plate("features", 3, dim=-2):
+                b = pyro.sample("b", dist.Normal(a, scale))
+                pyro.sample("x", dist.Normal(b, 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(x.mean(1) / 2, 1.0))
+            with pyro.plate("features", 3, dim=-2):
+                pyro.sample("b", dist.Normal((a + x.T) / 2, 1.0))
+
+    covariance = torch.ones(3, 3, dtype=torch.float64) + (scale[:, 0] ** 2 + 1).diag()
+    exact = dist.MultivariateNormal(torch.zeros(3, dtype=torch.float64), covariance)
+    x = exact.sample((50,))
+    for proposal in ("guide", "prior"):
+        estimate = pvae.log_evidence(model, guide, x, num_samples=5000, proposal=proposal)
+        assert ((estimate.log_px - exact.log_prob(x)).abs() < 5 * estimate.std_error + 1e-3).all()
+
+
+def test_scales_are_no_part_of_log_px_and_masks_are():
+    oracle = linear_gaussian(2, 3, guide_shift=0.3)
+    x = oracle.sample(20)
+    plain = evidence(oracle, x, num_samples=100)
+    scaled = pvae.log_evidence(
+        pyro.poutine.scale(oracle.model, 10.0), pyro.poutine.scale(oracle.guide, 0.1), x, num_samples=100
+    )
+    assert torch.equal(plain.log_px, scaled.log_px)
+
+    def subsampled(program):
+        def run(x):
+            with pyro.plate("data", 10_000, subsample=torch.arange(len(x))):
+                z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1))
+                if program == "model":
+                    pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        return run
+
+    one = torch.randn(20, 1, dtype=torch.float64)
+    estimate = pvae.log_evidence(subsampled("model"), subsampled("guide"), one, num_samples=4000)
+    exact = dist.Normal(torch.zeros((), dtype=torch.float64), 2**0.5).log_prob(one[:, 0])
+    assert ((estimate.log_px - exact).abs() < 5 * estimate.std_error).all()
+
+    seen = torch.rand(20, 3) < 0.5
+
+    def masked(data):
+        x, seen = data[:, :3], data[:, 3:].bool()
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+            px = dist.Normal(z @ oracle.weight.T + oracle.bias, oracle.noise)
+            pyro.sample("x", px.mask(seen).to_event(1), obs=x)
+
+    estimate = pvae.log_evidence(
+        masked, lambda d: oracle.guide(d[:, :3]), torch.cat([x, seen.double()], 1), num_samples=4000, proposal="prior"
+    )
+    covariance = oracle.weight @ oracle.weight.T + oracle.noise**2 * torch.eye(3, dtype=torch.float64)
+    for row, s, value, error in zip(x, seen, estimate.log_px, estimate.std_error, strict=True):
+        exact = 0.0
+        if s.any():
+            exact = dist.MultivariateNormal(oracle.bias[s], covariance[s][:, s]).log_prob(row[s])
+        assert abs(value - exact) < 6 * error + 1e-9
+
+
+def test_a_site_masked_by_a_handler_says_nothing():
+    """Where ``poutine.mask`` hides x, every weight of the prior is p(nothing | z) = 1."""
+    oracle = linear_gaussian(2, 3)
+    x = oracle.sample(20)
+
+    def model(x, seen):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+            with pyro.poutine.mask(mask=seen):
+                pyro.sample("x", dist.Normal(z @ oracle.weight.T + oracle.bias, oracle.noise).to_event(1), obs=x)
+
+    seen = torch.arange(20) % 2 == 0
+    estimate = pvae.log_evidence(model, lambda x, seen: oracle.guide(x), (x, seen), num_samples=4000, proposal="prior")
+    assert (estimate.log_px[~seen] == 0).all()
+    assert ((estimate.log_px - oracle.log_px(x)).abs() < 5 * estimate.std_error)[seen].all()
+
+
+def test_plates_may_have_any_name():
+    oracle = linear_gaussian(2, 3, guide_shift=0.3)
+
+    def guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", oracle.proposal(x))
+
+    x = oracle.sample(9)
+    assert torch.equal(
+        pvae.log_evidence(oracle.model, guide, x, num_samples=9).log_px, evidence(oracle, x, num_samples=9).log_px
+    )
+
+
+def test_a_tuple_of_data(bits):
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(y.double(), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal((x + y) / 2, 0.5**0.5))
+
+    x, y = torch.randn(30, dtype=torch.float64), torch.arange(30)
+    estimate = pvae.log_evidence(model, guide, (x, y), num_samples=30)
+    torch.testing.assert_close(estimate.log_px, dist.Normal(y.double(), 2**0.5).log_prob(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("proposal", ["guide", "prior", "refined", "laplace", "defensive", "ais"])
+def test_a_program_that_does_not_broadcast_gives_the_same_answer(proposal):
+    """A convolution wants exactly 4 dimensions, and softmax over dimension 1 means another thing with particles."""
+    weight = torch.randn(6, 2, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def made(decode):
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(decode(z), 0.5).to_event(1), obs=x)
+
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x[:, :2] / 4, 0.4).to_event(1))
+
+        return model, guide
+
+    def conv(z):
+        return nn.functional.conv2d(torch.softmax(z, 1)[:, :, None, None], weight)[:, :, 0, 0]
+
+    broadcasting = made(lambda z: torch.softmax(z, -1) @ weight[:, :, 0, 0].T)
+    x = torch.randn(7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    estimates = [pvae.log_evidence(*pair, x, num_samples=400, proposal=proposal) for pair in (made(conv), broadcasting)]
+    error = torch.stack([e.std_error for e in estimates]).norm(dim=0)
+    assert ((estimates[0].log_px - estimates[1].log_px).abs() < 5 * error).all()
+
+
+def test_nested_plates_fold_too():
+    """Two latents, one in a plate inside the data plate, and a program that asserts what it is given."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            if a.shape[0] != len(x):
+                raise ValueError("not for particles")
+            with pyro.plate("features", 3, dim=-2):
+                b = pyro.sample("b", dist.Normal(a, 1.0))
+                pyro.sample("x", dist.Normal(b, 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(x.mean(1) / 2, 1.0))
+            with pyro.plate("features", 3, dim=-2):
+                pyro.sample("b", dist.Normal((a + x.T) / 2, 1.0))
+
+    exact = dist.MultivariateNormal(torch.zeros(3).double(), (torch.ones(3, 3) + 2 * torch.eye(3)).double())
+    x = exact.sample((30,))
+    for proposal in ("guide", "prior", "laplace", "student-t"):
+        estimate = pvae.log_evidence(model, guide, x, num_samples=3000, proposal=proposal)
+        assert ((estimate.log_px - exact.log_prob(x)).abs() < 5 * estimate.std_error + 1e-6).all()
 
 
 # --- data that are simulated ---------------------------------------------------------------------------------------

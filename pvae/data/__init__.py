@@ -2,7 +2,6 @@
 
 from pvae.data.arrays import Array, Data, as_tensors, check_shape, fingerprint, kind, named_shape
 from pvae.data.batches import Batches, InMemory, Rows, Transform, as_source, make_batches
-from pvae.data.streams import Stream, is_stream
 
 __all__ = [
     "Array",
@@ -10,13 +9,11 @@ __all__ = [
     "Data",
     "InMemory",
     "Rows",
-    "Stream",
     "Transform",
     "as_source",
     "as_tensors",
     "check_shape",
     "fingerprint",
-    "is_stream",
     "kind",
     "make_batches",
     "named_shape",

@@ -36,6 +36,11 @@ class _Shared:
     transform: Transform | None
     processes: Processes
 
+    @property
+    def drawn_by(self) -> str:
+        """What draws the data in an order that may not be their own, by its class; empty if nothing does."""
+        return ""
+
     def in_order(self) -> Iterator[Rows]:
         """Batches with every datum once among all processes, as they are."""
         raise NotImplementedError
@@ -209,6 +214,11 @@ class Streamed(_Shared):
     def whole(self) -> Rows | None:
         """None: they are not in memory."""
         return None
+
+    @property
+    def drawn_by(self) -> str:
+        """What draws them, where their order may not be the dataset's."""
+        return self.stream.drawn_by
 
     def shuffle(self, epoch: int, begin: int = 0) -> Iterator[Rows]:
         """The batches of a pass from one of them on, as they are; fewer where a signal ended the workers, too."""

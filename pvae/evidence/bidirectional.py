@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pvae.data import Data
 from pvae.errors import ArgumentError, positive_int
+from pvae.evidence.evaluation import name_batch, open_evaluation, place_evaluation
+from pvae.evidence.planning import default_chunk_size
 from pvae.evidence.proposals.annealing import Annealed
-from pvae.evidence.session import opened
-from pvae.evidence.traces import Batch
+from pvae.evidence.traces import Batch, Densities
 from pvae.evidence.weights import WeightSums
 from pvae.runtime import Program, in_turn, resolve_seed
 
@@ -81,8 +82,8 @@ def bidirectional_monte_carlo(
     Args:
         model: The generative program.
         guide: The recognition program.
-        data: ``(N, *event)``: how many data, and of what shape; observed values are replaced by simulated ones, all
-            other tensors of a tuple are kept.
+        data: As for `pvae.log_evidence`: how many, and of what shape; observed values are replaced by simulated ones,
+            all other tensors of a tuple are kept.
         num_samples: ``K``, chains each way.
         proposal: Start, temperatures and kernel; ``Annealed()`` if left out.
         seed: Same seed, same result on the same machine; ``None`` for a fresh one.
@@ -101,16 +102,23 @@ def bidirectional_monte_carlo(
     annealed = Annealed() if proposal is None else proposal
     if not isinstance(annealed, Annealed):
         raise ArgumentError(f"proposal must be a pvae.evidence.proposals.Annealed, got {proposal!r}.")
-    with opened(model, guide, data, seed=seed, device=device, others=(annealed,)) as session:
-
-        def one(batch: Batch) -> tuple[Tensor, ...]:
-            simulated, latents = session.pair.simulate(batch)
-            chains = annealed.on(session.pair, simulated)
-            forward = WeightSums.of(chains.log_weights(num_samples)).log_px
-            reverse = WeightSums.of(-chains.reverse_log_weights(latents, num_samples)).log_px
-            acceptance = chains.diagnostics.get("acceptance", torch.full_like(forward, torch.nan))
-            return tuple(t.cpu() for t in (forward, -reverse, acceptance, *simulated))
-
-        parts = session.each_batch(one, max(1, session.pairs // max(num_samples, annealed.pilots)))
+    pair, batches = place_evaluation(model, guide, data, annealed, seed=seed, device=device)
+    with open_evaluation(pair, batches, seed) as evaluation:
+        densities, parts = evaluation.densities, []
+        size = max(1, default_chunk_size(densities, annealed) // max(num_samples, annealed.pilots))
+        for _, block in evaluation.blocks():
+            for rows in torch.arange(block.num_data).split(size):
+                with name_batch(block, rows):
+                    parts.append(_run_both_ways(densities, block.take(rows), annealed, num_samples))
     lower, upper, acceptance, *simulated = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Bracket(lower, upper, tuple(simulated), acceptance, num_samples, seed)
+
+
+def _run_both_ways(densities: Densities, batch: Batch, annealed: Annealed, num_samples: int) -> tuple[Tensor, ...]:
+    """Simulates data and runs chains forward and back: the lower bound, the upper one, acceptance, and the data."""
+    simulated, latents = densities.simulate(batch)
+    chains = annealed.on(densities, simulated)
+    forward = WeightSums.of(chains.log_weights(num_samples)).log_px
+    reverse = WeightSums.of(-chains.reverse_log_weights(latents, num_samples)).log_px
+    acceptance = chains.diagnostics.get("acceptance", torch.full_like(forward, torch.nan))
+    return tuple(t.cpu() for t in (forward, -reverse, acceptance, *simulated))

@@ -15,7 +15,16 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.nn.functional import softplus
 
-__all__ = ["FAMILIES", "PARAMETERS", "Family", "leaf_of", "parameters_of", "product"]
+__all__ = [
+    "FAMILIES",
+    "PARAMETERS",
+    "Family",
+    "is_constant_along",
+    "leaf_of",
+    "parameters_of",
+    "product",
+    "shared_log_prob",
+]
 
 
 class Family(NamedTuple):
@@ -119,6 +128,31 @@ def product(family: type, parameters: dict[str, Tensor], x: Tensor, *, exact: bo
         one = family(**{name: value[k].to(dtype) for name, value in parameters.items()}, validate_args=False)
         log_px[k] = _rows(one.log_prob(x)).sum(1)
     return log_px
+
+
+def is_constant_along(distribution: Any, dim: int) -> bool:
+    """Whether a distribution is the same all along a plate, which stands at ``dim`` of its batch shape.
+
+    A plate expands what does not depend on its data without copying, so that the stride of every parameter along it is
+    0. Univariate families below ``to_event`` show all of their parameters in this way.
+    """
+    leaf = leaf_of(distribution)
+    if type(leaf) not in PARAMETERS:
+        return False
+    return all(t.stride(_parameter_dim(distribution, n, dim)) == 0 for n, t in parameters_of(leaf).items())
+
+
+def shared_log_prob(distribution: Any, dim: int, x: Tensor, *, exact: bool = True) -> Tensor:
+    """`product` for K distributions that are constant along a plate, which stands at ``dim`` of their batch shape."""
+    leaf = leaf_of(distribution)
+    parameters = {n: t.select(_parameter_dim(distribution, n, dim), 0) for n, t in parameters_of(leaf).items()}
+    return product(type(leaf), parameters, x, exact=exact)
+
+
+def _parameter_dim(distribution: Any, parameter: str, dim: int) -> int:
+    """Where the plate stands in a parameter of the distribution below ``to_event``."""
+    classes = isinstance(leaf_of(distribution), dist.Categorical) and parameter in ("logits", "probs")
+    return dim - len(distribution.event_shape) - classes
 
 
 def _rows(t: Tensor) -> Tensor:

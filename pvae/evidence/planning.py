@@ -1,34 +1,190 @@
-"""How much to evaluate at once."""
+"""How many draws to make, how many at once and whether to compile that, and fewer at once where memory is short."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
+import torch
+
+from pvae.capture import worth_compiling
+from pvae.data import Batches
+from pvae.errors import ArgumentError, positive_int, yes_no_or_auto
+from pvae.evidence import proposals
+from pvae.evidence.evaluation import Evaluation
 from pvae.evidence.proposals.base import Proposal
-from pvae.evidence.session import Session
+from pvae.evidence.traces import Densities
+from pvae.runtime import Pair, Program
 
-__all__ = ["chunk_shape", "default_chunk_size"]
+__all__ = ["Settings", "chunk_shape", "default_chunk_size", "halve_chunks_until_they_fit"]
+
+logger = logging.getLogger("pvae")
+
+_MAX_SAMPLES = 100_000
+# What errors say that have no class of their own.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+T = TypeVar("T")
 
 
-def default_chunk_size(session: Session, proposal: Proposal) -> int:
-    """How many pairs of a draw and a datum to evaluate at once."""
-    if not proposal.shares_draws(session.pair):
-        return session.pairs
-    return 2**24 if session.device.type == "cuda" else 2**21
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for.
+
+    Attributes:
+        proposal: Where draws come from.
+        num_samples: ``K``, draws for each datum; the first ones where there is a target.
+        limit: The most draws that a datum may take.
+        target_std_error: In nats per datum, if there is one.
+        seed: Of the draws.
+        chunk_size: Pairs of a draw and a datum to evaluate at once; ``None`` for what is good.
+        compile: Whether to capture and compile what is done for a chunk, or ``"auto"``.
+        progress: Whether to show a bar.
+        halvings: How often to halve the chunks.
+    """
+
+    proposal: Proposal
+    num_samples: int
+    limit: int
+    target_std_error: float | None
+    seed: int
+    chunk_size: int | None
+    compile: bool | str
+    progress: bool
+    halvings: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        proposal: str | Proposal | Program,
+        num_samples: int,
+        seed: int,
+        chunk_size: int | None,
+        compile: bool | str,
+        progress: bool,
+        target_std_error: float | None = None,
+        max_samples: int | None = None,
+    ) -> Settings:
+        """The settings that the arguments of `pvae.log_evidence` stand for.
+
+        Raises:
+            ArgumentError: See the message.
+        """
+        chosen, num_samples = proposals.resolve(proposal), positive_int("num_samples", num_samples)
+        return cls(
+            proposal=chosen,
+            num_samples=num_samples,
+            limit=_most_samples(num_samples, target_std_error, max_samples, chosen.replicates or 1),
+            target_std_error=target_std_error,
+            seed=seed,
+            chunk_size=None if chunk_size is None else positive_int("chunk_size", chunk_size),
+            compile=yes_no_or_auto("compile", compile),
+            progress=progress,
+        )
+
+    def find_chunk_size(self, densities: Densities) -> int:
+        """How many pairs of a draw and a datum to evaluate at once, by what is asked for and what memory allows.
+
+        Raises:
+            MemoryError: There is nothing left to halve.
+        """
+        size = (self.chunk_size or default_chunk_size(densities, self.proposal)) >> self.halvings
+        if not size:
+            raise MemoryError("there is no memory for even one draw of one datum at a time")
+        if self.halvings:
+            logger.warning("out of memory: beginning again with chunks of chunk_size=%d", size)
+        return size
+
+    def is_to_be_captured(self, evaluation: Evaluation) -> bool:
+        """Whether to capture and compile chunks: as asked for, or where there is enough to do to gain by it."""
+        if self.compile != "auto":
+            return bool(self.compile)
+        densities = evaluation.densities
+        pairs, device = self.num_samples * evaluation.expected_data, densities.placed.device
+        if self.proposal.shares_draws(densities):
+            # Beside the product, the sums over weights take as long as 2,000 operations each unless compiled.
+            return worth_compiling(pairs // 2**21, pairs * (2.0 * densities.entries + 2000), device)
+        size = sum(p.numel() for p in {p for module in densities.placed.modules for p in module.parameters()})
+        return worth_compiling(pairs // default_chunk_size(densities, self.proposal), 2.0 * pairs * size, device)
 
 
-def chunk_shape(num_data: int, num_samples: int, session: Session, proposal: Proposal, pairs: int) -> tuple[int, int]:
+def _most_samples(num_samples: int, target_std_error: float | None, max_samples: int | None, replicates: int) -> int:
+    """The most draws that a datum may take."""
+    if num_samples % replicates:
+        raise ArgumentError(f"num_samples must be a multiple of the {replicates} replicates, got {num_samples}.")
+    if target_std_error is None:
+        if max_samples is not None:
+            raise ArgumentError("max_samples needs a target_std_error; num_samples says how many draws without one.")
+        return num_samples
+    if isinstance(target_std_error, bool) or not target_std_error > 0:
+        raise ArgumentError(f"target_std_error must be a positive number of nats, got {target_std_error!r}.")
+    limit = max(num_samples, _MAX_SAMPLES) if max_samples is None else positive_int("max_samples", max_samples)
+    if limit < num_samples:
+        raise ArgumentError(f"max_samples must be at least num_samples, {num_samples}, got {limit}.")
+    return limit - limit % replicates
+
+
+def default_chunk_size(densities: Densities, proposal: Proposal) -> int:
+    """How many pairs of a draw and a datum to evaluate at once: activations fit the caches of a CPU, or use a small
+    part of a GPU's memory.
+    """
+    on_cuda = densities.placed.device.type == "cuda"
+    if proposal.shares_draws(densities):
+        return 2**24 if on_cuda else 2**21
+    most, entries = (2**18, 2**27) if on_cuda else (2**13, 2**22)
+    return max(1, min(most, entries // densities.entries))
+
+
+def chunk_shape(
+    num_data: int, num_samples: int, densities: Densities, proposal: Proposal, chunk_size: int
+) -> tuple[int, int]:
     """How many data and how many draws to evaluate at once, for so many pairs of them.
 
     Where draws are shared there are no activations for each pair, and a draw's decoding is spread over many data. Where
     a proposal is fitted to each datum first, many data are taken at once and few draws.
     """
-    if proposal.shares_draws(session.pair):
-        draws = min(num_samples, max(1, math.isqrt(pairs // 8)))
-        return min(num_data, max(1, pairs // draws)), draws
+    if proposal.shares_draws(densities):
+        draws = min(num_samples, max(1, math.isqrt(chunk_size // 8)))
+        return min(num_data, max(1, chunk_size // draws)), draws
     draws = num_samples
     if proposal.prepares:
         draws = min(num_samples, 8)
-        pairs = max(1, min(pairs, 2**25 // session.pair.space.dim**2))  # matrices of D x D for each datum
-    rows = min(num_data, max(1, pairs // draws))
-    return rows, max(1, pairs // rows)
+        chunk_size = max(1, min(chunk_size, 2**25 // densities.space.dim**2))  # matrices of D x D for each datum
+    rows = min(num_data, max(1, chunk_size // draws))
+    return rows, max(1, chunk_size // rows)
+
+
+def halve_chunks_until_they_fit(
+    evaluate: Callable[[Pair, Batches, Settings], T],
+) -> Callable[[Pair, Batches, Settings], T]:
+    """Makes a function begin anew with chunks of half the size as often as memory is short.
+
+    It raises `MemoryError` where there is nothing left to halve.
+    """
+
+    @functools.wraps(evaluate)
+    def evaluate_as_memory_allows(pair: Pair, batches: Batches, settings: Settings) -> T:
+        cause = None
+        while True:
+            try:
+                return evaluate(pair, batches, settings)
+            except MemoryError as error:
+                raise error from cause
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                cause = error.with_traceback(None)  # without the frames, which hold on to memory
+            settings = replace(settings, halvings=settings.halvings + 1)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    return evaluate_as_memory_allows
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _OUT_OF_MEMORY)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pvae.data import Data
 from pvae.errors import ArgumentError, ProgramError, positive_int
+from pvae.evidence.evaluation import name_batch, open_evaluation, place_evaluation
 from pvae.evidence.proposals.base import log_joint
 from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.proposals.local import Laplace
-from pvae.evidence.session import opened
 from pvae.evidence.traces import Batch, Densities
 from pvae.runtime import Program, in_turn
 
@@ -86,25 +86,32 @@ def gauss_hermite(
     """
     if positive_int("num_nodes", num_nodes) % 2:
         raise ArgumentError(f"num_nodes must be even, as the error is taken from half of them; got {num_nodes}.")
-    with opened(model, guide, data, seed=0, device=device) as session:
-        dim = session.pair.space.dim
+    pair, batches = place_evaluation(model, guide, data, seed=0, device=device)
+    with open_evaluation(pair, batches, seed=0) as evaluation:
+        densities, parts = evaluation.densities, []
+        dim = densities.space.dim
         if dim > _MAX_DIM:
             raise ProgramError(
                 f"quadrature is for latents of up to {_MAX_DIM} dimensions, these have {dim}: a rule of {num_nodes} "
                 f"nodes in each would need {num_nodes}^{dim} of them. Use pvae.log_evidence."
             )
-
-        def one(batch: Batch) -> tuple[Tensor, Tensor]:
-            around = Laplace().gaussian(session.pair, batch)
-            fine, coarse = (_rule(session.pair, batch, around, n) for n in (num_nodes, num_nodes // 2))
-            return fine.cpu(), (fine - coarse).abs().cpu()
-
-        parts = session.each_batch(one, max(1, min(256, 2**22 // session.entries)))
+        size = max(1, min(256, 2**22 // densities.entries))
+        for _, block in evaluation.blocks():
+            for rows in torch.arange(block.num_data).split(size):
+                with name_batch(block, rows):
+                    parts.append(_integrate(densities, block.take(rows), num_nodes))
     log_px, error = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return QuadratureEstimate(log_px, error, num_nodes)
 
 
-def _rule(pair: Densities, batch: Batch, around: Elliptical, num_nodes: int) -> Tensor:
+def _integrate(densities: Densities, batch: Batch, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """Log p(x) by the rule, and how far that of half as many nodes is from it, each of shape ``(N,)``."""
+    around = Laplace().gaussian(densities, batch)
+    fine, coarse = (_apply_rule(densities, batch, around, n) for n in (num_nodes, num_nodes // 2))
+    return fine.cpu(), (fine - coarse).abs().cpu()
+
+
+def _apply_rule(densities: Densities, batch: Batch, around: Elliptical, num_nodes: int) -> Tensor:
     """``log sum_t w_t exp(t't) p(x, u_t) |sqrt(2) L|``, shape ``(N,)``."""
     nodes, weights = np.polynomial.hermite.hermgauss(num_nodes)
     dim = around.loc.shape[1]
@@ -114,6 +121,6 @@ def _rule(pair: Densities, batch: Batch, around: Elliptical, num_nodes: int) -> 
     chunks, size = [], max(1, _PAIRS // len(batch[0]))
     for part, log_weight in zip(t.split(size), log_w.split(size), strict=True):
         e = (math.sqrt(2) * part[:, None]).expand(-1, len(batch[0]), -1).to(around.loc)
-        joint = log_joint(pair, batch, around.place(e))
+        joint = log_joint(densities, batch, around.place(e))
         chunks.append((joint + (log_weight + part.square().sum(-1))[:, None]).logsumexp(0))
     return torch.stack(chunks).logsumexp(0) + around.log_scale + dim / 2 * math.log(2)

@@ -16,14 +16,13 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pvae.errors import DataError, ProgramError, PVAEError
-from pvae.evidence.exponential_families import FAMILIES, PARAMETERS, leaf_of, parameters_of, product
+from pvae.evidence.exponential_families import FAMILIES, is_constant_along, leaf_of, shared_log_prob
 from pvae.evidence.latents import Latents, LatentSpace, Layout
 from pvae.evidence.pair_checks import (
     check_densities,
@@ -38,7 +37,16 @@ from pvae.evidence.pair_checks import (
     refusal,
     support_of,
 )
-from pvae.runtime import Program, check_pair, check_signature, check_supports, density_sites, observed_data, tensors_of
+from pvae.runtime import (
+    Pair,
+    Program,
+    check_pair,
+    check_signature,
+    check_supports,
+    density_sites,
+    observed_data,
+    tensors_of,
+)
 
 __all__ = ["Densities"]
 
@@ -55,32 +63,31 @@ class Densities:
     Scales (``poutine.scale``, a subsampling plate) are no part of log p(x) and are left out; masks are applied.
 
     Attributes:
-        model: The generative program.
-        guide: The recognition program.
+        placed: The pair, on its device.
         layout: Where particles and data stand in the programs' tensors.
         trial: Two data, on which programs are tried.
         observed: What observes the data, as `pvae.runtime.sites.observed` finds it.
     """
 
-    model: Program
-    guide: Program
+    placed: Pair
     layout: Layout
     trial: Batch
     observed: tuple[Any, ...] = ()
-    _others: dict[Program, Densities] = field(default_factory=dict, repr=False)
+    _with_guides: dict[Program, Densities] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, model: Program, guide: Program, data: Batch, device: torch.device, *, nesting: int = 0) -> Densities:
+    def of(cls, placed: Pair, data: Batch, *, nesting: int = 0) -> Densities:
         """Looks at a pair and its data, and raises where log p(x) for each datum is not defined by them.
 
         The data plate is the one whose size follows the number of data: the pair is run on one datum and on two, on
-        the device. ``nesting`` is the least number of plates' dimensions to leave room for.
+        its device. ``nesting`` is the least number of plates' dimensions to leave room for.
 
         Raises:
             ProgramError: No such plate, a site outside of it, latent sites that differ, a guide with point masses, or
                 data that depend on each other.
             DataError: Data outside the support of their site.
         """
+        model, guide = placed.model, placed.guide
         if isinstance(guide, AutoGuide):
             raise ProgramError(
                 f"the guide is an {type(guide).__name__}, whose parameters belong to the data that it was fitted on. "
@@ -91,7 +98,7 @@ class Densities:
         check_signature("guide", guide, data)
         with pyro.validation_enabled(True):
             for rows in ([0], [0, first_other_row(data)]):
-                batch = tuple(t[rows].to(device) for t in data)
+                batch = tuple(t[rows].to(placed.device) for t in data)
                 traces[len(rows)] = _trace_once(model, guide, batch)
         check_names(traces[1]["model"], traces[2]["model"])
         check_pair(traces[2]["model"], traces[2]["guide"], strict=True)
@@ -100,28 +107,39 @@ class Densities:
         check_supports(found, data)
         dim = data_dim(traces[1], traces[2])
         depths = [-plate.dim for sites in traces[2].values() for s in sites.values() for plate in plates_of(s)]
-        return _lay_out_particles(cls(model, guide, Layout(dim, -max(nesting, *depths) - 1), batch, found))
+        return _lay_out_particles(cls(placed, Layout(dim, -max(nesting, *depths) - 1), batch, found))
 
     def with_guide(self, guide: Program) -> Densities:
         """The same model with another guide."""
-        if guide not in self._others:
+        if guide not in self._with_guides:
             nesting = -self.layout.particle_dim - 1
-            other = Densities.of(self.model, guide, self.trial, self.trial[0].device, nesting=nesting)
+            other = Densities.of(replace(self.placed, guide=guide), self.trial, nesting=nesting)
             if other.layout.particle_dim != self.layout.particle_dim:
                 raise ProgramError("another guide for the pair has plates further to the left than the pair itself.")
-            self._others[guide] = other
-        return self._others[guide]
+            self._with_guides[guide] = other
+        return self._with_guides[guide]
+
+    @property
+    def entries(self) -> int:
+        """Numbers in the largest tensor of one datum."""
+        return max(t[0].numel() for t in self.trial)
+
+    @property
+    def precision(self) -> float:
+        """Machine epsilon of the numbers that densities are computed in."""
+        floating = (t.dtype for t in self.trial if t.is_floating_point())
+        return torch.finfo(self.placed.dtype or next(floating, torch.get_default_dtype())).eps
 
     @cached_property
     def has_other_supports(self) -> bool:
         """Whether data have supports that a single entry does not show, such as a Binomial's or one-hots'."""
-        sites = observed_of(self._run(self.model, self.trial, 1)).values()
+        sites = observed_of(self._run(self.placed.model, self.trial, 1)).values()
         return any(other_support(site) is not None for site in sites)
 
     def check_data(self, batch: Batch) -> None:
         """Raises `DataError` where observed data lie outside of their support, where `has_other_supports`."""
         latents, _ = self.draw_guide(batch, 1)
-        for name, site in observed_of(self._run(self.model, batch, 1, latents)).items():
+        for name, site in observed_of(self._run(self.placed.model, batch, 1, latents)).items():
             support = other_support(site)
             bad = torch.zeros(1) if support is None else ~support.check(site["value"])
             if bad.any():
@@ -132,19 +150,19 @@ class Densities:
     @cached_property
     def space(self) -> LatentSpace:
         """The latents as vectors of real numbers."""
-        sites = latent_of(self._run(self.model, self.trial, 3))
+        sites = latent_of(self._run(self.placed.model, self.trial, 3))
         values = self._gather(sites, 3)
         supports = {name: (support_of(site), values[name]) for name, site in sites.items()}
         return LatentSpace.of(supports, {name: refusal(site) for name, site in sites.items()})
 
     def draw_guide(self, batch: Batch, num_samples: int) -> tuple[Latents, Tensor]:
         """Draws latents from the guide, and returns them with log q(z|x), shape ``(K, N)``."""
-        sites = self._run(self.guide, batch, num_samples)
+        sites = self._run(self.placed.guide, batch, num_samples)
         return Latents(self._gather(sites, num_samples), num_samples), self._log_density(sites, batch, num_samples)
 
     def draw_prior(self, batch: Batch, num_samples: int) -> Latents:
         """Draws latents from the prior, afresh for each datum; their densities come with them."""
-        sites = self._run(self.model, batch, num_samples)
+        sites = self._run(self.placed.model, batch, num_samples)
         densities = self._densities(sites, batch, num_samples)
         return Latents(self._gather(latent_of(sites), num_samples), num_samples, densities)
 
@@ -155,7 +173,7 @@ class Densities:
             ProgramError: The guide has a transform without an inverse, and knows only of its own draws.
         """
         try:
-            sites = self._run(self.guide, batch, latents.num_samples, latents)
+            sites = self._run(self.placed.guide, batch, latents.num_samples, latents)
             return self._log_density(sites, batch, latents.num_samples)
         except (KeyError, NotImplementedError) as error:
             raise _Unscored(f"the guide cannot give the density of latents that it did not draw: {error}") from error
@@ -163,7 +181,7 @@ class Densities:
     def densities(self, batch: Batch, latents: Latents) -> tuple[Tensor, Tensor]:
         """Returns log p(z) and log p(x|z) at some latents, each of shape ``(K, N)``; they are kept with the latents."""
         if latents.densities is None:
-            sites = self._run(self.model, batch, latents.num_samples, latents)
+            sites = self._run(self.placed.model, batch, latents.num_samples, latents)
             latents.densities = self._densities(sites, batch, latents.num_samples)
         return latents.densities
 
@@ -183,15 +201,16 @@ class Densities:
             sites = self._shared_run(self.trial, 3)
         except (RuntimeError, ValueError, IndexError):  # the model wants one latent for each datum
             return False
-        observed = list(observed_of(sites).values())
-        if len(observed) != 1 or not all(self._is_shared(site) for site in sites.values()):
+        observed, dim = list(observed_of(sites).values()), self.layout.data_dim
+        in_two_plates = all(len(plates_of(site)) == 2 for site in sites.values())  # of particles and of data
+        if len(observed) != 1 or not in_two_plates or not all(is_constant_along(s["fn"], dim) for s in sites.values()):
             return False
         (site,) = observed
         plain = type(leaf_of(site["fn"])) in FAMILIES and site["mask"] is None
         if not plain or site["value"].shape != (len(self.trial[0]), *site["fn"].event_shape):
             return False
         exact = self._log_density({"x": site}, self.trial, 3)
-        return torch.allclose(self._product(site).double(), exact, rtol=1e-4, atol=1e-4)
+        return torch.allclose(shared_log_prob(site["fn"], dim, site["value"]).double(), exact, rtol=1e-4, atol=1e-4)
 
     def draw_shared_prior(self, batch: Batch, num_samples: int, *, exact: bool = True) -> Tensor:
         """Draws K latents from the prior and returns log p(x|z) of all data at each of them, shape ``(K, N)``.
@@ -199,7 +218,7 @@ class Densities:
         Where `shares_prior`: the K latents are decoded once, and the rest is one product of matrices.
         """
         (site,) = observed_of(self._shared_run(batch, num_samples)).values()
-        return self._product(site, exact=exact)
+        return shared_log_prob(site["fn"], self.layout.data_dim, site["value"], exact=exact)
 
     def guide_moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean of q(z|x) in `space`, ``(N, D)``, and the Cholesky factor of its covariance, ``(N, D, D)``.
@@ -207,7 +226,7 @@ class Densities:
         Exact where all sites are normal and do not depend on each other; else from ``max(400, 10 D)`` draws.
         """
         dim = self.space.dim
-        sites = self._run(self.guide, batch, 3)
+        sites = self._run(self.placed.guide, batch, 3)
         normal = [normal_moments(sites[name], self.layout) for name in self.space.sites]
         if all(normal):
             locs, factors = zip(*normal, strict=True)  # type: ignore[arg-type]
@@ -226,8 +245,8 @@ class Densities:
         Raises:
             ProgramError: An observed site's data are no tensor of the batch as it is.
         """
-        observed = observed_of(self._run(self.model, batch, 1))
-        sites = self._run(poutine.uncondition(self.model), batch, 1)
+        observed = observed_of(self._run(self.placed.model, batch, 1))
+        sites = self._run(poutine.uncondition(self.placed.model), batch, 1)
         drawn = self._gather(sites, 1)
         simulated = list(batch)
         for name, site in observed.items():
@@ -247,7 +266,7 @@ class Densities:
                 )
             simulated[same[0]] = draw.reshape(like.shape).to(like)
         latents, data = Latents(drawn, 1), tuple(simulated)
-        again = self._log_density(observed_of(self._run(self.model, data, 1, latents)), data, 1)
+        again = self._log_density(observed_of(self._run(self.placed.model, data, 1, latents)), data, 1)
         if not torch.allclose(
             again, self._log_density({name: sites[name] for name in observed}, batch, 1), rtol=1e-4, atol=1e-4
         ):
@@ -276,7 +295,7 @@ class Densities:
     @cached_property
     def _dims(self) -> dict[str, tuple[int, int]]:
         """How many dimensions a latent's event has, and how many its plates."""
-        sites = latent_of(density_sites(poutine.trace(self.model).get_trace(*self.trial).nodes))
+        sites = latent_of(density_sites(poutine.trace(self.placed.model).get_trace(*self.trial).nodes))
         return {name: (len(site["fn"].event_shape), len(site["fn"].batch_shape)) for name, site in sites.items()}
 
     def _gather(self, sites: Sites, num_samples: int) -> dict[str, Tensor]:
@@ -296,29 +315,9 @@ class Densities:
 
     def _shared_run(self, batch: Batch, num_samples: int) -> Sites:
         """Runs the model on a batch with K latents that were drawn for its first datum."""
-        latents = self._gather(latent_of(self._run(self.model, tuple(t[:1] for t in batch), num_samples)), num_samples)
-        return self._run(self.model, batch, num_samples, Latents(latents, num_samples))
-
-    def _product(self, site: Any, *, exact: bool = True) -> Tensor:
-        leaf = leaf_of(site["fn"])
-        parameters = {n: t.select(self._parameter_dim(site, n), 0) for n, t in parameters_of(leaf).items()}
-        return product(type(leaf), parameters, site["value"], exact=exact)
-
-    def _is_shared(self, site: Any) -> bool:
-        """Whether a site's distribution is the same for all data.
-
-        A plate expands what does not depend on its data without copying, so that the stride of every parameter along
-        it is 0. Univariate families below ``to_event`` show all of their parameters in this way.
-        """
-        leaf = leaf_of(site["fn"])
-        if type(leaf) not in PARAMETERS or len(plates_of(site)) != 2:  # the plates: particles and data
-            return False
-        return all(t.stride(self._parameter_dim(site, n)) == 0 for n, t in parameters_of(leaf).items())
-
-    def _parameter_dim(self, site: Any, parameter: str) -> int:
-        """The data plate's dimension in a parameter of a site's distribution below ``to_event``."""
-        classes = isinstance(leaf_of(site["fn"]), dist.Categorical) and parameter in ("logits", "probs")
-        return self.layout.data_dim - len(site["fn"].event_shape) - classes
+        first = self._run(self.placed.model, tuple(t[:1] for t in batch), num_samples)
+        latents = self._gather(latent_of(first), num_samples)
+        return self._run(self.placed.model, batch, num_samples, Latents(latents, num_samples))
 
 
 def _trace_once(model: Program, guide: Program, batch: Batch) -> dict[str, Sites]:

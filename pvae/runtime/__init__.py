@@ -2,7 +2,7 @@
 
 from pvae.runtime.isolation import get_rng_state, isolate, outside_modules, resolve_seed, set_rng_state
 from pvae.runtime.processes import ALONE, Processes, resolve_processes
-from pvae.runtime.programs import Pair, Program, dtype_of, modules_of, place_pair, reachable
+from pvae.runtime.programs import Pair, Program, place_pair, reachable
 from pvae.runtime.signals import Interrupted, NeverStop, Stop, graceful_stop
 from pvae.runtime.sites import (
     base_distribution,
@@ -35,12 +35,10 @@ __all__ = [
     "check_supports",
     "check_surroundings",
     "density_sites",
-    "dtype_of",
     "get_rng_state",
     "graceful_stop",
     "in_turn",
     "isolate",
-    "modules_of",
     "observed_data",
     "outside_modules",
     "place_pair",

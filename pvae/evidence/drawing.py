@@ -1,0 +1,196 @@
+"""Draws from a proposal for one block of data after another: in chunks that are summed, or kept, as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pvae.capture import Captured
+from pvae.data import InMemory
+from pvae.evidence.estimates import KHAT_LIMIT
+from pvae.evidence.evaluation import Evaluation, name_batch
+from pvae.evidence.planning import Settings, chunk_shape
+from pvae.evidence.proposals.base import Sampler
+from pvae.evidence.traces import Batch
+from pvae.evidence.weights import Chunk, WeightSums
+
+__all__ = ["DrawSums", "Draws"]
+
+
+@dataclass(frozen=True, eq=False)
+class DrawSums:
+    """What is known of the draws for N data.
+
+    Attributes:
+        weights: The sums over their weights.
+        diagnostics: What the proposal found out on the way, by name, shape ``(N,)`` each.
+        shared_draws: Whether data shared draws.
+        precision: Machine epsilon of the numbers that densities were computed in.
+    """
+
+    weights: WeightSums
+    diagnostics: dict[str, Tensor]
+    shared_draws: bool
+    precision: float
+
+    @classmethod
+    def cat(cls, parts: Sequence[DrawSums]) -> DrawSums:
+        """Those of several sets of data, one after the other."""
+        first = parts[0]
+        diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in first.diagnostics}
+        weights = WeightSums.cat(part.weights for part in parts)
+        return cls(weights, diagnostics, first.shared_draws, first.precision)
+
+    def __getitem__(self, rows: Tensor) -> DrawSums:
+        """Those of some of the data, by their indices."""
+        diagnostics = {name: values[rows] for name, values in self.diagnostics.items()}
+        return replace(self, weights=self.weights[rows], diagnostics=diagnostics)
+
+
+class Draws:
+    """Draws from a proposal, batch by batch and chunk by chunk.
+
+    Args:
+        evaluation: What draws are weighed by.
+        settings: What is asked for.
+        bar: Counts the draws.
+    """
+
+    def __init__(self, evaluation: Evaluation, settings: Settings, bar: tqdm) -> None:
+        self.densities, self.settings, self.bar = evaluation.densities, settings, bar
+        self.proposal = settings.proposal
+        self.replicates = self.proposal.replicates or 1
+        self.capture = settings.is_to_be_captured(evaluation)
+        self.chunk_size = settings.find_chunk_size(self.densities)
+        self.captured: dict[int, Captured] = {}
+
+    def sum_block(self, block: InMemory) -> DrawSums:
+        """The sums over the draws for each datum of a block: K, or as many as the target for the error takes."""
+        settings = self.settings
+        if settings.target_std_error is None:
+            return self._sum(block, torch.arange(block.num_data), settings.num_samples)
+        # Fresh draws: an estimate that stopped where its error looked small would be biased.
+        needed = self._find_needed(block, settings.target_std_error)
+        groups = [(needed == k).nonzero()[:, 0] for k in needed.unique()]
+        parts = [self._sum(block, rows, int(needed[rows[0]])) for rows in groups]
+        return DrawSums.cat(parts)[torch.cat(groups).argsort()]
+
+    def keep_block(self, block: InMemory) -> Tensor:
+        """The log-weights of K draws for each datum of a block, ``(K, N)``."""
+        num_samples, kept = self.settings.num_samples, []
+        size, draws = self._find_chunk_shape(block.num_data, num_samples)
+        for rows in torch.arange(block.num_data).split(size):
+            with name_batch(block, rows):
+                kept.append(self._keep_batch(block.take(rows), num_samples, draws))
+        return torch.cat(kept, dim=1)
+
+    def _find_needed(self, block: InMemory, target: float) -> Tensor:
+        """How many draws each datum needs for a standard error of ``target`` and a good k-hat, found by doubling."""
+        rows, limit = torch.arange(block.num_data), self.settings.limit
+        sums = self._sum(block, rows, self.settings.num_samples).weights
+        while True:
+            # A margin, since the error of the fresh draws scatters.
+            enough = (sums.khat[rows] <= KHAT_LIMIT) & (sums.std_error[rows] <= 0.8 * target)
+            rows = rows[~enough]
+            done = int(sums.num_samples.max())
+            if not len(rows) or done == limit:
+                return sums.num_samples
+            more = min(done, limit - done) // self.replicates * self.replicates
+            sums = sums.put(rows, sums[rows].combine(self._sum(block, rows, more).weights))
+
+    def _sum(self, block: InMemory, rows: Tensor, num_samples: int) -> DrawSums:
+        """The sums over so many draws for some data of a block."""
+        parts = []
+        size, draws = self._find_chunk_shape(len(rows), num_samples)
+        for part in rows.split(size):
+            with name_batch(block, part):
+                parts.append(self._sum_batch(block.take(part), num_samples, draws))
+        return DrawSums.cat(parts)
+
+    def _find_chunk_shape(self, num_data: int, num_samples: int) -> tuple[int, int]:
+        """How many data and how many draws to take at once of those that come."""
+        self.bar.total += num_samples * num_data
+        return chunk_shape(num_data, num_samples, self.densities, self.proposal, self.chunk_size)
+
+    def _sum_batch(self, batch: Batch, num_samples: int, size: int) -> DrawSums:
+        sampler = self.proposal.on(self.densities, batch)
+        replicates = [self._sum_replicate(sampler, num_samples, size) for _ in range(self.replicates)]
+        sums = WeightSums.of_replicates(replicates) if self.proposal.replicates else replicates[0]
+        diagnostics = {name: value.cpu() for name, value in sampler.diagnostics.items()}
+        shared_draws = self.proposal.shares_draws(self.densities)
+        return DrawSums(sums.cpu(), diagnostics, shared_draws, self.densities.precision)
+
+    def _sum_replicate(self, sampler: Sampler, num_samples: int, size: int) -> WeightSums:
+        strata: dict[int, WeightSums] = {}
+        for stratum, chunk in self._draw_replicate(sampler, num_samples, size):
+            sums = strata.get(stratum)
+            strata[stratum] = WeightSums.of(chunk, self.settings.limit) if sums is None else sums.add(chunk)
+        return WeightSums.of_strata([strata[stratum] for stratum in sorted(strata)], sampler.shares)
+
+    def _keep_batch(self, batch: Batch, num_samples: int, size: int) -> Tensor:
+        sampler = self.proposal.on(self.densities, batch)
+        # One block from the start: small ones, made between large ones that go, would keep the heap from shrinking.
+        kept, done = torch.empty(num_samples, len(batch[0]), dtype=torch.float64), 0
+        for _ in range(self.replicates):
+            for _, chunk in self._draw_replicate(sampler, num_samples, size):
+                kept[done : done + len(chunk.log_weights)] = chunk.log_weights
+                done += len(chunk.log_weights)
+        return kept
+
+    def _draw_replicate(self, sampler: Sampler, num_samples: int, size: int) -> Iterator[tuple[int, Chunk]]:
+        """A replicate's share of K draws, chunk by chunk, with their sums, and the numbers of their strata."""
+        sampler.restart()
+        each = num_samples // self.replicates
+        for done in range(0, each, size):
+            for stratum, chunk in self._draw_strata(sampler, min(size, each - done)):
+                yield stratum, chunk
+                self.bar.update(chunk.log_weights.numel())
+
+    def _draw_strata(self, sampler: Sampler, num_samples: int) -> Iterator[tuple[int, Chunk]]:
+        tensors = sampler.tensors
+        if tensors is None or not self.capture:
+            yield from ((i, Chunk.of(part)) for i, part in enumerate(sampler.strata(num_samples)) if len(part))
+        else:
+            yield 0, self._draw_captured(sampler, tensors, num_samples)
+
+    def _draw_captured(self, sampler: Sampler, tensors: tuple[Tensor, ...], num_samples: int) -> Chunk:
+        """A chunk by the graph for so many draws, if it is not the first of them."""
+        if num_samples not in self.captured:
+            self.captured[num_samples] = self._capture(sampler, num_samples)
+            # A pair learns more of itself on its first draws, and takes random numbers for that.
+            return Chunk.of(sampler.log_weights(num_samples))
+        device = self.densities.placed.device
+        before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        chunk = Chunk(*self.captured[num_samples](*sampler.batch, *tensors))
+        if chunk.top.isnan().any():
+            # Rare draws need more than tensor operations: the same draws once more, as they come.
+            torch.set_rng_state(before[0])
+            if before[1] is not None:
+                torch.cuda.set_rng_state(before[1], device)
+            chunk = Chunk.of(sampler.log_weights(num_samples))
+        return chunk
+
+    def _capture(self, sampler: Sampler, num_samples: int) -> Captured:
+        """What will be captured on its second run; of the numbers of draws at once, the first is the common one."""
+        placed = self.densities.placed
+        return Captured(
+            partial(_draw_chunk, sampler, num_samples),
+            "pvae.log_evidence",
+            (placed.model, placed.guide, self.proposal),
+            tolerances=(1e-3, 1e-3),
+            capture_after=1,
+            # A chunk is a large piece of work: a shape that comes ten times is worth compiling.
+            compile_after=10,
+            compile_first=not self.captured,
+        )
+
+
+def _draw_chunk(sampler: Sampler, num_samples: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """A chunk of draws as a function of a batch and of all that the sampler knows of it."""
+    split = len(sampler.batch)
+    return tuple(Chunk.of(sampler.with_tensors(tensors[:split], tensors[split:]).log_weights(num_samples)))
