@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from pyro import distributions as dist
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pvae.errors import ProgramError, warn
 from pvae.evidence.exponential_families import leaf_of
 from pvae.evidence.latents import Layout, inner_support
-from pvae.runtime import base_distribution, simple_support
+from pvae.runtime import Program, base_distribution, simple_support
 
 __all__ = [
     "check_densities",
     "check_names",
+    "check_takes_batches",
     "data_dim",
     "first_other_row",
     "latent_of",
@@ -93,6 +95,15 @@ def first_other_row(data: tuple[Tensor, ...]) -> int:
     for tensor in data:
         differs |= (tensor[:1024] != tensor[:1]).reshape(len(differs), -1).any(1).cpu()
     return int(differs.double().argmax())
+
+
+def check_takes_batches(guide: Program) -> None:
+    """Raises `ProgramError` where a guide is for one data set as a whole."""
+    if isinstance(guide, AutoGuide):
+        raise ProgramError(
+            f"the guide is an {type(guide).__name__}, whose parameters belong to the data that it was fitted on. "
+            "log p(x) is estimated in batches: write a guide that takes a batch, such as an encoder."
+        )
 
 
 def check_densities(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:

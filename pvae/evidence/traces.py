@@ -18,7 +18,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pvae.errors import DataError, ProgramError, PVAEError
@@ -27,6 +26,7 @@ from pvae.evidence.latents import Latents, LatentSpace, Layout
 from pvae.evidence.pair_checks import (
     check_densities,
     check_names,
+    check_takes_batches,
     data_dim,
     first_other_row,
     latent_of,
@@ -66,7 +66,7 @@ class Densities:
         placed: The pair, on its device.
         layout: Where particles and data stand in the programs' tensors.
         trial: Two data, on which programs are tried.
-        observed: What observes the data, as `pvae.runtime.sites.observed` finds it.
+        observed: What observes the data, as `pvae.runtime.sites.observed_data` finds it.
     """
 
     placed: Pair
@@ -87,13 +87,8 @@ class Densities:
                 data that depend on each other.
             DataError: Data outside the support of their site.
         """
-        model, guide = placed.model, placed.guide
-        if isinstance(guide, AutoGuide):
-            raise ProgramError(
-                f"the guide is an {type(guide).__name__}, whose parameters belong to the data that it was fitted on. "
-                "log p(x) is estimated in batches: write a guide that takes a batch, such as an encoder."
-            )
-        traces = {}
+        traces, model, guide = {}, placed.model, placed.guide
+        check_takes_batches(guide)
         check_signature("model", model, data)
         check_signature("guide", guide, data)
         with pyro.validation_enabled(True):
@@ -120,6 +115,16 @@ class Densities:
         return self._with_guides[guide]
 
     @property
+    def model(self) -> Program:
+        """The generative program."""
+        return self.placed.model
+
+    @property
+    def guide(self) -> Program:
+        """The recognition program."""
+        return self.placed.guide
+
+    @property
     def entries(self) -> int:
         """Numbers in the largest tensor of one datum."""
         return max(t[0].numel() for t in self.trial)
@@ -133,13 +138,13 @@ class Densities:
     @cached_property
     def has_other_supports(self) -> bool:
         """Whether data have supports that a single entry does not show, such as a Binomial's or one-hots'."""
-        sites = observed_of(self._run(self.placed.model, self.trial, 1)).values()
-        return any(other_support(site) is not None for site in sites)
+        sites = observed_of(self._run(self.model, self.trial, 1))
+        return any(other_support(site) is not None for site in sites.values())
 
     def check_data(self, batch: Batch) -> None:
         """Raises `DataError` where observed data lie outside of their support, where `has_other_supports`."""
         latents, _ = self.draw_guide(batch, 1)
-        for name, site in observed_of(self._run(self.placed.model, batch, 1, latents)).items():
+        for name, site in observed_of(self._run(self.model, batch, 1, latents)).items():
             support = other_support(site)
             bad = torch.zeros(1) if support is None else ~support.check(site["value"])
             if bad.any():
@@ -150,19 +155,19 @@ class Densities:
     @cached_property
     def space(self) -> LatentSpace:
         """The latents as vectors of real numbers."""
-        sites = latent_of(self._run(self.placed.model, self.trial, 3))
+        sites = latent_of(self._run(self.model, self.trial, 3))
         values = self._gather(sites, 3)
         supports = {name: (support_of(site), values[name]) for name, site in sites.items()}
         return LatentSpace.of(supports, {name: refusal(site) for name, site in sites.items()})
 
     def draw_guide(self, batch: Batch, num_samples: int) -> tuple[Latents, Tensor]:
         """Draws latents from the guide, and returns them with log q(z|x), shape ``(K, N)``."""
-        sites = self._run(self.placed.guide, batch, num_samples)
+        sites = self._run(self.guide, batch, num_samples)
         return Latents(self._gather(sites, num_samples), num_samples), self._log_density(sites, batch, num_samples)
 
     def draw_prior(self, batch: Batch, num_samples: int) -> Latents:
         """Draws latents from the prior, afresh for each datum; their densities come with them."""
-        sites = self._run(self.placed.model, batch, num_samples)
+        sites = self._run(self.model, batch, num_samples)
         densities = self._densities(sites, batch, num_samples)
         return Latents(self._gather(latent_of(sites), num_samples), num_samples, densities)
 
@@ -173,7 +178,7 @@ class Densities:
             ProgramError: The guide has a transform without an inverse, and knows only of its own draws.
         """
         try:
-            sites = self._run(self.placed.guide, batch, latents.num_samples, latents)
+            sites = self._run(self.guide, batch, latents.num_samples, latents)
             return self._log_density(sites, batch, latents.num_samples)
         except (KeyError, NotImplementedError) as error:
             raise _Unscored(f"the guide cannot give the density of latents that it did not draw: {error}") from error
@@ -181,7 +186,7 @@ class Densities:
     def densities(self, batch: Batch, latents: Latents) -> tuple[Tensor, Tensor]:
         """Returns log p(z) and log p(x|z) at some latents, each of shape ``(K, N)``; they are kept with the latents."""
         if latents.densities is None:
-            sites = self._run(self.placed.model, batch, latents.num_samples, latents)
+            sites = self._run(self.model, batch, latents.num_samples, latents)
             latents.densities = self._densities(sites, batch, latents.num_samples)
         return latents.densities
 
@@ -226,7 +231,7 @@ class Densities:
         Exact where all sites are normal and do not depend on each other; else from ``max(400, 10 D)`` draws.
         """
         dim = self.space.dim
-        sites = self._run(self.placed.guide, batch, 3)
+        sites = self._run(self.guide, batch, 3)
         normal = [normal_moments(sites[name], self.layout) for name in self.space.sites]
         if all(normal):
             locs, factors = zip(*normal, strict=True)  # type: ignore[arg-type]
@@ -245,8 +250,8 @@ class Densities:
         Raises:
             ProgramError: An observed site's data are no tensor of the batch as it is.
         """
-        observed = observed_of(self._run(self.placed.model, batch, 1))
-        sites = self._run(poutine.uncondition(self.placed.model), batch, 1)
+        observed = observed_of(self._run(self.model, batch, 1))
+        sites = self._run(poutine.uncondition(self.model), batch, 1)
         drawn = self._gather(sites, 1)
         simulated = list(batch)
         for name, site in observed.items():
@@ -266,7 +271,7 @@ class Densities:
                 )
             simulated[same[0]] = draw.reshape(like.shape).to(like)
         latents, data = Latents(drawn, 1), tuple(simulated)
-        again = self._log_density(observed_of(self._run(self.placed.model, data, 1, latents)), data, 1)
+        again = self._log_density(observed_of(self._run(self.model, data, 1, latents)), data, 1)
         if not torch.allclose(
             again, self._log_density({name: sites[name] for name in observed}, batch, 1), rtol=1e-4, atol=1e-4
         ):
@@ -295,7 +300,7 @@ class Densities:
     @cached_property
     def _dims(self) -> dict[str, tuple[int, int]]:
         """How many dimensions a latent's event has, and how many its plates."""
-        sites = latent_of(density_sites(poutine.trace(self.placed.model).get_trace(*self.trial).nodes))
+        sites = latent_of(density_sites(poutine.trace(self.model).get_trace(*self.trial).nodes))
         return {name: (len(site["fn"].event_shape), len(site["fn"].batch_shape)) for name, site in sites.items()}
 
     def _gather(self, sites: Sites, num_samples: int) -> dict[str, Tensor]:
@@ -315,9 +320,9 @@ class Densities:
 
     def _shared_run(self, batch: Batch, num_samples: int) -> Sites:
         """Runs the model on a batch with K latents that were drawn for its first datum."""
-        first = self._run(self.placed.model, tuple(t[:1] for t in batch), num_samples)
+        first = self._run(self.model, tuple(t[:1] for t in batch), num_samples)
         latents = self._gather(latent_of(first), num_samples)
-        return self._run(self.placed.model, batch, num_samples, Latents(latents, num_samples))
+        return self._run(self.model, batch, num_samples, Latents(latents, num_samples))
 
 
 def _trace_once(model: Program, guide: Program, batch: Batch) -> dict[str, Sites]:
