@@ -93,6 +93,13 @@ def test_every_module_says_what_it_exports(name):
     assert ast.get_docstring(tree)
 
 
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"__init__"}))
+def test_a_module_needs_at_most_eight_others(name):
+    """A folder's face counts as one; so does what is imported from it."""
+    modules = imported(MODULES[name])
+    assert len(modules - {m.rpartition(".")[0] for m in modules if "." in m}) <= 8
+
+
 def test_modules_stay_small():
     too_long = {name: n for name, path in MODULES.items() if (n := len(path.read_text().splitlines())) > 400}
     assert not too_long
