@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -62,7 +64,9 @@ class Graph:
             return results
 
         trace = make_fx(flat, DECOMPOSITIONS, tracing_mode="real", _allow_non_fake_inputs=True)
-        with _ForbidReads(outside):
+        # One fake mode holds the shapes of all results; without a context, make_fx makes one for each in half its time.
+        shapes = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+        with _ForbidReads(outside), shapes:
             # Each input is a tensor object of its own, so that none is taken for another, or for one that is held.
             captured = trace(*(t.detach() for t in inputs))
         _check_shapes(captured.graph)
