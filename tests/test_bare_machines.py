@@ -68,6 +68,7 @@ def test_checks_do_not_rest_on_asserts():
     assert lines[10:] == ["True", "False"]
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written(tmp_path):
     """And no screen: training is compiled, log p(x) is estimated, figures are drawn, and MNIST says what it lacks."""
     code = f"""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot
 from PIL import Image
 
 import pvae
@@ -49,8 +50,12 @@ def example():
 
 
 @pytest.fixture
-def main(example, capsys):
-    """Runs the example in this process; returns the exit code and what was printed to stdout and stderr."""
+def main(example, capsys, monkeypatch):
+    """Runs the example in this process; returns the exit code and what was printed to stdout and stderr.
+
+    Figures are drawn but not painted, which would take most of the time; those of `results` are.
+    """
+    monkeypatch.setattr(pyplot, "savefig", lambda file, **_: file.write(bytes(1000)))
 
     def done(*arguments):
         try:
@@ -117,6 +122,7 @@ def test_the_report_has_every_number(results):
 LONG = ["--dataset", "digits", *SMALL[2:], "--epochs", "60"]
 
 
+@pytest.mark.slow
 def test_stopped_by_sigterm_it_exits_143_and_the_same_command_goes_on_to_the_same_numbers(main, tmp_path):
     assert main(*LONG, "--output-dir", tmp_path / "whole")[0] == 0
     command = [sys.executable, EXAMPLES / "mnist_svi.py", *LONG, "--checkpoint", tmp_path / "run"]

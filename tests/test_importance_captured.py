@@ -9,6 +9,7 @@ from pyro import distributions as dist
 
 import pvae
 from pvae.evidence import drawing
+from pvae.evidence.proposals import Annealed
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_captured_chunks_give_the_same_numbers(proposal, likelihood, bits, made)
     assert not any(captured.given_up for captured in made)
 
 
-@pytest.mark.parametrize("proposal", ["ais", "defensive"])
+@pytest.mark.parametrize("proposal", [Annealed(temperatures=5), "defensive"], ids=["ais", "defensive"])
 def test_what_keeps_a_state_is_not_captured(proposal, bits, made, small_vae):
     assert_same(*estimates(small_vae.model, small_vae.guide, bits[:5], proposal=proposal))
     assert not made

@@ -380,7 +380,10 @@ def test_a_tuple_of_data(bits):
     torch.testing.assert_close(estimate.log_px, dist.Normal(y.double(), 2**0.5).log_prob(x), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("proposal", ["guide", "prior", "refined", "laplace", "defensive", "ais"])
+@pytest.mark.parametrize(
+    "proposal",
+    ["guide", "prior", "refined", "laplace", "defensive", pytest.param(Annealed(temperatures=10), id="ais")],
+)
 def test_a_program_that_does_not_broadcast_gives_the_same_answer(proposal):
     """A convolution wants exactly 4 dimensions, and softmax over dimension 1 means another thing with particles."""
     weight = torch.randn(6, 2, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
