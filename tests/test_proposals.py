@@ -129,7 +129,15 @@ def test_a_guide_that_is_right_leaves_a_mixture_no_error():
 
 @pytest.mark.parametrize(
     "proposal",
-    [Guide(), Sobol(), Refined(), Refined(full=False), Laplace(), Annealed(temperatures=5), Annealed(Laplace())],
+    [
+        Guide(),
+        Sobol(),
+        Refined(),
+        Refined(full=False),
+        Laplace(),
+        Annealed(temperatures=5),
+        Annealed(Laplace(), temperatures=20),
+    ],
     ids=named,
 )
 @pytest.mark.parametrize("latent_dim", [2, 10, 50])
@@ -360,7 +368,7 @@ def test_two_modes_are_missed_by_one_and_found_by_two():
         rtol=0,
         atol=0.01,
     )
-    for proposal, num_samples in ((Defensive(share=0.5), 20_000), (Annealed(Prior(), temperatures=100), 200)):
+    for proposal, num_samples in ((Defensive(share=0.5), 5000), (Annealed(Prior(), temperatures=30), 100)):
         estimate = evidence(oracle, x, proposal, num_samples)
         reliable = ~estimate.unreliable
         assert reliable[apart].double().mean() > 0.3
@@ -378,7 +386,7 @@ def test_the_prior_has_its_share_however_draws_are_cut():
     oracle = linear_gaussian(2, 3, noise=1.0)
     x = oracle.bias[None]  # the prior explains it well
     for share in (0.3, 0.5):
-        estimate = evidence(oracle, x, Defensive(Guide(far), share), 1000, chunk_size=1)
+        estimate = evidence(oracle, x, Defensive(Guide(far), share), 400, chunk_size=1)
         assert abs(estimate.corrected - oracle.log_px(x)) < 5 * estimate.std_error
         assert estimate.std_error < 0.2
 
@@ -546,13 +554,20 @@ def test_replicates_pass_through_what_is_made_of_them(wrapped):
     # From ten replicates, as Student-t scores of 9 degrees of freedom; from 1,280 weights they would be far too wide.
     scores = (estimate.log_px - oracle.log_px(x)) / estimate.std_error
     assert 0.6 < scores.square().mean().sqrt() < 1.8
-    for other in (Refined(Sobol()), Annealed(Sobol(), temperatures=2)):
-        assert other.replicates is None
-        again = evidence(oracle, x, other, 1000)
-        assert ((again.log_px - oracle.log_px(x)).abs() < 5 * again.std_error + 1e-6).all()
 
 
-@pytest.mark.parametrize("proposal", ["refined", "laplace", "ais", "defensive", "student-t", Sobol()])
+@pytest.mark.parametrize("other", [Refined(Sobol()), Annealed(Sobol(), temperatures=2)], ids=named)
+def test_replicates_end_where_draws_are_moved(other):
+    oracle = linear_gaussian(2, 6, guide_shift=0.3)
+    x = oracle.sample(40)
+    assert other.replicates is None
+    estimate = evidence(oracle, x, other, 1000)
+    assert ((estimate.log_px - oracle.log_px(x)).abs() < 5 * estimate.std_error + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    "proposal", ["refined", "laplace", Annealed(temperatures=5), "defensive", "student-t", Sobol()]
+)
 def test_nothing_of_the_callers_changes(proposal, module_pair, bits, caller_state):
     before = caller_state()
     weights = {name: value.clone() for name, value in module_pair.state_dict().items()}
