@@ -121,7 +121,7 @@ class Processes:
 
     def only_on_main(self, function: Callable[P, Any] | None) -> Callable[P, Any] | None:
         """A function that the main process calls for all; where it raises there, it does so on all."""
-        if function is None or self.world_size == 1:
+        if self.world_size == 1 or not callable(function):
             return function
 
         def call_on_main(*args: P.args, **kwargs: P.kwargs) -> None:
