@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 ifneq ($(words $(VENV)),1)
 $(error VENV must be one path without spaces, got "$(VENV)")
 endif
 
-.PHONY: help demo readme test test-all lint types docs bench clean
+.PHONY: help demo readme test test-ci test-all lint types docs bench clean
 
 help:  ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,10 +21,13 @@ readme: $(VENV)/.demo  ## run the demo on MNIST, and write its picture and numbe
 	$(BIN)/python docs/readme.py
 
 test: $(VENV)/.test  ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-ci: test  ## run the tests, with the slow ones of resuming, ranks and examples: what .ci/run runs
+	$(PYTEST) -m slow tests/test_resume.py tests/test_ranks*.py tests/test_examples.py
 
 test-all: $(VENV)/.test  ## run all tests; those on real MNIST need PVAE_DATA to name its folder
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.dev  ## check style and formatting
 	$(BIN)/ruff check .

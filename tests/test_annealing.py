@@ -103,6 +103,7 @@ def test_acceptance_is_near_its_target_and_step_sizes_are_frozen():
     assert before.shape == (9, 20)
 
 
+@pytest.mark.slow
 def test_the_encoder_needs_fewer_temperatures_than_the_prior():
     """Of the same length, chains from the guide have the smaller error, and 10 beat the prior's 80."""
     oracle = linear_gaussian(10, 20, guide_shift=0.3, guide_scale=1.3)

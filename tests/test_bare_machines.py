@@ -59,6 +59,7 @@ print(pyro.infer.util.is_validation_enabled())
 """
 
 
+@pytest.mark.slow
 def test_checks_do_not_rest_on_asserts():
     """``python -O`` turns off asserts, and with them Pyro's validation."""
     lines = lines_of(python(OPTIMIZED, options=["-O"]))

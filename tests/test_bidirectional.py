@@ -40,6 +40,7 @@ def test_bounds_hold_and_close(start):
         assert gaps[1] < 0.3
 
 
+@pytest.mark.slow
 def test_a_missed_mode_opens_the_gap():
     """The guide's one mode leaves the lower bound log 2 low and the reverse chains of the other mode high."""
     oracle = two_modes(2, 6, noise=0.25)

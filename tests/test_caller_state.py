@@ -55,6 +55,7 @@ def digest(seed):
 """
 
 
+@pytest.mark.slow
 def test_models_in_one_process_are_those_of_processes_of_their_own():
     """Two hand-written VAEs of one shape, with the same names for everything, and two of pvae's."""
     code = f"{TRAINS}\nprint(digest(int(sys.argv[1])))"

@@ -51,6 +51,7 @@ print(before)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_20_random_moments_a_whole_checkpoint_is_always_there(tmp_path):
     (epoch,) = fork_lines(KILLED, tmp_path / "run", folder=tmp_path, timeout=200)
     assert int(epoch) >= 20

@@ -371,6 +371,7 @@ if os.environ["ROLE"] == "fast":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_may_prepare_one_folder(small_mnist, tmp_path_factory):
     """One begins to download while the other is about to look at what it has, and ends when that one is done."""
     tmp = tmp_path_factory.mktemp("two")

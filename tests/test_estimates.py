@@ -257,6 +257,7 @@ def test_intervals_from_replicates_are_wider():
     assert high - low == pytest.approx(2 * 1.96 * estimate.mean_std_error, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", ["guide", Sobol()], ids=["guide", "sobol"])
 def test_a_target_does_not_bias_the_mean(proposal):
     """Stopping where the error looks small would put the mean ten of its errors too low; it is within 5."""

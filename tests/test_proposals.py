@@ -350,6 +350,7 @@ def test_a_support_that_depends_on_the_data_is_refused():
 # --- two modes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_modes_are_missed_by_one_and_found_by_two():
     """The guide knows one mode: it is flagged, or low by log 2, wherever the modes are apart."""
     oracle = two_modes(2, 4, noise=0.7)

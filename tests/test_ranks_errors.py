@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import pytest
 import torch
 import torch.distributed as td
 from helpers import Items
@@ -115,6 +116,7 @@ def hanging(rank: int, folder: Path) -> tuple[tuple[str, str], float]:
     return found, time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_an_error_on_one_ends_all_and_they_meet_again(tmp_path):
     first, second = launch(errors, tmp_path)
     alike = ("RankError", "all ranks must be called alike")
@@ -174,6 +176,7 @@ def killed(rank: int, folder: Path) -> None:
         raise
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_other_and_torchrun_says_so(tmp_path):
     (first, second), code = launch_torchrun(killed, tmp_path)
     kind, said, seconds = first

@@ -95,6 +95,7 @@ def preempted(rank: int, folder: Path) -> tuple[str, int | None, str]:
     return result.stopped, result.signal, str(result.checkpoint)
 
 
+@pytest.mark.slow
 def test_torchrun_passes_a_signal_on_and_waits_for_the_checkpoint(tmp_path):
     def preempt(torchrun):
         history, end = tmp_path / "run" / "history.jsonl", time.monotonic() + PATIENCE / 2

@@ -103,6 +103,7 @@ def test_every_kind_of_pair_goes_on_bit_for_bit(name, bits, tmp_path, interrupt)
     assert_same_run((loaded, load_checkpoint(tmp_path, loaded.model, loaded.guide, bits)), (whole, reference))
 
 
+@pytest.mark.slow
 def test_shapes_are_compiled_when_they_would_have_been(bits, tmp_path, monkeypatch):
     """A ragged last batch is compiled once it has come often enough, here 20 times, and the bits change then."""
     monkeypatch.setitem(graphs._COMPILE_SECONDS, "cpu", 0.05)
@@ -118,6 +119,7 @@ def test_shapes_are_compiled_when_they_would_have_been(bits, tmp_path, monkeypat
     )
 
 
+@pytest.mark.slow
 def test_a_signal_ends_compiling_at_once_and_nothing_is_lost(bits, tmp_path, monkeypatch):
     options = {"compile": True, "validation": bits[:70], "epochs": 2}
     whole = ModulePair()

@@ -331,6 +331,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("script", [KILLED, FIRST_KILLED, FULL, AT_ONCE], ids=["killed", "first", "full", "at-once"])
 def test_whatever_happens_a_whole_vae_is_loaded(script, tmp_path):
