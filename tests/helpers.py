@@ -156,17 +156,22 @@ def fork(function, *arguments, output):
 def fork_lines(code, *arguments, folder, timeout=120):
     """What a program prints in a process of its own, which ends well, and has pvae loaded as it begins."""
     output = folder / f"output-{uuid.uuid4()}"
-    process = fork(_execute, code, arguments, output=output)
+    return end_lines(fork(execute, code, *arguments, output=output), output, timeout)
+
+
+def end_lines(process, output, timeout=120):
+    """What a process that was forked prints, once it has ended well, within so many seconds."""
     process.join(timeout)
     ended = process.exitcode is not None
     process.kill()
     process.join()
     assert ended, f"it hangs: {output.with_suffix('.errors').read_text()}"
-    assert process.exitcode == 0, output.with_suffix(".errors").read_text()
+    assert process.exitcode == 0, output.read_text()[-3000:] + output.with_suffix(".errors").read_text()[-3000:]
     return output.read_text().splitlines()
 
 
-def _execute(code, arguments):
+def execute(code, *arguments):
+    """Runs a program in this process, as if it had been started with some arguments."""
     sys.argv[1:] = map(str, arguments)
     exec(code, {"__name__": "__main__"})
 

@@ -316,11 +316,6 @@ def test_the_rule_that_decides_where_it_pays():
     assert worth_compiling(500, 1e13, cpu)  # few steps of a large one
 
 
-def test_the_compiler_is_not_loaded_before_it_is_used():
-    code = "import sys, pvae; print('torch._inductor.compile_fx' in sys.modules)"
-    assert lines_of(python(code)) == ["False"]
-
-
 # --- what a review found ------------------------------------------------------------------------------------------
 
 STATE = {"beta": torch.tensor(1.0)}

@@ -3,9 +3,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
-import os
 import pwd
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -13,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import end_lines, execute, fork
 
-import pvae
 from pvae import datasets
 from pvae.errors import ArgumentError, DataError, DatasetError
 
@@ -371,7 +369,6 @@ if os.environ["ROLE"] == "fast":
 """
 
 
-@pytest.mark.slow
 def test_two_processes_may_prepare_one_folder(small_mnist, tmp_path_factory):
     """One begins to download while the other is about to look at what it has, and ends when that one is done."""
     tmp = tmp_path_factory.mktemp("two")
@@ -381,28 +378,17 @@ def test_two_processes_may_prepare_one_folder(small_mnist, tmp_path_factory):
     (fake / "__init__.py").write_text("")
     (fake / "datasets.py").write_text(SLOW_TORCHVISION)
     source = small_mnist / "MNIST" / "raw"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(fake.parent), str(Path(pvae.__file__).parents[1])]),
-        "PVAE_DATA": str(cache),
-        "SOURCE": str(source),
-        "MARKS": str(marks),
-    }
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", PREPARES],
-            env={**environment, "ROLE": role},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for role in ("fast", "slow")
-    ]
-    results = [run.communicate() for run in runs]
+    runs = {}
+    for role in ("fast", "slow"):
+        settings = {"PVAE_DATA": str(cache), "SOURCE": str(source), "MARKS": str(marks), "ROLE": role}
+        code = f"import os, sys\nsys.path.insert(0, {str(fake.parent)!r})\nos.environ.update({settings})\n{PREPARES}"
+        runs[fork(execute, code, output=tmp / role)] = tmp / role
+    printed = [end_lines(process, output)[0].split() for process, output in runs.items()]
     data = datasets.mnist(small_mnist, "none")
     tensors = (data.train_x, data.train_y, data.test_x, data.test_y)
     expected = [hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in tensors]
-    assert [(out.split(), errors) for out, errors in results] == [(expected, "")] * 2
+    assert printed == [expected] * 2
+    assert [output.with_suffix(".errors").read_text() for output in runs.values()] == [""] * 2
     assert [path.name for path in cache.iterdir()] == ["MNIST"]
     written = {path.name: path.read_bytes() for path in (cache / "MNIST" / "raw").iterdir()}
     assert written == {path.name: path.read_bytes() for path in source.iterdir()}

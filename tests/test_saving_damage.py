@@ -331,9 +331,16 @@ print("done")
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("script", [KILLED, FIRST_KILLED, FULL, AT_ONCE], ids=["killed", "first", "full", "at-once"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(KILLED, id="killed", marks=pytest.mark.slow),
+        pytest.param(FIRST_KILLED, id="first"),
+        pytest.param(FULL, id="full"),
+        pytest.param(AT_ONCE, id="at-once", marks=pytest.mark.slow),
+    ],
+)
 def test_whatever_happens_a_whole_vae_is_loaded(script, tmp_path):
     (tmp_path / "vae").mkdir()
     assert fork_lines(PROCESS + script, tmp_path / "vae", folder=tmp_path) == ["done"]
