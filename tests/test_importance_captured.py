@@ -8,13 +8,13 @@ import torch
 from pyro import distributions as dist
 
 import pvae
-from pvae.evidence import drawing
+from pvae.evidence import programs
 from pvae.evidence.proposals import Annealed
 
 
 @pytest.fixture
 def made(never_compiled):
-    return never_compiled(drawing)
+    return never_compiled(programs)
 
 
 def estimates(model, guide, x, **options):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pvae.capture import Captured
 from pvae.data import InMemory
 from pvae.evidence.estimates import KHAT_LIMIT
 from pvae.evidence.evaluation import Evaluation, name_batch
@@ -65,9 +64,8 @@ class Draws:
         self.densities, self.settings, self.bar = evaluation.densities, settings, bar
         self.proposal = settings.proposal
         self.replicates = self.proposal.replicates or 1
-        self.capture = settings.is_to_be_captured(evaluation)
+        self.densities.programs.capture = settings.is_to_be_captured(evaluation)
         self.chunk_size = settings.find_chunk_size(self.densities)
-        self.captured: dict[int, Captured] = {}
 
     def sum_block(self, block: InMemory) -> DrawSums:
         """The sums over the draws for each datum of a block: K, or as many as the target for the error takes."""
@@ -153,20 +151,18 @@ class Draws:
 
     def _draw_strata(self, sampler: Sampler, num_samples: int) -> Iterator[tuple[int, Chunk]]:
         tensors = sampler.tensors
-        if tensors is None or not self.capture:
+        if tensors is None or not self.densities.programs.capture:
             yield from ((i, Chunk.of(part)) for i, part in enumerate(sampler.strata(num_samples)) if len(part))
         else:
             yield 0, self._draw_captured(sampler, tensors, num_samples)
 
     def _draw_captured(self, sampler: Sampler, tensors: tuple[Tensor, ...], num_samples: int) -> Chunk:
-        """A chunk by the graph for so many draws, if it is not the first of them."""
-        if num_samples not in self.captured:
-            self.captured[num_samples] = self._capture(sampler, num_samples)
-            # A pair learns more of itself on its first draws, and takes random numbers for that.
-            return Chunk.of(sampler.log_weights(num_samples))
+        """A chunk by the graph for so many draws."""
+        programs = self.densities.programs
+        draw = programs.get(("draws", num_samples), partial(_draw_chunk, sampler, num_samples), self.proposal)
         device = self.densities.placed.device
         before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        chunk = Chunk(*self.captured[num_samples](*sampler.batch, *tensors))
+        chunk = Chunk(*draw(*sampler.batch, *tensors))
         if chunk.top.isnan().any():
             # Rare draws need more than tensor operations: the same draws once more, as they come.
             torch.set_rng_state(before[0])
@@ -174,20 +170,6 @@ class Draws:
                 torch.cuda.set_rng_state(before[1], device)
             chunk = Chunk.of(sampler.log_weights(num_samples))
         return chunk
-
-    def _capture(self, sampler: Sampler, num_samples: int) -> Captured:
-        """What will be captured on its second run; of the numbers of draws at once, the first is the common one."""
-        placed = self.densities.placed
-        return Captured(
-            partial(_draw_chunk, sampler, num_samples),
-            "pvae.log_evidence",
-            (placed.model, placed.guide, self.proposal),
-            tolerances=(1e-3, 1e-3),
-            capture_after=1,
-            # A chunk is a large piece of work: a shape that comes ten times is worth compiling.
-            compile_after=10,
-            compile_first=not self.captured,
-        )
 
 
 def _draw_chunk(sampler: Sampler, num_samples: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -37,6 +37,7 @@ from pvae.evidence.pair_checks import (
     refusal,
     support_of,
 )
+from pvae.evidence.programs import Programs
 from pvae.runtime import (
     Pair,
     Program,
@@ -67,12 +68,14 @@ class Densities:
         layout: Where particles and data stand in the programs' tensors.
         trial: Two data, on which programs are tried.
         observed: What observes the data, as `pvae.runtime.sites.observed_data` finds it.
+        programs: What is run on them many times.
     """
 
     placed: Pair
     layout: Layout
     trial: Batch
     observed: tuple[Any, ...] = ()
+    programs: Programs = field(default_factory=lambda: Programs(()), repr=False)
     _with_guides: dict[Program, Densities] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -102,7 +105,8 @@ class Densities:
         check_supports(found, data)
         dim = data_dim(traces[1], traces[2])
         depths = [-plate.dim for sites in traces[2].values() for s in sites.values() for plate in plates_of(s)]
-        return _lay_out_particles(cls(placed, Layout(dim, -max(nesting, *depths) - 1), batch, found))
+        layout = Layout(dim, -max(nesting, *depths) - 1)
+        return _lay_out_particles(cls(placed, layout, batch, found, Programs((model, guide))))
 
     def with_guide(self, guide: Program) -> Densities:
         """The same model with another guide."""
@@ -197,9 +201,7 @@ class Densities:
 
     @cached_property
     def shares_prior(self) -> bool:
-        """Whether draws from the prior can serve all data at once: p(x|z) is one site of a known exponential family
-        whose parameters depend on the latents alone. Runs the model once, when first asked.
-        """
+        """Whether draws from the prior serve all data: p(x|z) is of a known exponential family, given latents alone."""
         if self.layout.folded:
             return False
         try:
@@ -218,10 +220,7 @@ class Densities:
         return torch.allclose(shared_log_prob(site["fn"], dim, site["value"]).double(), exact, rtol=1e-4, atol=1e-4)
 
     def draw_shared_prior(self, batch: Batch, num_samples: int, *, exact: bool = True) -> Tensor:
-        """Draws K latents from the prior and returns log p(x|z) of all data at each of them, shape ``(K, N)``.
-
-        Where `shares_prior`: the K latents are decoded once, and the rest is one product of matrices.
-        """
+        """Draws K latents from the prior and decodes them once; returns log p(x|z) of all data, shape ``(K, N)``."""
         (site,) = observed_of(self._shared_run(batch, num_samples)).values()
         return shared_log_prob(site["fn"], self.layout.data_dim, site["value"], exact=exact)
 
