@@ -225,6 +225,17 @@ def test_captured_and_compiled_after_so_many_runs():
     assert run.seconds > 0
 
 
+def test_the_compiler_finds_its_copy_on_disk():
+    from torch._dynamo.utils import counters
+
+    net = Net().eval()
+    for _ in range(2):
+        counters["inductor"].clear()
+        assert captured(net, compile_after=0)(torch.randn(5, 4)) is not None
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1
+    assert not counters["inductor"]["fxgraph_cache_bypass"]
+
+
 def test_other_shapes_are_compiled_when_that_would_have_paid(monkeypatch):
     monkeypatch.setattr(Graph, "compile", lambda self, inputs: replace(self, run=partial(self.module)))
     monkeypatch.setitem(graphs._COMPILE_SECONDS, "cpu", 0.1)  # 40 runs of 2.5 ms

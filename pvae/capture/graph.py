@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -100,7 +101,9 @@ class Graph:
             from torch._inductor.compile_fx import compile_fx
 
         # Noise comes from the same generators, in the same order, as without compiling.
-        with torch.no_grad(), _quiet(), config.patch(fallback_random=True):
+        # Only with symbols for shapes, none of which it needs, does the compiler look for its copy on disk.
+        shapes = tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)))
+        with torch.no_grad(), _quiet(), shapes, config.patch(fallback_random=True):
             run: Any = compile_fx(copy.deepcopy(self.module), [*self.tensors, *inputs])
             run(*self.tensors, *inputs)
         return Graph(self.module, self.tensors, self.structure, run, self.operations)
