@@ -2,9 +2,10 @@
 
 from pvae.evidence import proposals
 from pvae.evidence.bidirectional import Bracket, bidirectional_monte_carlo
-from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
+from pvae.evidence.estimates import EvidenceEstimate
 from pvae.evidence.importance import log_evidence, log_weights
 from pvae.evidence.quadrature import QuadratureEstimate, gauss_hermite
+from pvae.evidence.verdicts import KHAT_LIMIT
 from pvae.evidence.weights import iwae_bounds
 
 __all__ = [

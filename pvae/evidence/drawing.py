@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.data import InMemory
-from pvae.evidence.estimates import KHAT_LIMIT
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings, chunk_shape
 from pvae.evidence.proposals.base import Sampler
 from pvae.evidence.traces import Batch
+from pvae.evidence.verdicts import KHAT_LIMIT
 from pvae.evidence.weights import Chunk, WeightSums
 
 __all__ = ["DrawSums", "Draws"]

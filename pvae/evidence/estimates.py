@@ -13,20 +13,23 @@ from torch import Tensor
 from pvae.errors import ArgumentError
 from pvae.evidence.intervals import interval, mean_upper, pooled_khat, quantile
 from pvae.evidence.pareto import MIN_SAMPLES_FOR_KHAT
+from pvae.evidence.verdicts import (
+    KHAT_LIMIT,
+    MAX_ROUNDING,
+    MIN_ESS,
+    MIN_REACH,
+    count_of,
+    explain_khat,
+    explain_reach,
+    explain_rounding,
+    summarize,
+)
 from pvae.evidence.weights import WeightSums
 
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["KHAT_LIMIT", "EvidenceEstimate"]
-
-KHAT_LIMIT = 0.7
-"""Above this k-hat neither an estimate nor its standard error can be trusted (Vehtari et al., 2024)."""
-
-_MAX_ROUNDING = 0.1  # nats
-_NAMED = 5  # indices of data, where there are many
-_MIN_REACH = 0.5
-_MIN_ESS = 20  # with fewer, a datum's error is a guess, and its k-hat may be low by luck
+__all__ = ["EvidenceEstimate"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -140,10 +143,10 @@ class EvidenceEstimate:
         """Which data have a k-hat above 0.7, or none at all, log-weights too large to be told apart, or chains that
         stayed near their start; bool, shape ``(N,)``.
         """
-        return ~(self.khat <= KHAT_LIMIT) | (self.rounding > _MAX_ROUNDING) | (self._reach < _MIN_REACH)
+        return ~(self.khat <= KHAT_LIMIT) | (self.rounding > MAX_ROUNDING) | (self.reach < MIN_REACH)
 
     @property
-    def _reach(self) -> Tensor:
+    def reach(self) -> Tensor:
         """How far chains came, as the sampler found it, shape ``(N,)``; 1 for other proposals."""
         return self.diagnostics.get("reach", torch.ones_like(self.log_px))
 
@@ -165,12 +168,12 @@ class EvidenceEstimate:
     def withheld(self) -> list[str]:
         """Why `interval` gives none, for each datum; empty strings where it does."""
         pooled, limits = pooled_khat(self.sums)[0], self._khat_limits
-        tensors = (self.khat, self.samples, self.ess, self.rounding, pooled, limits, self._reach)
+        tensors = (self.khat, self.samples, self.ess, self.rounding, pooled, limits, self.reach)
         return [
-            _too_coarse(rounding)
-            or _too_short(reach)
-            or _reason(k, n, KHAT_LIMIT)
-            or (f"only {ess:.1f} effective samples of {_MIN_ESS}" if ess < _MIN_ESS else "")
+            explain_rounding(rounding)
+            or explain_reach(reach)
+            or explain_khat(k, n, KHAT_LIMIT)
+            or (f"only {ess:.1f} effective samples of {MIN_ESS}" if ess < MIN_ESS else "")
             or (f"k-hat {k:.2f}, pooled with those of all data {p:.2f}, is above {limit:.2f}" if p > limit else "")
             for k, n, ess, rounding, p, limit, reach in zip(*(t.tolist() for t in tensors), strict=True)
         ]
@@ -222,14 +225,14 @@ class EvidenceEstimate:
 
         The limit for `mean_khat` is ``min(1 - 1 / log10 K, 0.7)``, averaged likewise where data took different K.
         """
-        if coarse := _too_coarse(self.rounding.max().item()):
+        if coarse := explain_rounding(self.rounding.max().item()):
             return coarse
-        if short := _too_short(self._reach.min().item()):
+        if short := explain_reach(self.reach.min().item()):
             return short
         if impossible := int(self.log_px.isneginf().sum()):
-            return f"log p(x) is -inf for {_of(impossible, self.num_data)}"
+            return f"log p(x) is -inf for {count_of(impossible, self.num_data)}"
         what = "the k-hat of the data behind its error," if self.num_data > 1 else "k-hat"
-        return _reason(self.mean_khat, int(self.samples.min()), self._shared_out(self._khat_limits), what)
+        return explain_khat(self.mean_khat, int(self.samples.min()), self._shared_out(self._khat_limits), what)
 
     def _shared_out(self, values: Tensor) -> float:
         """The values' mean over data, each with its share in the variance of `mean`; plainly if there is none."""
@@ -294,99 +297,13 @@ class EvidenceEstimate:
         return xarray.Dataset({k: ("datum", v.numpy()) for k, v in values.items()}, attrs=attributes)
 
     def __repr__(self) -> str:
-        fewest = int(self.samples.min())
-        draws = f"{self.num_samples}" if fewest == self.num_samples else f"{fewest} to {self.num_samples}"
-        count = f"{self.num_data} data, {draws} samples each" if self.num_data > 1 else f"1 datum, {draws} samples"
-        return "\n".join(
-            [
-                f"log p(x) of {count} from {self.words or self.proposal}",
-                f"  mean         {self.mean:10.3f} nats per datum{self._impossible()}",
-                f"  std error    {self._errors()}",
-                f"  95% interval {self._interval()}",
-                f"  ELBO         {self.elbo.mean().item():10.3f}",
-                f"  ESS          {self.ess.median().item():10.1f} of {self.samples.median()} samples{self._median}",
-                f"  k-hat        {self.khat.median().item():10.2f}{self._median}",
-                *(
-                    f"  {name:<13}{value.median().item():10.2f}{self._median}"
-                    for name, value in self.diagnostics.items()
-                ),
-                f"  {self._verdict()}",
-            ]
-        )
-
-    @property
-    def _median(self) -> str:
-        return ", median over the data" if self.num_data > 1 else ""
-
-    def _impossible(self) -> str:
-        """Which data no draw explains, and the mean of the others."""
-        rows = self.log_px.isneginf()
-        if not rows.any():
-            return ""
-        which = rows.nonzero()[:, 0].tolist()
-        names = ", ".join(map(str, which[:_NAMED])) + (", ..." if len(which) > _NAMED else "")
-        others = f"; the others' mean is {self.log_px[~rows].mean().item():.3f}" if not rows.all() else ""
-        return f": -inf for {_of(len(which), self.num_data)}, number {names}, which no sample explains{others}"
-
-    def _errors(self) -> str:
-        draws = f"{self.mean_std_error:10.3f} from the samples"
-        return f"{draws}, {self.data_std_error:.3f} from the choice of data" if self.num_data > 1 else draws
-
-    def _interval(self) -> str:
-        if not self.mean_withheld:
-            lower, upper = self.mean_interval()
-            return f"{lower:10.3f} to {upper:.3f}{' for the mean' if self.num_data > 1 else ''}"
-        return f"withheld: {self.mean_withheld}"
-
-    def _verdict(self) -> str:
-        total = self.num_data
-        bad, unresolved = int(self.unreliable.sum()), int(self.unresolved.sum())
-        if self.num_samples < MIN_SAMPLES_FOR_KHAT:
-            return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples: how far to trust this is not known"
-        if coarse := _too_coarse(self.rounding.max().item()):
-            return f"{_of(int((self.rounding > _MAX_ROUNDING).sum()), total)} are unreliable: {coarse}"
-        if short := _too_short(self._reach.min().item()):
-            return f"{_of(int((self._reach < _MIN_REACH).sum()), total)} are unreliable: {short}"
-        if self.target_std_error is not None and unresolved:
-            missed = f"a standard error above {self.target_std_error:g}"
-            why = [f"{bad} with a k-hat above {KHAT_LIMIT}"] if bad else []
-            why += [f"{unresolved - bad} with {missed}"] if unresolved > bad else []
-            return f"{_of(unresolved, total)} are unresolved: {' and '.join(why)}"
-        if bad:
-            return f"{_of(bad, total)} are unreliable (k-hat > {KHAT_LIMIT}): take theirs as lower bounds"
-        alone = sum(map(bool, self.withheld))
-        said = f"; {_of(alone, total)} have no interval of their own" if alone and total > 1 else ""
-        return f"no k-hat is above {KHAT_LIMIT}{said}"
+        return summarize(self)
 
 
 _COLUMNS = ("log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "samples")
-
-
-def _of(count: int, total: int) -> str:
-    return f"{count} of {total} data"
 
 
 def _proper(level: float) -> float:
     if not 0 < level < 1:
         raise ArgumentError(f"level must lie between 0 and 1, got {level!r}.")
     return level
-
-
-def _too_short(reach: float) -> str:
-    if reach >= _MIN_REACH:
-        return ""
-    return f"the chains' ends are not spread as the posterior is: their reach, {reach:.1g}, is below {_MIN_REACH}"
-
-
-def _too_coarse(rounding: float) -> str:
-    if rounding <= _MAX_ROUNDING or rounding == float("inf"):  # no weight at all, which k-hat tells
-        return ""
-    return f"log-weights of this size are rounded to {rounding:.1g} nats; convert model and data to float64"
-
-
-def _reason(khat: float, num_samples: int, limit: float, what: str = "k-hat") -> str:
-    if khat <= limit:
-        return ""
-    if num_samples < MIN_SAMPLES_FOR_KHAT:
-        return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples, there are {num_samples}"
-    return f"{what} {khat:.2f}{',' * what.endswith(',')} is above {limit:.2f}"
