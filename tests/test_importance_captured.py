@@ -9,7 +9,9 @@ from pyro import distributions as dist
 
 import pvae
 from pvae.evidence import programs
-from pvae.evidence.proposals import Annealed
+from pvae.evidence.proposals import Annealed, Guide, Inflated, Mixture, StudentT
+
+MIXTURE = Mixture((StudentT(), Inflated(), Guide()), (0.5, 0.3, 0.2))
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def assert_same(ours, theirs):
     torch.testing.assert_close(ours.log_px, theirs.log_px, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("proposal", ["guide", "prior", "student-t", "refined", "laplace"])
+@pytest.mark.parametrize("proposal", ["guide", "prior", "student-t", "refined", "laplace", MIXTURE])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian-per-pixel"])
 def test_captured_chunks_give_the_same_numbers(proposal, likelihood, bits, made):
     vae = pvae.VAE.mlp(6, 2, [8], likelihood)

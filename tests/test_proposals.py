@@ -15,7 +15,18 @@ import torch
 from pyro import distributions as dist
 
 import pvae
-from pvae.evidence.proposals import Annealed, Defensive, Guide, Inflated, Laplace, Prior, Refined, Sobol, StudentT
+from pvae.evidence.proposals import (
+    Annealed,
+    Defensive,
+    Guide,
+    Inflated,
+    Laplace,
+    Mixture,
+    Prior,
+    Refined,
+    Sobol,
+    StudentT,
+)
 from pvae.evidence.proposals.base import Density
 from pvae.evidence.traces import Densities
 from pvae.runtime import place_pair
@@ -33,6 +44,7 @@ EVERY = [
     Inflated(Laplace(), 1.5),
     Sobol(StudentT(Laplace())),
     Defensive(Refined(full=False)),
+    Mixture((StudentT(Laplace()), Inflated(), Guide()), (0.5, 0.3, 0.2)),
     Annealed(temperatures=20),
     Annealed(Laplace(), temperatures=5),
 ]

@@ -159,7 +159,9 @@ class Draws:
     def _draw_captured(self, sampler: Sampler, tensors: tuple[Tensor, ...], num_samples: int) -> Chunk:
         """A chunk by the graph for so many draws."""
         programs = self.densities.programs
-        draw = programs.get(("draws", num_samples), partial(_draw_chunk, sampler, num_samples), self.proposal)
+        draw = programs.get(
+            ("draws", sampler.signature, num_samples), partial(_draw_chunk, sampler, num_samples), self.proposal
+        )
         device = self.densities.placed.device
         before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         chunk = Chunk(*draw(*sampler.batch, *tensors))

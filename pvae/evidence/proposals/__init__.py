@@ -10,6 +10,7 @@ from pvae.evidence.proposals.base import Density, Gaussian, Guide, Prior, Propos
 from pvae.evidence.proposals.combined import Defensive, Inflated, Sobol, StudentT, resolve
 from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.proposals.local import Laplace, Refined
+from pvae.evidence.proposals.mixtures import Mixture
 
 __all__ = [
     "Annealed",
@@ -22,6 +23,7 @@ __all__ = [
     "Laplace",
     "LatentSpace",
     "Latents",
+    "Mixture",
     "Prior",
     "Proposal",
     "Refined",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -47,6 +48,16 @@ class Sampler(ABC):
 
     def restart(self) -> None:  # noqa: B027 (only replicates have something to begin anew)
         """Begins the next replicate."""
+
+    @property
+    def signature(self) -> tuple[Hashable, ...]:
+        """What draws are a function of beside batch, `tensors` and noise."""
+        return (type(self).__name__,)
+
+    def take(self, rows: Tensor) -> Sampler:
+        """The sampler for some of its data, by their indices; where `tensors` are all that it knows."""
+        batch, tensors = self.batch, self.tensors or ()
+        return replace(self.with_tensors(tuple(t[rows] for t in batch), tuple(t[rows] for t in tensors)), exact=True)
 
     @property
     def tensors(self) -> tuple[Tensor, ...] | None:
@@ -141,6 +152,11 @@ class GaussianDensity(Density):
         """Begins the next replicate."""
         if self.elliptical.sobol is not None:
             self.elliptical.sobol.restart()
+
+    @property
+    def signature(self) -> tuple[Hashable, ...]:
+        """With its degrees of freedom."""
+        return (*super().signature, self.elliptical.df)
 
     @property
     def tensors(self) -> tuple[Tensor, ...] | None:

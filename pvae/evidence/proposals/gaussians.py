@@ -70,6 +70,12 @@ class Elliptical:
 
     def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
         """Returns K draws for each datum and the log density of them as latents, shape ``(K, N)``."""
+        e = self.draw_standard(num_samples)
+        latents, log_det = self.space.unflatten(self.place(e))
+        return latents, self.log_standard(e) - self.log_scale - log_det
+
+    def draw_standard(self, num_samples: int) -> Tensor:
+        """Returns K draws of e for each datum, shape ``(K, N, D)``."""
         shape = (num_samples, *self.loc.shape)
         if self.sobol is None:
             e = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
@@ -78,8 +84,7 @@ class Elliptical:
         if math.isfinite(self.df):
             chi2 = torch.distributions.Chi2(torch.tensor(self.df, dtype=torch.float64)).sample(shape[:2])
             e = e / (chi2 / self.df).sqrt().to(e)[..., None]
-        latents, log_det = self.space.unflatten(self.place(e))
-        return latents, self.log_standard(e) - self.log_scale - log_det
+        return e
 
     def log_prob(self, latents: Latents) -> Tensor:
         """Returns the log density of latents, shape ``(K, N)``."""
