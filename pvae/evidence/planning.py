@@ -105,7 +105,8 @@ class Settings:
         if self.compile != "auto":
             return bool(self.compile)
         densities = evaluation.densities
-        pairs, device = self.num_samples * evaluation.expected_data, densities.placed.device
+        each = self.proposal.count_evaluations(self.num_samples)
+        pairs, device = each * evaluation.expected_data, densities.placed.device
         if self.proposal.shares_draws(densities):
             # Beside the product, the sums over weights take as long as 2,000 operations each unless compiled.
             return worth_compiling(pairs // 2**21, pairs * (2.0 * densities.entries + 2000), device)

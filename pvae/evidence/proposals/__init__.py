@@ -6,7 +6,7 @@ with evenly spread draws, ``Defensive(Refined())`` a refined guide with a share 
 
 from pvae.evidence.latents import Latents, LatentSpace
 from pvae.evidence.proposals.annealing import Annealed
-from pvae.evidence.proposals.base import Density, Gaussian, Guide, Prior, Proposal, Sampler
+from pvae.evidence.proposals.base import Density, Gaussian, GivenGaussian, Guide, Prior, Proposal, Sampler
 from pvae.evidence.proposals.combined import Defensive, Inflated, Sobol, StudentT, resolve
 from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.proposals.local import Laplace, Refined
@@ -18,6 +18,7 @@ __all__ = [
     "Density",
     "Elliptical",
     "Gaussian",
+    "GivenGaussian",
     "Guide",
     "Inflated",
     "Laplace",

@@ -14,7 +14,7 @@ from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.traces import Batch, Densities
 from pvae.runtime import Program
 
-__all__ = ["Density", "Gaussian", "GaussianDensity", "Guide", "Prior", "Proposal", "Sampler", "log_joint"]
+__all__ = ["Density", "Gaussian", "GaussianDensity", "GivenGaussian", "Guide", "Prior", "Proposal", "Sampler"]
 
 
 @dataclass(eq=False)
@@ -109,6 +109,10 @@ class Proposal(ABC):
         """Whether all data of a batch get the same draws, so that a large batch costs little more than a small one."""
         return False
 
+    def count_evaluations(self, num_samples: int) -> int:
+        """About how often the model is evaluated for each datum and so many draws; a gradient counts as two more."""
+        return num_samples
+
     @abstractmethod
     def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The proposal for the data of one batch, prepared to draw."""
@@ -168,6 +172,38 @@ class GaussianDensity(Density):
         loc, factor = tensors
         elliptical = replace(self.elliptical, loc=loc, factor=factor)
         return replace(self, batch=batch, elliptical=elliptical, exact=False)
+
+
+@dataclass(frozen=True)
+class GivenGaussian(Gaussian):
+    """A Gaussian that is there already, for the data of one batch: what `Gaussian.gaussian` gave for them.
+
+    ``Annealed(GivenGaussian(fitted[rows])).on(pair, rows of the batch)`` anneals some of the data from it.
+
+    Args:
+        elliptical: Of N data; no other batch can have it.
+    """
+
+    elliptical: Elliptical
+
+    @property
+    def name(self) -> str:
+        """What to call it in results."""
+        return "given"
+
+    @property
+    def words(self) -> str:
+        """The same for a reader."""
+        return "a given Gaussian"
+
+    def gaussian(self, pair: Densities, batch: Batch) -> Elliptical:
+        """What was given."""
+        if len(batch[0]) != len(self.elliptical.loc):
+            raise ArgumentError(
+                f"elliptical is of {len(self.elliptical.loc)} data, and the batch has {len(batch[0])}: take its rows "
+                "that are of these data."
+            )
+        return self.elliptical
 
 
 @dataclass(frozen=True)
@@ -263,9 +299,3 @@ class PriorDensity(Density):
             return self.pair.draw_shared_prior(self.batch, num_samples, exact=self.exact)
         latents = self.pair.draw_prior(self.batch, num_samples)
         return self.pair.densities(self.batch, latents)[1]
-
-
-def log_joint(pair: Densities, batch: Batch, u: Tensor) -> Tensor:
-    """``log p(x, z(u)) + log |dz/du|``, the joint density in unconstrained space, for u of shape ``(K, N, D)``."""
-    latents, log_det = pair.space.unflatten(u)
-    return pair.log_pxz(batch, latents) + log_det

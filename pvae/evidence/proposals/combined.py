@@ -36,6 +36,10 @@ class _MadeOf(Proposal):
         """As the base has."""
         return self.base.replicates
 
+    def count_evaluations(self, num_samples: int) -> int:
+        """As often as the base."""
+        return self.base.count_evaluations(num_samples)
+
 
 class _Around(_MadeOf, Gaussian):  # type: ignore[misc]
     """A Gaussian proposal made of another."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,10 @@ class Elliptical:
     df: float = math.inf
     sobol: SobolNormals | None = None
 
+    def __getitem__(self, rows: Tensor) -> Elliptical:
+        """Those of some of the data, by their indices or a mask."""
+        return replace(self, loc=self.loc[rows], factor=self.factor[rows])
+
     def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
         """Returns K draws for each datum and the log density of them as latents, shape ``(K, N)``."""
         e = self.draw_standard(num_samples)
@@ -95,6 +99,10 @@ class Elliptical:
         """``u = loc + factor e`` for e of shape ``(K, N, D)``."""
         return self.loc + torch.einsum("nij,knj->kni", self.factor, e)
 
+    def pull_back(self, slope: Tensor) -> Tensor:
+        """Gradients in u, ``(K, N, D)``, as gradients in e."""
+        return torch.einsum("nji,knj->kni", self.factor, slope)
+
     def standardize(self, u: Tensor) -> Tensor:
         """The inverse of `place`."""
         return torch.linalg.solve_triangular(self.factor, (u - self.loc).permute(1, 2, 0), upper=False).permute(2, 0, 1)
@@ -111,3 +119,9 @@ class Elliptical:
             return -squares / 2 - d / 2 * math.log(2 * math.pi)
         constant = math.lgamma((self.df + d) / 2) - math.lgamma(self.df / 2) - d / 2 * math.log(self.df * math.pi)
         return constant - (self.df + d) / 2 * torch.log1p(squares / self.df)
+
+    def standard_slope(self, e: Tensor) -> Tensor:
+        """The gradient of `log_standard`, ``(K, N, D)``."""
+        if math.isinf(self.df):
+            return -e
+        return -e * (self.df + e.shape[-1]) / (self.df + e.square().sum(-1, keepdim=True))

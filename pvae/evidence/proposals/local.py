@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, positive_int
-from pvae.evidence.proposals.base import Gaussian, Guide, log_joint
+from pvae.evidence.proposals.base import Gaussian, Guide
 from pvae.evidence.proposals.gaussians import Elliptical
+from pvae.evidence.proposals.slopes import log_joint
 from pvae.evidence.traces import Batch, Densities
 
 __all__ = ["Laplace", "Refined", "find_mode"]
@@ -101,6 +102,10 @@ class Refined(Gaussian):
     def words(self) -> str:
         """The same for a reader."""
         return "a Gaussian fitted to each datum"
+
+    def count_evaluations(self, num_samples: int) -> int:
+        """About how often the model is evaluated for each datum and so many draws; a gradient counts as two more."""
+        return num_samples + 3 * self.steps * self.particles
 
     def gaussian(self, pair: Densities, batch: Batch) -> Elliptical:
         """The refined Gaussian for each datum of a batch."""
