@@ -162,7 +162,7 @@ def test_looking_is_cheap():
     """A look compares each entry once: a few hundred at most for a VAE, where a step takes milliseconds."""
     vae = pvae.VAE.mlp()
     guard = Guard(vae.model, vae.guide)
-    assert sum(len(watched.entries) for watched in guard._watched) < 500
+    assert sum(len(watched.entries) for watched in guard.watched) < 500
 
 
 def same_values(p):

@@ -2,6 +2,7 @@
 
 from pvae.capture.captured import Captured, worth_compiling
 from pvae.capture.guards import find_opaque, is_same
+from pvae.capture.kept import is_compiled, keep, take_up
 from pvae.capture.rewriting import use_onednn
 
-__all__ = ["Captured", "find_opaque", "is_same", "use_onednn", "worth_compiling"]
+__all__ = ["Captured", "find_opaque", "is_compiled", "is_same", "keep", "take_up", "use_onednn", "worth_compiling"]

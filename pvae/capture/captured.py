@@ -31,7 +31,7 @@ from pvae.capture.graph import READS_A_NUMBER, CaptureError, Graph
 from pvae.capture.guards import Guard
 from pvae.errors import PVAEError, first_line, warn
 
-__all__ = ["Captured", "worth_compiling"]
+__all__ = ["Captured", "Made", "worth_compiling"]
 
 logger = logging.getLogger("pvae")
 
@@ -81,6 +81,8 @@ class Captured:
         captures: How many graphs were made.
         seconds: Spent on capturing and compiling.
         given_up: Whether it could not be captured, and is run as it is.
+        made: All graphs that there are, by the names of their variants; those that are there from before are taken
+            when it would be their turn to be captured or compiled.
     """
 
     function: Callable[..., Any]
@@ -95,6 +97,7 @@ class Captured:
     captures: int = 0
     seconds: float = 0.0
     given_up: bool = False
+    made: dict[str, Made] = field(default_factory=dict, repr=False)
     _variants: dict[Any, _Variant] = field(default_factory=dict)
     _first: str = ""  # name of the variant that ran first as a graph
     _changes: int = 0
@@ -113,7 +116,7 @@ class Captured:
         variant = self._variants.get(key)
         if variant is None:
             if len(self._variants) >= _MOST_GRAPHS:
-                del self._variants[next(iter(self._variants))]
+                self.made.pop(self._variants.pop(next(iter(self._variants))).name, None)
             name = repr(key)
             variant = self._variants[key] = _Variant(name, *self._loaded_runs.get(name, ()))
         if variant.graph is None:
@@ -124,7 +127,7 @@ class Captured:
         graph: Any = variant.graph
         self._first = self._first or variant.name
         if not variant.compile_attempted and self._should_compile(variant, graph, inputs):
-            graph = variant.graph = self._compile(graph, inputs)
+            graph = variant.graph = self._compile(variant.name, graph, inputs)
             variant.compile_attempted = True
         variant.graph_runs += 1
         return graph(*inputs)
@@ -169,6 +172,7 @@ class Captured:
 
     def _reset(self, change: str) -> None:
         self._variants.clear()
+        self.made.clear()
         self._loaded_runs.clear()
         self.guard.renew()
         self._changes += 1
@@ -180,6 +184,9 @@ class Captured:
 
     def _capture(self, variant: _Variant, inputs: Sequence[Tensor]) -> bool:
         """Captures a graph and compares it with the function; returns whether that went well."""
+        if variant.name in self.made:
+            variant.graph = self.made[variant.name].graph
+            return True
         start = time.perf_counter()
         try:
             with _rollback(inputs, self.guard.tensors):
@@ -200,15 +207,19 @@ class Captured:
             self._give_up(_cause(error))
             return False
         variant.graph = graph
+        self.made[variant.name] = Made(graph)
         self.captures += 1
         self.seconds += time.perf_counter() - start
         logger.info("captured %s: %d operations", self.name, len(graph.module.graph.nodes))
         return True
 
-    def _compile(self, graph: Graph, inputs: Sequence[Tensor]) -> Graph:
+    def _compile(self, name: str, graph: Graph, inputs: Sequence[Tensor]) -> Graph:
         """Compiles a graph and compares the two; returns the graph as it was where that fails."""
         if _no_compiler:
             return graph
+        made = self.made.setdefault(name, Made(graph))
+        if made.compiled is not None:
+            return made.compiled
         start = time.perf_counter()
         try:
             with _rollback(inputs, self.guard.tensors):
@@ -223,6 +234,7 @@ class Captured:
         seconds = time.perf_counter() - start
         self.seconds += seconds
         logger.info("compiled %s in %.1f s", self.name, seconds)
+        made.compiled = compiled
         return compiled
 
     def _compare(self, graph: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
@@ -246,8 +258,22 @@ class Captured:
 
     def _give_up(self, cause: str) -> None:
         self._variants.clear()
+        self.made.clear()
         self.given_up = True
         warn(f"{self.name} runs as plain Pyro, uncaptured: {cause}.")
+
+
+@dataclass
+class Made:
+    """What was made for inputs of one kind.
+
+    Attributes:
+        graph: The graph as it was captured.
+        compiled: What came of compiling it, if that was tried: the graph itself where it failed.
+    """
+
+    graph: Graph
+    compiled: Graph | None = None
 
 
 @dataclass

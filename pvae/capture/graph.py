@@ -87,6 +87,12 @@ class Graph:
         """Whether it was compiled."""
         return self.run is not self.module
 
+    def with_tensors(self, tensors: list[Tensor]) -> Graph:
+        """The same with others in the places of its tensors, which `fits` compares with those it was captured with."""
+        other = copy.copy(self)
+        other.tensors = tensors
+        return other
+
     def fits(self) -> bool:
         """Whether its tensors still have the shapes, layouts, dtypes and devices that they had."""
         return self._kinds == self._tensor_kinds()

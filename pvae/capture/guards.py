@@ -23,16 +23,16 @@ from torch.distributions import Transform
 
 from pvae.runtime import reachable
 
-__all__ = ["Guard", "find_opaque", "is_same"]
+__all__ = ["MISSING", "MODULES_OWN", "VALUES", "Guard", "find_opaque", "is_same", "split_up"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_MISSING = object()
+MISSING = object()
 # All of these that `==` tells.
-_VALUES = (*_PLAIN, set, frozenset, range, slice, weakref.ref, torch.device, torch.dtype, np.generic)
+VALUES = (*_PLAIN, set, frozenset, range, slice, weakref.ref, torch.device, torch.dtype, np.generic)
 _LARGE = 100  # entries of a container, above which it is taken for data
 _SMALL = 2**13  # bytes of an array or a tensor, above which it is taken for data
 _MOST_COMPARED = 1000  # parts of two values
-_MODULES_OWN = frozenset(vars(nn.Module()))
+MODULES_OWN = frozenset(vars(nn.Module()))
 _KNOWN = frozenset({"torch", "pyro", "numpy", "pvae", *sys.stdlib_module_names})
 
 
@@ -58,10 +58,10 @@ class Guard:
 
     def renew(self) -> None:
         """Notes everything as it is now."""
-        self._watched: list[_Watched] = []
+        self.watched: list[_Watched] = []
         for thing in _collect(self.programs):
-            self._watched += _watch(thing)
-        found = [v for watched in self._watched for v in watched.entries.values()]
+            self.watched += _watch(thing)
+        found = [v for watched in self.watched for v in watched.entries.values()]
         self.tensors = list({id(t): t for t in found if isinstance(t, Tensor)}.values())
         """Parameters, buffers and other tensors within reach."""
         self._tensors = [_tensor_state(t) for t in self.tensors]
@@ -69,9 +69,9 @@ class Guard:
 
     def find_change(self) -> str:
         """Finds the first thing that is not as it was, such as ``"Decoder.beta"``; empty if there is none."""
-        for owner, namespace, entries, size in self._watched:
+        for owner, namespace, entries, size in self.watched:
             for key, value in entries.items():
-                now = namespace.get(key, _MISSING)
+                now = namespace.get(key, MISSING)
                 if now is not value and not is_same(value, now):
                     return f"{owner}.{key}"
             if size is not None and len(namespace) != size:
@@ -95,7 +95,7 @@ def _is_same(before: Any, now: Any, compared: dict[tuple[int, int], Any]) -> boo
         return True
     if type(now) is not type(before):
         return False
-    if isinstance(before, _VALUES):
+    if isinstance(before, VALUES):
         return before == now
     if len(compared) >= _MOST_COMPARED:
         return False
@@ -106,7 +106,7 @@ def _is_same(before: Any, now: Any, compared: dict[tuple[int, int], Any]) -> boo
         return constant and alike and before.nbytes <= _SMALL and torch.equal(before, now)
     if isinstance(before, np.ndarray):
         return before.nbytes <= _SMALL and before.dtype == now.dtype and np.array_equal(before, now)
-    ours, theirs = _split_up(before), _split_up(now)
+    ours, theirs = split_up(before), split_up(now)
     return len(ours) == len(theirs) > 0 and all(
         list(a) == list(b) and all(_is_same(a[key], b[key], compared) for key in a)
         for a, b in zip(ours, theirs, strict=True)
@@ -120,18 +120,18 @@ def find_opaque(thing: Any) -> str:
     while queue:
         part = queue.pop()
         kind = type(part).__name__
-        known = isinstance(part, (*_VALUES, Tensor, nn.Module, type, ModuleType)) or inspect.isroutine(part)
+        known = isinstance(part, (*VALUES, Tensor, nn.Module, type, ModuleType)) or inspect.isroutine(part)
         if known or id(part) in seen or (isinstance(part, np.ndarray) and part.nbytes <= _SMALL):
             continue
         seen[id(part)] = part
-        parts = _split_up(part)
+        parts = split_up(part)
         if not parts or len(seen) > _MOST_COMPARED:
             return kind
-        queue += [value for entries in parts for value in entries.values() if value is not _MISSING]
+        queue += [value for entries in parts for value in entries.values() if value is not MISSING]
     return ""
 
 
-def _split_up(thing: Any) -> list[dict[Any, Any]]:
+def split_up(thing: Any) -> list[dict[Any, Any]]:
     """Dicts of all that a value is made of, by name; none if that cannot be known."""
     if inspect.isfunction(thing):
         own = {"code": thing.__code__, "defaults": thing.__defaults__, "attributes": vars(thing)}
@@ -174,7 +174,7 @@ def _children(thing: Any) -> list[Any]:
     inside: list[Any] = []
     if isinstance(thing, nn.Module):
         inside += thing.modules()
-        inside += [value for name, value in _attributes(thing).items() if name not in _MODULES_OWN]
+        inside += [value for name, value in _attributes(thing).items() if name not in MODULES_OWN]
     elif inspect.isfunction(thing):
         if _is_mutable(thing):
             inside += [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
@@ -212,7 +212,7 @@ def _watch(thing: Any) -> list[_Watched]:
         watched.append(_Watched(owner, space, entries, len(entries)))
     if names := _slots(thing):
         slots = _Slots(thing)
-        watched.append(_Watched(owner, slots, {name: slots.get(name, _MISSING) for name in names}, None))
+        watched.append(_Watched(owner, slots, {name: slots.get(name, MISSING) for name in names}, None))
     for cls in filter(_is_mutable, type(thing).__mro__):
         entries = {name: v for name, v in vars(cls).items() if isinstance(v, (*_PLAIN, Tensor)) or callable(v)}
         watched.append(_Watched(owner, vars(cls), {n: v for n, v in entries.items() if _is_public(n)}, None))
@@ -225,7 +225,7 @@ def _variables(function: Any) -> list[_Watched]:
     cells = _Cells(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     names = {name for code in _codes(function.__code__) for name in code.co_names}
     watched = [
-        _Watched(owner, cells, {name: cells.get(name, _MISSING) for name in cells}, None),
+        _Watched(owner, cells, {name: cells.get(name, MISSING) for name in cells}, None),
         _Watched(owner, space, {name: space[name] for name in names if name in space}, None),
     ]
     for name, value in list(watched[1].entries.items()):

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from pvae.errors import ArgumentError
 
-__all__ = ["DECOMPOSITIONS", "swap_matrix_products", "use_onednn"]
+__all__ = ["DECOMPOSITIONS", "onednn_choice", "swap_matrix_products", "use_onednn"]
 
 logger = logging.getLogger("pvae")
 
@@ -105,6 +105,11 @@ def use_onednn(choice: bool | None) -> None:
     if choice and not _has_onednn():
         raise ArgumentError("choice=True: this build of PyTorch has no oneDNN. Use None or False.")
     _choice[0] = choice
+
+
+def onednn_choice() -> bool | None:
+    """What `use_onednn` was last told."""
+    return _choice[0]
 
 
 def swap_matrix_products(graph: fx.Graph) -> int:

@@ -159,9 +159,8 @@ class Draws:
     def _draw_captured(self, sampler: Sampler, tensors: tuple[Tensor, ...], num_samples: int) -> Chunk:
         """A chunk by the graph for so many draws."""
         programs = self.densities.programs
-        draw = programs.get(
-            ("draws", sampler.signature, num_samples), partial(_draw_chunk, sampler, num_samples), self.proposal
-        )
+        key = ("draws", sampler.signature, num_samples, self.proposal.shares_draws(self.densities))
+        draw = programs.get(key, partial(_draw_chunk, sampler, num_samples), self.proposal)
         device = self.densities.placed.device
         before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         chunk = Chunk(*draw(*sampler.batch, *tensors))

@@ -109,7 +109,8 @@ def open_evaluation(pair: Pair, batches: Batches, seed: int) -> Iterator[Evaluat
         densities = Densities.of(pair, batches.peek())
         untrained = outside_modules(store)["params"].keys() - trained["params"].keys()
         _warn_of_initial_values(untrained)
-        yield Evaluation(densities, batches.watch(densities.observed))
+        with densities.programs.kept(lambda: (densities.layout, vars(densities).get("space"))):
+            yield Evaluation(densities, batches.watch(densities.observed))
         # Another guide, which a proposal brought along, runs only inside of the block.
         _warn_of_initial_values(outside_modules(store)["params"].keys() - trained["params"].keys() - untrained)
 
