@@ -84,7 +84,7 @@ _NOT_MADE_BY_USERS = {
     "pvae.evidence.proposals.Proposal",
     "pvae.evidence.proposals.Gaussian",
     "pvae.evidence.proposals.LatentSpace",
-    "pvae.evidence.traces.Densities",
+    "pvae.evidence.densities.Densities",
     "pvae.evidence.weights.WeightSums",
     "pvae.testing.LinearGaussian",
     "pvae.testing.TwoModes",

@@ -11,9 +11,9 @@ import torch
 
 import pvae
 from pvae.errors import ArgumentError
+from pvae.evidence.densities import Densities
 from pvae.evidence.proposals import Annealed, GivenGaussian, Guide, Prior
 from pvae.evidence.proposals.annealing import Chains, ladder
-from pvae.evidence.traces import Densities
 from pvae.runtime import place_pair
 from pvae.testing import linear_gaussian
 

@@ -14,9 +14,9 @@ from pyro import distributions as dist
 
 import pvae
 from pvae.evidence import proposals
+from pvae.evidence.densities import Densities
 from pvae.evidence.exponential_families import FAMILIES, parameters_of, product
 from pvae.evidence.proposals import Prior
-from pvae.evidence.traces import Densities
 from pvae.runtime import place_pair
 
 evidence = partial(helpers.evidence, num_samples=1000)

@@ -33,7 +33,7 @@ def test_values_are_gathered_and_laid_out(data_dim, plates, event, folded):
 
 def test_copies_hold_all_data_of_one_particle_together():
     layout = Layout(-1, -2, folded=True)
-    (copied,) = layout.copies((torch.arange(N),), K)
+    (copied,) = layout.arguments((torch.arange(N),), K)
     assert copied.tolist() == list(range(N)) * K
     assert torch.equal(layout.gather(copied, 0, K), torch.arange(N).expand(K, N))
 

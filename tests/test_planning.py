@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from pvae.evidence import proposals
+from pvae.evidence.densities import Densities
 from pvae.evidence.latents import Layout
 from pvae.evidence.planning import chunk_shape, default_chunk_size
-from pvae.evidence.traces import Densities
+from pvae.evidence.traces import Runner
+from pvae.evidence.trials import Trial
 from pvae.runtime import Pair
 
 
@@ -24,7 +26,8 @@ class Shared(proposals.Prior):
 def test_chunks_are_bounded_whatever_the_order_of_the_data(proposal, num_samples):
     labels, images = torch.zeros(100_000), torch.zeros(1, 3, 64, 64).expand(100_000, 3, 64, 64)
     placed, layout = Pair(None, None, [], torch.device("cpu")), Layout(-1, -2)
-    pairs = [Densities(placed, layout, data) for data in ((labels, images), (images, labels))]
+    trials = [Trial(Runner(layout), data, (), (), ()) for data in ((labels, images), (images, labels))]
+    pairs = [Densities(placed, trial) for trial in trials]
     for pair in pairs:
         vars(pair)["space"] = types.SimpleNamespace(dim=50)
     shapes = [chunk_shape(100_000, num_samples, p, proposal, default_chunk_size(p, proposal)) for p in pairs]

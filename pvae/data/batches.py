@@ -120,6 +120,10 @@ class InMemory(_Shared):
         """The same with all data on the device."""
         return replace(self, tensors=tuple(t.to(self.device) for t in self.tensors))
 
+    def together(self) -> InMemory:
+        """All data as one datum: tensors of shape ``(1, N, ...)``."""
+        return replace(self, tensors=tuple(t[None] for t in self.tensors), batch_size=1)
+
     def order(self, epoch: int) -> Tensor:
         """The order of all rows in a pass, the same on every device."""
         return torch.from_numpy(np.random.default_rng((self.seed, epoch)).permutation(self.num_data))

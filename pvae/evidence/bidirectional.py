@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pvae.data import Data
 from pvae.errors import ArgumentError, positive_int
+from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.evaluation import name_batch, open_evaluation, place_evaluation
 from pvae.evidence.planning import default_chunk_size
 from pvae.evidence.proposals.annealing import Annealed
-from pvae.evidence.traces import Batch, Densities
 from pvae.evidence.weights import WeightSums
 from pvae.runtime import Program, in_turn, resolve_seed
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.data import InMemory
+from pvae.evidence.densities import Batch
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings, chunk_shape
-from pvae.evidence.proposals.base import Sampler
-from pvae.evidence.traces import Batch
+from pvae.evidence.proposals.base import Guide, Sampler
 from pvae.evidence.verdicts import KHAT_LIMIT
 from pvae.evidence.weights import Chunk, WeightSums
 
@@ -30,12 +30,16 @@ class DrawSums:
         diagnostics: What the proposal found out on the way, by name, shape ``(N,)`` each.
         shared_draws: Whether data shared draws.
         precision: Machine epsilon of the numbers that densities were computed in.
+        num_together: How many data have one log p together; 0 where each has its own.
+        is_exact: Whether there was nothing to draw, so that log p(x) is known.
     """
 
     weights: WeightSums
     diagnostics: dict[str, Tensor]
     shared_draws: bool
     precision: float
+    num_together: int = 0
+    is_exact: bool = False
 
     @classmethod
     def cat(cls, parts: Sequence[DrawSums]) -> DrawSums:
@@ -43,7 +47,7 @@ class DrawSums:
         first = parts[0]
         diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in first.diagnostics}
         weights = WeightSums.cat(part.weights for part in parts)
-        return cls(weights, diagnostics, first.shared_draws, first.precision)
+        return replace(first, weights=weights, diagnostics=diagnostics)
 
     def __getitem__(self, rows: Tensor) -> DrawSums:
         """Those of some of the data, by their indices."""
@@ -62,7 +66,8 @@ class Draws:
 
     def __init__(self, evaluation: Evaluation, settings: Settings, bar: tqdm) -> None:
         self.densities, self.settings, self.bar = evaluation.densities, settings, bar
-        self.proposal = settings.proposal
+        # Where there is nothing to draw, there is nothing to prepare.
+        self.proposal = settings.proposal if self.densities.has_latents else Guide()
         self.replicates = self.proposal.replicates or 1
         self.densities.programs.capture = settings.is_to_be_captured(evaluation)
         self.chunk_size = settings.find_chunk_size(self.densities)
@@ -121,7 +126,8 @@ class Draws:
         sums = WeightSums.of_replicates(replicates) if self.proposal.replicates else replicates[0]
         diagnostics = {name: value.cpu() for name, value in sampler.diagnostics.items()}
         shared_draws = self.proposal.shares_draws(self.densities)
-        return DrawSums(sums.cpu(), diagnostics, shared_draws, self.densities.precision)
+        together, exact = self.densities.num_together, not self.densities.has_latents
+        return DrawSums(sums.cpu(), diagnostics, shared_draws, self.densities.precision, together, exact)
 
     def _sum_replicate(self, sampler: Sampler, num_samples: int, size: int) -> WeightSums:
         strata: dict[int, WeightSums] = {}

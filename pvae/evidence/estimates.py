@@ -47,6 +47,7 @@ class EvidenceEstimate:
         diagnostics: What the proposal found out on the way, by name, shape ``(N,)`` each, such as ``"acceptance"``.
         precision: Machine epsilon of the numbers that densities were computed in.
         words: Where the draws came from, for a reader.
+        num_together: How many data have one log p(data) together, so that N is 1; 0 where each datum has its own.
     """
 
     sums: WeightSums
@@ -59,6 +60,7 @@ class EvidenceEstimate:
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
     precision: float = 0.0
     words: str = ""
+    num_together: int = 0
 
     @cached_property
     def log_px(self) -> Tensor:
@@ -117,6 +119,11 @@ class EvidenceEstimate:
     def num_data(self) -> int:
         """How many data, ``N``."""
         return len(self.samples)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether this is one log p(data) of all data together, as where latents are outside of the data plate."""
+        return self.num_together > 0
 
     @property
     def mean(self) -> float:
@@ -270,7 +277,7 @@ class EvidenceEstimate:
         Raises:
             ArgumentError: They are of different numbers of data, or have the same seed and so the same draws.
         """
-        if self.num_data != other.num_data:
+        if (self.num_data, self.num_together) != (other.num_data, other.num_together):
             raise ArgumentError(f"estimates of {self.num_data} and of {other.num_data} data cannot be merged.")
         mine, theirs = ({one.seed, *one.merged_seeds} for one in (self, other))
         if mine & theirs:
@@ -286,6 +293,7 @@ class EvidenceEstimate:
             {**other.diagnostics, **self.diagnostics},
             max(self.precision, other.precision),
             self.words if self.words == other.words else f"{self.words} and {other.words}",
+            self.num_together,
         )
 
     def to_dataset(self) -> xarray.Dataset:

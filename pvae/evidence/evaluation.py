@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.data import Batches, Data, InMemory, as_source, make_batches, named_shape
 from pvae.errors import NumericalError, ProgramError, first_line, warn
-from pvae.evidence.traces import Densities
+from pvae.evidence.densities import Densities
 from pvae.runtime import ALONE, Pair, Processes, Program, check_surroundings, isolate, outside_modules, place_pair
 
 __all__ = ["Evaluation", "name_batch", "open_evaluation", "place_evaluation"]
@@ -106,7 +106,9 @@ def open_evaluation(pair: Pair, batches: Batches, seed: int) -> Iterator[Evaluat
         _explain_half_precision(),
         isolate(pair.modules, seed=own_seed, device=pair.device, params=trained) as store,
     ):
-        densities = Densities.of(pair, batches.peek())
+        densities = Densities.of(pair, batches.peek(), in_memory=batches.whole is not None)
+        if densities.is_joint and isinstance(batches, InMemory):
+            batches = batches.together()
         untrained = outside_modules(store)["params"].keys() - trained["params"].keys()
         _warn_of_initial_values(untrained)
         with densities.programs.kept(lambda: (densities.layout, vars(densities).get("space"))):

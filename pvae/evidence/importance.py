@@ -104,16 +104,20 @@ def log_evidence(
     with processes.together():
         blocks = _sum_blocks(pair, batches, settings)
     draws = DrawSums.cat(_gather(blocks, processes))
+    name, words = settings.proposal.name, settings.proposal.words
+    if draws.is_exact:
+        name = words = "an exact sum over discrete latents"
     return EvidenceEstimate(
         draws.weights,
-        settings.proposal.name,
+        name,
         settings.seed,
         draws.shared_draws,
         time.perf_counter() - start,
         target_std_error=target_std_error,
         diagnostics=draws.diagnostics,
         precision=draws.precision,
-        words=settings.proposal.words,
+        words=words,
+        num_together=draws.num_together,
     )
 
 

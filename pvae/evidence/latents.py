@@ -39,34 +39,48 @@ class Layout:
     """Where particles and data stand in the tensors of a program.
 
     Attributes:
-        data_dim: Dimension of the data plate in a site's batch shape, negative.
+        data_dim: Dimension of the data plate in a site's batch shape, negative; none where all data are one datum.
         particle_dim: Dimension of the particle plate, left of all others, negative.
         folded: Whether there is no such plate, and particles are copies of the data: row ``k N + n`` is particle k of
-            datum n.
+            datum n. Where all data are one datum, particles are then run one by one.
     """
 
-    data_dim: int
+    data_dim: int | None
     particle_dim: int
     folded: bool = False
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether all data are one datum."""
+        return self.data_dim is None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether a program takes one particle at a time."""
+        return self.is_joint and self.folded
+
     def gather(self, value: Tensor, event_dim: int, num_samples: int) -> Tensor:
         """A site's value as ``(K, N, *plates, *event)``, with a plate of size 1 where the site has none."""
+        if self.folded:
+            value = value.reshape((1,) * (self._nesting + event_dim - value.dim()) + value.shape)
+        if self.data_dim is None:
+            return value[None, None] if self.folded else value.unsqueeze(1)
         axis = self.data_dim - event_dim
-        if not self.folded:
-            return value.movedim(axis, 1)
-        value = value.reshape((1,) * (self._nesting + event_dim - value.dim()) + value.shape)
-        return value.movedim(axis, 0).unflatten(0, (num_samples, -1))
+        return value.movedim(axis, 0).unflatten(0, (num_samples, -1)) if self.folded else value.movedim(axis, 1)
 
     def lay_out(self, value: Tensor, event_dim: int, depth: int) -> Tensor:
         """The inverse of `gather`, for a site whose plates reach ``depth`` dimensions to the left."""
-        axis = self.data_dim - event_dim
-        if not self.folded:
-            return value.movedim(1, axis)
-        value = value.flatten(0, 1).movedim(0, axis)
-        return value.reshape(value.shape[self._nesting - depth :])
+        if self.data_dim is None:
+            value = value[0, 0] if self.folded else value.squeeze(1)
+        else:
+            axis = self.data_dim - event_dim
+            value = value.flatten(0, 1).movedim(0, axis) if self.folded else value.movedim(1, axis)
+        return value.reshape(value.shape[self._nesting - depth :]) if self.folded else value
 
-    def copies(self, batch: tuple[Tensor, ...], num_samples: int) -> tuple[Tensor, ...]:
-        """The data for K particles: as they are, or K times where they are folded."""
+    def arguments(self, batch: tuple[Tensor, ...], num_samples: int) -> tuple[Tensor, ...]:
+        """What programs take for K particles: the data, K times where they are folded."""
+        if self.is_joint:
+            return tuple(t[0] for t in batch)
         return tuple(t.expand(num_samples, *t.shape).flatten(0, 1) for t in batch) if self.folded else batch
 
     def sum_out(self, log_prob: Tensor, num_samples: int) -> Tensor:
@@ -75,6 +89,8 @@ class Layout:
         log_prob = log_prob.reshape((1,) * (dims - log_prob.dim()) + log_prob.shape)
         inner = [d for d in range(-dims + (not self.folded), 0) if d != self.data_dim]
         summed = (log_prob.sum(inner) if inner else log_prob).double()
+        if self.is_joint:
+            return summed.reshape(-1, 1)
         return summed.unflatten(0, (num_samples, -1)) if self.folded else summed
 
     @property

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import AutoGuide
+from pyro.util import check_site_shape
 from torch import Tensor
+from torch.distributions import biject_to
 
-from pvae.errors import ProgramError, warn
+from pvae.errors import ProgramError, first_line, warn
 from pvae.evidence.exponential_families import leaf_of
 from pvae.evidence.latents import Layout, inner_support
-from pvae.runtime import Program, base_distribution, simple_support
+from pvae.runtime import base_distribution, simple_support
 
 __all__ = [
+    "NotForEachError",
+    "auxiliary_of",
+    "check_auxiliary",
     "check_densities",
     "check_names",
-    "check_takes_batches",
+    "check_plates",
+    "check_shapes",
     "data_dim",
     "first_other_row",
     "latent_of",
@@ -27,11 +33,16 @@ __all__ = [
     "observed_of",
     "other_support",
     "plates_of",
+    "point_masses",
     "refusal",
     "support_of",
 ]
 
 _CIRCULAR = ("VonMises", "VonMises3D", "SineBivariateVonMises", "SineSkewed")  # torch calls their support real
+
+
+class NotForEachError(ProgramError):
+    """A pair that has no log p(x) for each datum, but may have one of all data together."""
 
 
 def latent_of(sites: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,23 +108,11 @@ def first_other_row(data: tuple[Tensor, ...]) -> int:
     return int(differs.double().argmax())
 
 
-def check_takes_batches(guide: Program) -> None:
-    """Raises `ProgramError` where a guide is for one data set as a whole."""
-    if isinstance(guide, AutoGuide):
-        raise ProgramError(
-            f"the guide is an {type(guide).__name__}, whose parameters belong to the data that it was fitted on. "
-            "log p(x) is estimated in batches: write a guide that takes a batch, such as an encoder."
-        )
-
-
 def check_densities(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
     """Raises `ProgramError` where the guide has point masses, or a distribution cannot be used inside of a plate."""
-    points = sorted(name for name, site in guide.items() if isinstance(base_distribution(site["fn"]), dist.Delta))
-    if points:
-        raise ProgramError(
-            f"the guide has a point mass at {points}: a Delta has no density to weigh draws by. Use a guide with a "
-            "density, such as a Normal."
-        )
+    points = sorted(point_masses(guide))
+    if points and not auxiliary_of(guide):
+        raise _point_mass(points)
     for name, site in (*model.items(), *guide.items()):
         try:
             with suppress(ValueError):  # values outside of the support are told of elsewhere
@@ -125,7 +124,67 @@ def check_densities(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
             ) from error
 
 
-def _check_plates(model: Mapping[str, Any], guide: Mapping[str, Any], dim: int) -> None:
+def point_masses(guide: Mapping[str, Any]) -> set[str]:
+    """A guide's sites that are a function of its other ones, as those of automatic guides are, or of none at all."""
+    return {name for name, site in guide.items() if isinstance(base_distribution(site["fn"]), dist.Delta)}
+
+
+def auxiliary_of(guide: Mapping[str, Any]) -> set[str]:
+    """A guide's sites that the model has not, of which its point masses are functions."""
+    return {name for name, site in guide.items() if site["infer"].get("is_auxiliary")}
+
+
+def check_auxiliary(guide: Mapping[str, Any], again: Mapping[str, Any]) -> None:
+    """Looks at latents that are functions of auxiliary variables: their density is known if that is one to one.
+
+    Args:
+        guide: The guide's sites.
+        again: The same of another run.
+
+    Raises:
+        ProgramError: Latents do not vary with the auxiliary variables, or are more or fewer numbers than these.
+    """
+    points, auxiliary = sorted(point_masses(guide)), sorted(auxiliary_of(guide))
+    fixed = [name for name in points if torch.equal(guide[name]["value"], again[name]["value"])]
+    if fixed:
+        raise _point_mass(fixed)
+    drawn = sum(guide[name]["value"].numel() for name in auxiliary)
+    made = sum(_real_numbers(guide[name]["value"], support_of(again[name])) for name in points)
+    if auxiliary and drawn != made:
+        raise ProgramError(
+            f"the guide draws {drawn} numbers at {auxiliary}, which the model does not have, and makes {made} real "
+            f"numbers of them at {points}: where the two differ the density of the latents is not known. Make the "
+            "latents a one-to-one function of them, pyro.sample(name, dist.Delta(f(a), log_density=...)), or draw the "
+            "latents themselves."
+        )
+
+
+def _real_numbers(value: Tensor, support: Any) -> int:
+    """How many real numbers a latent with a support is."""
+    try:
+        return biject_to(support).inv(value).numel()
+    except NotImplementedError:
+        return value.numel()
+
+
+def _point_mass(points: list[str]) -> ProgramError:
+    return ProgramError(
+        f"the guide has a point mass at {points}: a Delta has no density to weigh draws by. Use a guide with a "
+        "density, such as a Normal; of Pyro's automatic guides AutoNormal in the place of AutoDelta, and of "
+        "AutoLaplaceApproximation its laplace_approximation(*data)."
+    )
+
+
+def check_shapes(sites: Mapping[str, Any]) -> None:
+    """Raises `ProgramError` where a site has a dimension that no plate declares."""
+    for name, site in sites.items():
+        try:
+            check_site_shape({**site, "log_prob": site["fn"].log_prob(site["value"])}, math.inf)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ProgramError(f"site '{name}' has a dimension that is no plate's. {first_line(error)}.") from error
+
+
+def check_plates(model: Mapping[str, Any], guide: Mapping[str, Any], dim: int | None) -> None:
     """Looks for densities that plates multiply: a latent's that only one program repeats, and the data's.
 
     Raises:
@@ -143,14 +202,16 @@ def _check_plates(model: Mapping[str, Any], guide: Mapping[str, Any], dim: int) 
                     "or give it data for each."
                 )
             continue
+        if name not in guide:
+            continue
         ours, theirs = (tuple(one["fn"].shape()) for one in (site, guide[name]))
         depth = max(len(ours), len(theirs))
         if (1,) * (depth - len(ours)) + ours != (1,) * (depth - len(theirs)) + theirs:
             plates = [[(p.name, p.size) for p in plates_of(one)] for one in (site, guide[name])]
             raise ProgramError(
                 f"site '{name}' has shape {ours} in the model, in plates {plates[0]}, and {theirs} in the guide, in "
-                f"plates {plates[1]}, on two data: each would count its density another number of times. Use the same "
-                "plates in both."
+                f"plates {plates[1]}{'' if dim is None else ', on two data'}: each would count its density another "
+                "number of times. Use the same plates in both."
             )
 
 
@@ -187,14 +248,14 @@ def data_dim(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> 
     ]
     common = set.intersection(*follows) if follows else set()
     if len(common) == 1:
-        _check_plates(two["model"], two["guide"], *common)
+        check_plates(two["model"], two["guide"], *common)
         return common.pop()
     shown = "; ".join(
         f"'{label}' has plates {[(p.name, p.size) for p in plates_of(site)]}, "
         f"batch shape {tuple(site['fn'].batch_shape)}"
         for label, (_, _, site) in sites.items()
     )
-    raise ProgramError(
+    raise NotForEachError(
         "log p(x) for each datum needs one plate over the data, of size len(x), around every sample site of the model "
         f"and the guide: with pyro.plate('data', len(x)): ... On two data, {shown or 'there are no sample sites'}."
     )

@@ -15,9 +15,9 @@ from pvae.capture import worth_compiling
 from pvae.data import Batches
 from pvae.errors import ArgumentError, positive_int, yes_no_or_auto
 from pvae.evidence import proposals
+from pvae.evidence.densities import Densities
 from pvae.evidence.evaluation import Evaluation
 from pvae.evidence.proposals.base import Proposal
-from pvae.evidence.traces import Densities
 from pvae.runtime import Pair, Program
 
 __all__ = ["Settings", "chunk_shape", "default_chunk_size", "halve_chunks_until_they_fit"]
@@ -102,9 +102,11 @@ class Settings:
 
     def is_to_be_captured(self, evaluation: Evaluation) -> bool:
         """Whether to capture and compile chunks: as asked for, or where there is enough to do to gain by it."""
+        densities = evaluation.densities
+        if densities.layout.one_by_one:  # a graph would repeat the program for each particle
+            return False
         if self.compile != "auto":
             return bool(self.compile)
-        densities = evaluation.densities
         each = self.proposal.count_evaluations(self.num_samples)
         pairs, device = each * evaluation.expected_data, densities.placed.device
         if self.proposal.shares_draws(densities):

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pvae.data import Data
 from pvae.errors import ArgumentError, ProgramError, positive_int
+from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.evaluation import name_batch, open_evaluation, place_evaluation
 from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.proposals.local import Laplace
 from pvae.evidence.proposals.slopes import log_joint
-from pvae.evidence.traces import Batch, Densities
 from pvae.runtime import Program, in_turn
 
 __all__ = ["QuadratureEstimate", "gauss_hermite"]

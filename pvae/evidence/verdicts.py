@@ -68,11 +68,15 @@ def summarize(estimate: EvidenceEstimate) -> str:
     fewest = int(estimate.samples.min())
     draws = f"{estimate.num_samples}" if fewest == estimate.num_samples else f"{fewest} to {estimate.num_samples}"
     count = f"{estimate.num_data} data, {draws} samples each" if estimate.num_data > 1 else f"1 datum, {draws} samples"
+    what, mean, unit = "log p(x)", "mean", "nats per datum"
+    if estimate.is_joint:
+        what, mean, unit = "log p(data)", "log p(data)", "nats, of all data"
+        count = f"{estimate.num_together} data together, {draws} samples"
     median = ", median over the data" if estimate.num_data > 1 else ""
     return "\n".join(
         [
-            f"log p(x) of {count} from {estimate.words or estimate.proposal}",
-            f"  mean         {estimate.mean:10.3f} nats per datum{_impossible(estimate)}",
+            f"{what} of {count} from {estimate.words or estimate.proposal}",
+            f"  {mean:<12} {estimate.mean:10.3f} {unit}{_impossible(estimate)}",
             f"  std error    {_errors(estimate)}",
             f"  95% interval {_interval(estimate)}",
             f"  ELBO         {estimate.elbo.mean().item():10.3f}",

@@ -2,7 +2,7 @@
 
 from pvae.runtime.isolation import get_rng_state, isolate, outside_modules, resolve_seed, set_rng_state
 from pvae.runtime.processes import ALONE, Processes, resolve_processes
-from pvae.runtime.programs import Pair, Program, place_pair, reachable
+from pvae.runtime.programs import Pair, Program, modules_of, place_pair, reachable
 from pvae.runtime.signals import Interrupted, NeverStop, Stop, graceful_stop
 from pvae.runtime.sites import (
     base_distribution,
@@ -11,7 +11,9 @@ from pvae.runtime.sites import (
     check_signature,
     check_support,
     check_supports,
+    check_whole,
     density_sites,
+    enumerated_sites,
     observed_data,
     simple_support,
     tensors_of,
@@ -34,11 +36,14 @@ __all__ = [
     "check_support",
     "check_supports",
     "check_surroundings",
+    "check_whole",
     "density_sites",
+    "enumerated_sites",
     "get_rng_state",
     "graceful_stop",
     "in_turn",
     "isolate",
+    "modules_of",
     "observed_data",
     "outside_modules",
     "place_pair",

@@ -21,7 +21,9 @@ __all__ = [
     "check_signature",
     "check_support",
     "check_supports",
+    "check_whole",
     "density_sites",
+    "enumerated_sites",
     "observed_data",
     "simple_support",
     "tensors_of",
@@ -119,26 +121,26 @@ def density_sites(sites: Mapping[str, Any]) -> dict[str, Any]:
 def check_pair(model: Mapping[str, Any], guide: Mapping[str, Any], *, strict: bool) -> None:
     """Raises `ProgramError` where a model and a guide do not fit each other.
 
+    Every latent needs a site in both, but for discrete ones that are summed out, which may be in the model alone, and
+    auxiliary variables, which are in the guide alone.
+
     Args:
         model: The model's sites, as from `density_sites`.
         guide: The guide's.
-        strict: Whether every site must have a twin, as importance weights want it. An ELBO also allows discrete latents
-            that are summed out (in the model alone), auxiliary variables and factors (in the guide alone).
+        strict: Whether importance weights are wanted. An ELBO also allows factors in the guide.
     """
     latent = {name: site for name, site in model.items() if not site["is_observed"]}
     proposed = {name: site for name, site in guide.items() if not site["is_observed"]}
-    summed = {name for name, site in latent.items() if site["infer"].get("enumerate")}
     auxiliary = {name for name, site in proposed.items() if site["infer"].get("is_auxiliary")}
-    missing = latent.keys() - proposed.keys() - (set() if strict else summed)
-    extra = proposed.keys() - latent.keys() - (set() if strict else auxiliary)
+    missing = latent.keys() - proposed.keys() - enumerated_sites(latent)
+    extra = proposed.keys() - latent.keys() - auxiliary
     if missing or extra:
-        enumerated = sorted(summed) if strict else []
         hint = " Give each latent of the model a site of the same name in the guide, and no others."
-        if enumerated:
-            hint = (
-                f" Latents that are enumerated ({enumerated}) cannot be summed out here. Let the guide draw them, too, "
-                f"by pyro.sample('{enumerated[0]}', ...) with probabilities that depend on x; or sum them out in "
-                "the model, as MixtureSameFamily does."
+        discrete = sorted(name for name in missing if latent[name]["fn"].has_enumerate_support)
+        if discrete:
+            hint += (
+                f" Or have discrete ones summed out: pyro.sample('{discrete[0]}', ..., "
+                "infer={'enumerate': 'parallel'}) in the model."
             )
         raise ProgramError(
             f"the model and the guide must have the same latent sites. Model: {sorted(latent)}; guide: "
@@ -153,6 +155,30 @@ def check_pair(model: Mapping[str, Any], guide: Mapping[str, Any], *, strict: bo
         raise ProgramError(f"the guide observes {observed}; only the model can. Does it stand in the model's place?")
     for name in model.keys() - latent.keys():
         _check_complex(name, model[name])
+
+
+def check_whole(sites: Mapping[str, Any]) -> None:
+    """Raises `ProgramError` where a plate takes some of its data for all: then log p is an estimate itself.
+
+    Args:
+        sites: All traced sites, with those of plates.
+    """
+    for name, site in sites.items():
+        if site["type"] == "sample" and site_is_subsample(site) and len(site["value"]) != site["fn"].size:
+            raise ProgramError(
+                f"plate '{name}' stands for {site['fn'].size} data and has {len(site['value'])} of them: "
+                "log p(data) would be an estimate from these. Evaluate the model on all data, without subsample= or "
+                "subsample_size=, and make a plate as large as the data it gets."
+            )
+
+
+def enumerated_sites(sites: Mapping[str, Any]) -> set[str]:
+    """The latents, by name, that are marked ``infer={"enumerate": ...}`` and have values that can be listed."""
+    return {
+        name
+        for name, site in sites.items()
+        if site["infer"].get("enumerate") and not site["is_observed"] and site["fn"].has_enumerate_support
+    }
 
 
 def check_real(what: str, tensor: Tensor) -> None:

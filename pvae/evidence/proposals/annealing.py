@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, positive_int
+from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.base import Gaussian, Guide, Prior, Proposal, Sampler
 from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.proposals.slopes import log_joint_and_slope, run_in_tiles
-from pvae.evidence.traces import Batch, Densities
 
 __all__ = ["Annealed", "Chains", "ladder"]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from pvae.errors import ArgumentError
+from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.gaussians import Elliptical
-from pvae.evidence.traces import Batch, Densities
 from pvae.runtime import Program
 
 __all__ = ["Density", "Gaussian", "GaussianDensity", "GivenGaussian", "Guide", "Prior", "Proposal", "Sampler"]

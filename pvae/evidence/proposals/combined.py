@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, one_of, positive_int
+from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.annealing import Annealed
 from pvae.evidence.proposals.base import Density, Gaussian, Guide, Prior, Proposal, Sampler
 from pvae.evidence.proposals.gaussians import Elliptical, SobolNormals
 from pvae.evidence.proposals.local import Laplace, Refined
-from pvae.evidence.traces import Batch, Densities
 
 __all__ = ["Defensive", "Inflated", "Sobol", "StudentT", "resolve"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError, positive_int
+from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.proposals.base import Gaussian, Guide
 from pvae.evidence.proposals.gaussians import Elliptical
 from pvae.evidence.proposals.slopes import log_joint
-from pvae.evidence.traces import Batch, Densities
 
 __all__ = ["Laplace", "Refined", "find_mode"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError
+from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.base import Density, Gaussian, Proposal, Sampler
 from pvae.evidence.proposals.gaussians import Elliptical
-from pvae.evidence.traces import Batch, Densities
 
 __all__ = ["Mixture", "MixtureDensity"]
 

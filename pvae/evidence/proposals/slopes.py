@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 import torch
 from torch import Tensor
 
-from pvae.evidence.traces import Batch, Densities
+from pvae.evidence.densities import Batch, Densities
 
 __all__ = ["log_joint", "log_joint_and_slope", "run_in_tiles"]
 

@@ -1,0 +1,64 @@
+"""Draws from the prior that serve all data at once, where the model allows it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pvae.evidence.exponential_families import FAMILIES, is_constant_along, leaf_of, shared_log_prob
+from pvae.evidence.pair_checks import check_names, latent_of, observed_of, plates_of
+from pvae.evidence.traces import Batch, Run, Runner
+from pvae.runtime import Program
+
+__all__ = ["draw_shared", "shares_draws"]
+
+
+def shares_draws(runner: Runner, model: Program, trial: Batch) -> bool:
+    """Whether p(x|z) is of a known exponential family, and depends on the latents alone.
+
+    Args:
+        runner: How to run the model.
+        model: The model.
+        trial: Two data.
+    """
+    dim = runner.layout.data_dim
+    if runner.layout.folded or dim is None or runner.summed:
+        return False
+    try:
+        run = _run(runner, model, trial, 3)
+    except (RuntimeError, ValueError, IndexError):  # the model wants one latent for each datum
+        return False
+    observed = observed_of(run.sites)
+    in_two_plates = all(len(plates_of(site)) == 2 for site in run.sites.values())  # of particles and of data
+    constant = all(is_constant_along(site["fn"], dim) for site in run.sites.values())
+    if len(observed) != 1 or not in_two_plates or not constant:
+        return False
+    (site,) = observed.values()
+    plain = type(leaf_of(site["fn"])) in FAMILIES and site["mask"] is None
+    if not plain or site["value"].shape != (len(trial[0]), *site["fn"].event_shape):
+        return False
+    product = shared_log_prob(site["fn"], dim, site["value"]).double()
+    return torch.allclose(product, run.log_prob(observed), rtol=1e-4, atol=1e-4)
+
+
+def draw_shared(runner: Runner, model: Program, batch: Batch, num_samples: int, *, exact: bool = True) -> Tensor:
+    """Draws K latents and decodes them once; returns log p(x|z) of all data, shape ``(K, N)``.
+
+    Args:
+        runner: How to run the model.
+        model: One that `shares_draws`.
+        batch: The data.
+        num_samples: ``K``.
+        exact: As for `pvae.evidence.exponential_families.product`.
+    """
+    (site,) = observed_of(_run(runner, model, batch, num_samples).sites).values()
+    return shared_log_prob(site["fn"], runner.layout.data_dim or -1, site["value"], exact=exact)
+
+
+def _run(runner: Runner, model: Program, batch: Batch, num_samples: int) -> Run:
+    """Runs a model on a batch with K latents that were drawn for its first datum."""
+    first = runner.run(model, tuple(t[:1] for t in batch), num_samples)
+    values = first.values(latent_of(first.sites))
+    run = runner.run(model, batch, num_samples, values)
+    check_names(latent_of(run.sites).keys(), values.keys())
+    return run
