@@ -12,7 +12,6 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pvae
@@ -103,7 +102,7 @@ class Scaled(nn.Module):
         super().__init__()
         self.scale = 1.0
         self.register_buffer("shift", torch.zeros(1))
-        self.auto = AutoNormal(self.model)  # which holds the model, and so its owner
+        self.blocked = pyro.poutine.block(self.model)  # which holds its owner
 
     def model(self, x):
         with pyro.plate("data", len(x)):

@@ -4,5 +4,17 @@ from pvae.capture.captured import Captured, worth_compiling
 from pvae.capture.guards import find_opaque, is_same
 from pvae.capture.kept import is_compiled, keep, take_up
 from pvae.capture.rewriting import use_onednn
+from pvae.capture.uncaptured import ChangedInPlace, CheaperArithmetic
 
-__all__ = ["Captured", "find_opaque", "is_compiled", "is_same", "keep", "take_up", "use_onednn", "worth_compiling"]
+__all__ = [
+    "Captured",
+    "ChangedInPlace",
+    "CheaperArithmetic",
+    "find_opaque",
+    "is_compiled",
+    "is_same",
+    "keep",
+    "take_up",
+    "use_onednn",
+    "worth_compiling",
+]

@@ -18,7 +18,14 @@ from torch import Tensor, fx
 
 from pvae.errors import ArgumentError
 
-__all__ = ["DECOMPOSITIONS", "onednn_choice", "swap_matrix_products", "use_onednn"]
+__all__ = [
+    "DECOMPOSITIONS",
+    "is_worth_onednn",
+    "multiply_by_onednn",
+    "onednn_choice",
+    "swap_matrix_products",
+    "use_onednn",
+]
 
 logger = logging.getLogger("pvae")
 
@@ -81,9 +88,7 @@ _library.define("addmm(Tensor? bias, Tensor a, Tensor b) -> Tensor")
 
 
 def _onednn_addmm(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    # oneDNN reads a bias as if it were contiguous.
-    bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return multiply_by_onednn(bias, a, b.t())
 
 
 _library.impl("addmm", _onednn_addmm, "CPU")
@@ -143,6 +148,19 @@ def _is_product(node: fx.Node) -> bool:
         return False
     size = a.shape[0] * a.shape[1] * b.shape[1]
     return size >= _WORTH_A_CALL and all(t.shape == b.shape[1:] for t in bias)
+
+
+def is_worth_onednn(multiplications: int) -> bool:
+    """Whether oneDNN does a float32 product of that size on the CPU, where programs run as they are."""
+    choice = _choice[0]
+    return multiplications >= _WORTH_A_CALL and (_onednn_is_faster() if choice is None else choice)
+
+
+def multiply_by_onednn(bias: Tensor | None, a: Tensor, weight: Tensor) -> Tensor:
+    """``a @ weight.T + bias`` for a of shape ``(..., in)``."""
+    # oneDNN reads a bias as if it were contiguous.
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
 
 
 def _has_onednn() -> bool:

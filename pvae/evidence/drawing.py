@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pvae.capture import ChangedInPlace, CheaperArithmetic
 from pvae.data import InMemory
 from pvae.evidence.densities import Batch
 from pvae.evidence.evaluation import Evaluation, name_batch
@@ -71,6 +72,7 @@ class Draws:
         self.replicates = self.proposal.replicates or 1
         self.densities.programs.capture = settings.is_to_be_captured(evaluation)
         self.chunk_size = settings.find_chunk_size(self.densities)
+        self.is_cheaper = self.densities.placed.device.type == "cpu"
 
     def sum_block(self, block: InMemory) -> DrawSums:
         """The sums over the draws for each datum of a block: K, or as many as the target for the error takes."""
@@ -157,24 +159,44 @@ class Draws:
 
     def _draw_strata(self, sampler: Sampler, num_samples: int) -> Iterator[tuple[int, Chunk]]:
         tensors = sampler.tensors
-        if tensors is None or not self.densities.programs.capture:
+        if tensors is None:
             yield from ((i, Chunk.of(part)) for i, part in enumerate(sampler.strata(num_samples)) if len(part))
+        elif not self.densities.programs.capture:
+            yield 0, self._draw_cheaply(sampler, num_samples)
         else:
             yield 0, self._draw_captured(sampler, tensors, num_samples)
+
+    def _draw_cheaply(self, sampler: Sampler, num_samples: int) -> Chunk:
+        """A chunk by programs as they are, with cheaper arithmetic unless they change what that has put off."""
+        before = self._rng_states()
+        if self.is_cheaper:
+            try:
+                with CheaperArithmetic():
+                    return Chunk.of(sampler.log_weights(num_samples))
+            except ChangedInPlace:
+                self.is_cheaper = False
+                self._set_rng_states(before)
+        return Chunk.of(sampler.log_weights(num_samples))
+
+    def _rng_states(self) -> tuple[Tensor, Tensor | None]:
+        device = self.densities.placed.device
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def _set_rng_states(self, states: tuple[Tensor, Tensor | None]) -> None:
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], self.densities.placed.device)
 
     def _draw_captured(self, sampler: Sampler, tensors: tuple[Tensor, ...], num_samples: int) -> Chunk:
         """A chunk by the graph for so many draws."""
         programs = self.densities.programs
         key = ("draws", sampler.signature, num_samples, self.proposal.shares_draws(self.densities))
         draw = programs.get(key, partial(_draw_chunk, sampler, num_samples), self.proposal)
-        device = self.densities.placed.device
-        before = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        before = self._rng_states()
         chunk = Chunk(*draw(*sampler.batch, *tensors))
         if chunk.top.isnan().any():
             # Rare draws need more than tensor operations: the same draws once more, as they come.
-            torch.set_rng_state(before[0])
-            if before[1] is not None:
-                torch.cuda.set_rng_state(before[1], device)
+            self._set_rng_states(before)
             chunk = Chunk.of(sampler.log_weights(num_samples))
         return chunk
 

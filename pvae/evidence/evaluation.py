@@ -111,7 +111,10 @@ def open_evaluation(pair: Pair, batches: Batches, seed: int) -> Iterator[Evaluat
             batches = batches.together()
         untrained = outside_modules(store)["params"].keys() - trained["params"].keys()
         _warn_of_initial_values(untrained)
-        with densities.programs.kept(lambda: (densities.layout, vars(densities).get("space"))):
+        tried = densities.tried
+        with densities.programs.kept(
+            lambda: (tried.runner, tried.names, tried.auxiliary, vars(densities).get("space"))
+        ):
             yield Evaluation(densities, batches.watch(densities.observed))
         # Another guide, which a proposal brought along, runs only inside of the block.
         _warn_of_initial_values(outside_modules(store)["params"].keys() - trained["params"].keys() - untrained)
