@@ -172,8 +172,9 @@ def test_some_of_the_data_go_on_from_a_gaussian_that_is_there():
 
 
 @pytest.mark.parametrize("start", [Guide(), Prior()], ids=["guide", "prior"])
-def test_captured_chains_are_those_of_the_programs(start):
+def test_captured_chains_are_those_of_the_programs(start, monkeypatch):
     """The same noise, in tiles that are filled up: three moves of 11 chains for 301 data, to rounding."""
+    monkeypatch.setattr("pvae.capture.captured._no_compiler", [True])  # which would take seconds
     oracle = linear_gaussian(3, 5, noise=1.0, guide_shift=0.3, guide_scale=1.3)
     x = oracle.sample(301)
     weights = []

@@ -43,10 +43,18 @@ def test_captured_chunks_give_the_same_numbers(proposal, likelihood, bits, made)
     assert not any(captured.given_up for captured in made)
 
 
-@pytest.mark.parametrize("proposal", [Annealed(temperatures=5), "defensive"], ids=["ais", "defensive"])
-def test_what_keeps_a_state_is_not_captured(proposal, bits, made, small_vae):
-    assert_same(*estimates(small_vae.model, small_vae.guide, bits[:5], proposal=proposal))
+def test_what_keeps_a_state_is_not_captured(bits, made, small_vae):
+    assert_same(*estimates(small_vae.model, small_vae.guide, bits[:5], proposal="defensive"))
     assert not made
+
+
+def test_of_chains_the_slopes_are_captured(bits, made, small_vae):
+    """Rounding may take a move across the edge of acceptance: then a chain is another, of the same law."""
+    ours, theirs = estimates(small_vae.model, small_vae.guide, bits[:5], proposal=Annealed(temperatures=5))
+    error = (ours.std_error.square() + theirs.std_error.square()).sqrt()
+    assert ((ours.log_px - theirs.log_px).abs() < 5 * error).all()
+    assert sum(captured.captures for captured in made)
+    assert not made[0].given_up
 
 
 def test_copies_of_the_data_in_place_of_a_plate(made):

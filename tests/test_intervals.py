@@ -177,12 +177,13 @@ def test_a_skewed_posterior_is_covered(proposal):
     assert LOWEST <= covered <= HIGHEST
 
 
-def test_too_light_a_fit_to_a_skewed_posterior_is_withheld():
-    """The Gaussian of highest ELBO has too light a tail for a Gamma's: what passes would cover 63%."""
+def test_too_light_a_fit_to_a_skewed_posterior_is_withheld(monkeypatch):
+    """The Gaussian of highest ELBO has too light a tail for a Gamma's, and k-hat says so."""
+    monkeypatch.setattr("pvae.evidence.proposals.ascent._WIDER", 0.0)
     torch.manual_seed(0)
     x = Counts.exact.sample((200,))
     estimate = evidence(Counts, x, Refined(), 1000)
-    assert shares(estimate, Counts.exact.log_prob(x))[0] < 0.02
+    assert shares(estimate, Counts.exact.log_prob(x))[0] < 0.2
     assert estimate.mean_withheld
 
 
