@@ -15,7 +15,7 @@ from pvae.errors import (
     PVAEError,
     RankError,
 )
-from pvae.evidence import EvidenceEstimate, log_evidence, log_weights
+from pvae.evidence import EvidenceEstimate, compare, log_evidence, log_weights
 from pvae.svi import FitResult, fit
 from pvae.vae import VAE
 
@@ -37,6 +37,7 @@ __all__ = [
     "PVAEError",
     "ProgramError",
     "RankError",
+    "compare",
     "datasets",
     "diagnostics",
     "evidence",

@@ -12,6 +12,7 @@ from pyro import distributions as dist
 from pyro.infer import autoguide as auto
 
 import pvae
+from pvae.evidence.proposals import Annealed, Defensive, Guide, Prior, Refined
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -72,3 +73,167 @@ def test_data_that_are_read_are_to_be_passed_in_memory():
     stream = make_loader(list(zip(*regression.data, strict=True)))
     with pytest.raises(pvae.ProgramError, match=r"read as a stream.* pass them in memory"):
         pvae.log_evidence(regression.model, regression.guide, stream)
+
+
+@pytest.mark.parametrize("dim", [2, 10, 50])
+def test_regressions_of_any_size(dim):
+    """Against the closed form: the posterior itself, a guide without its correlations, and chains."""
+    regression = Regression(dim)
+    full, diagonal = auto.AutoMultivariateNormal(regression.model), auto.AutoNormal(regression.model)
+    for guide in (full, diagonal):
+        guide(*regression.data)
+    scale = regression.scale_tril.diagonal()
+    with torch.no_grad():
+        full.loc.copy_(regression.loc)
+        full.scale = scale
+        full.scale_tril = regression.scale_tril / scale[:, None]
+        diagonal.locs.w.copy_(regression.loc)
+        diagonal.scales.w = (regression.scale_tril @ regression.scale_tril.T).diagonal().sqrt()
+    exact = pvae.log_evidence(regression.model, full, regression.data, num_samples=30)
+    assert exact.log_px.item() == pytest.approx(regression.log_py, abs=1e-3)
+    assert exact.std_error.item() < 1e-3
+    independent = pvae.log_evidence(regression.model, diagonal, regression.data, num_samples=4000)
+    if not independent.unreliable.any():
+        within(independent, regression.log_py)
+    for start in (Guide(), Prior()) if dim < 50 else (Guide(),):  # so few temperatures come no further
+        chains = Annealed(start, temperatures=60)
+        within(
+            pvae.log_evidence(regression.model, diagonal, regression.data, num_samples=100, proposal=chains),
+            regression.log_py,
+        )
+
+
+class Schools:
+    """Eight schools: a global mean and scale, and an effect of each; Rubin, 1981."""
+
+    y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    s = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    @staticmethod
+    def model(y, s):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, s), obs=y)
+
+    @classmethod
+    def log_py(cls):
+        """Effects and mean integrated out, the scale by a fine rule in its angle: its law is uniform there."""
+        angle = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000 * math.pi / 2
+        tau, y, s = 5 * angle.tan(), cls.y.double(), cls.s.double()
+        covariance = 25.0 + torch.diag_embed(s.square() + tau[:, None].square().clamp(max=1e12))
+        joint = dist.MultivariateNormal(torch.zeros(8, dtype=torch.float64), covariance).log_prob(y)
+        return (joint.logsumexp(0) - math.log(len(tau))).item()
+
+
+@pytest.mark.parametrize(
+    "proposal", [Annealed(Prior(), temperatures=60), Refined(), Defensive()], ids=["ais", "refined", "defensive"]
+)
+def test_eight_schools(proposal):
+    guide = auto.AutoNormal(Schools.model)
+    guide(Schools.y, Schools.s)
+    with torch.no_grad():
+        for name, loc, scale in (("mu", 5.0, 4.0), ("tau", 1.3, 0.8), ("theta", 5.0, 5.0)):
+            getattr(guide.locs, name).fill_(loc)
+            setattr(guide.scales, name, torch.full_like(getattr(guide.locs, name), scale))
+    count = 200 if isinstance(proposal, Annealed) else 4000
+    estimate = pvae.log_evidence(
+        Schools.model, guide, (Schools.y, Schools.s), num_samples=count, proposal=proposal, seed=1
+    )
+    assert estimate.std_error < 0.3
+    if isinstance(proposal, Annealed) or not estimate.unreliable.any():  # a funnel, for Gaussians
+        within(estimate, Schools.log_py())
+
+
+def test_a_program_that_takes_one_particle_at_a_time():
+    """As most regressions are written; the same as one that broadcasts."""
+    regression = Regression(3)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    single = pvae.log_weights(model, regression.guide, regression.data, num_samples=40)
+    assert single.shape == (40, 1)
+    within(pvae.log_evidence(model, regression.guide, regression.data, num_samples=200), regression.log_py)
+    laplace = pvae.log_evidence(model, regression.guide, regression.data, num_samples=30, proposal="laplace")
+    assert laplace.log_px.item() == pytest.approx(regression.log_py, abs=1e-3)
+
+
+def test_probabilistic_pca_with_a_loading_that_is_drawn():
+    """One plate for latents of each datum, and one latent outside of it, so that all data are one.
+
+    Given the loading w, x ~ Normal(0, w w' + s^2): log p(data) by a fine rule over w in one dimension.
+    """
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(12, 2, generator=generator) + torch.randn(12, 1, generator=generator)
+    direction = torch.tensor([1.0, 1.0])
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal((w * z)[..., None] * direction, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            precision = 1 + 2 * w**2
+            pyro.sample("z", dist.Normal(w * x.sum(-1) / precision, precision**-0.5))
+
+    grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+    covariance = grid[:, None, None] ** 2 * torch.ones(2, 2) + torch.eye(2)
+    given = dist.MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance[:, None]).log_prob(x.double())
+    exact = (given.sum(-1) + dist.Normal(0.0, 1.0).log_prob(grid)).logsumexp(0) + math.log(grid[1] - grid[0])
+    within(pvae.log_evidence(model, guide, x, num_samples=4000), exact.item())
+
+
+def test_a_model_with_a_fixed_number_of_data_is_joint():
+    """A guide with a parameter for each datum is for all of them."""
+    x = torch.linspace(-1, 1, 6)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 6):
+            pyro.sample("z", dist.Normal(torch.linspace(-0.5, 0.5, 6), 0.75))
+
+    within(pvae.log_evidence(model, guide, x, num_samples=2000), dist.Normal(0.0, 2**0.5).log_prob(x).sum().item())
+
+
+def test_a_subsample_is_no_evidence():
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=2) as rows:
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x[rows])
+
+    with pytest.raises(pvae.ProgramError, match=r"plate 'data' stands for 8 data and has 2 of them.* on all data"):
+        pvae.log_evidence(model, lambda x: pyro.sample("m", dist.Normal(0.0, 1.0)), torch.randn(8))
+
+
+def test_point_masses_are_refused_with_what_to_take():
+    regression = Regression(2)
+    for guide in (auto.AutoDelta(regression.model), auto.AutoLaplaceApproximation(regression.model)):
+        guide(*regression.data)
+        with pytest.raises(pvae.ProgramError, match=r"a point mass at .*AutoNormal in the place of AutoDelta"):
+            pvae.log_evidence(regression.model, guide, regression.data)
+
+
+def test_auxiliary_variables_that_are_no_latents_are_refused():
+    def guide(x, y):
+        a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0).to_event(1), infer={"is_auxiliary": True})
+        pyro.sample("w", dist.Delta(a[..., :2], event_dim=1))
+
+    regression = Regression(2)
+    with pytest.raises(pvae.ProgramError, match=r"draws 3 numbers at \['a'\].* makes 2 real numbers .*\['w'\]"):
+        pvae.log_evidence(regression.model, guide, regression.data)
+
+
+def test_quadrature_of_one_latent_of_all_data():
+    regression = Regression(2)
+    estimate = pvae.evidence.gauss_hermite(regression.model, regression.guide, regression.data)
+    assert estimate.log_px.item() == pytest.approx(regression.log_py, abs=1e-3)

@@ -2,6 +2,7 @@
 
 from pvae.evidence import proposals
 from pvae.evidence.bidirectional import Bracket, bidirectional_monte_carlo
+from pvae.evidence.comparison import Comparison, compare
 from pvae.evidence.estimates import EvidenceEstimate
 from pvae.evidence.importance import log_evidence, log_weights
 from pvae.evidence.quadrature import QuadratureEstimate, gauss_hermite
@@ -11,9 +12,11 @@ from pvae.evidence.weights import iwae_bounds
 __all__ = [
     "KHAT_LIMIT",
     "Bracket",
+    "Comparison",
     "EvidenceEstimate",
     "QuadratureEstimate",
     "bidirectional_monte_carlo",
+    "compare",
     "gauss_hermite",
     "iwae_bounds",
     "log_evidence",

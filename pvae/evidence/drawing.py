@@ -129,6 +129,8 @@ class Draws:
         diagnostics = {name: value.cpu() for name, value in sampler.diagnostics.items()}
         shared_draws = self.proposal.shares_draws(self.densities)
         together, exact = self.densities.num_together, not self.densities.has_latents
+        if exact:  # not even rounding
+            sums = replace(sums, log_variance=torch.full_like(sums.log_variance, -torch.inf))
         return DrawSums(sums.cpu(), diagnostics, shared_draws, self.densities.precision, together, exact)
 
     def _sum_replicate(self, sampler: Sampler, num_samples: int, size: int) -> WeightSums:

@@ -80,7 +80,8 @@ def _densities_at(
     if runner.made:
         given = {name: value for name, value in values.items() if name not in runner.made}
         run = runner.run(placed.guide, batch, _PARTICLES, given, sums=True)
-        together["guide"] = run.log_prob(run.sites)
+        with suppress(KeyError, NotImplementedError):  # of a transform without an inverse
+            together["guide"] = run.log_prob(run.sites)
         for name, value in run.values(runner.made).items():
             if value.shape != values[name].shape or not torch.allclose(value, values[name], rtol=1e-4, atol=1e-4):
                 raise ValueError(f"the guide makes another '{name}' of the same variables")

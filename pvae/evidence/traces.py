@@ -18,6 +18,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pvae.errors import ProgramError, PVAEError
@@ -29,6 +30,9 @@ __all__ = ["Batch", "Run", "Runner", "Sites", "UnscoredError", "trace_pair"]
 
 Batch = tuple[Tensor, ...]
 Sites = dict[str, Any]
+
+# What enumeration leaves in the dictionary that a program gave as ``infer=``.
+_OF_A_RUN = ("_enumerate_dim", "_enumerate_symbol", "_dim_to_id", "_dim_to_symbol", "_enumerate_total")
 
 
 class UnscoredError(ProgramError):
@@ -120,8 +124,8 @@ class Runner:
         """
         if not observes:
             program = poutine.uncondition(program)
-        if sums and self.summed:
-            program = poutine.infer_config(program, self._mark)  # pyright: ignore[reportArgumentType]
+        if self.summed:
+            program = _Marks(self.summed if sums else ())(program)
         if self.layout.one_by_one and num_samples > 1:
             singly = ({n: v[k : k + 1] for n, v in values.items()} if values else values for k in range(num_samples))
             traces = tuple(self._trace(program, batch, 1, each, sums) for each in singly)
@@ -164,22 +168,40 @@ class Runner:
     def _trace(
         self, program: Program, batch: Batch, num_samples: int, values: Mapping[str, Tensor] | None, sums: bool
     ) -> Any:
+        if sums and self.summed:  # before latents are given: these depend on what is enumerated, too
+            program = poutine.enum(program, first_available_dim=self.layout.particle_dim - 1)
         if values:
             laid_out = {name: self.layout.lay_out(v, *self.dims[name]) for name, v in values.items()}
             program = poutine.replay(program, trace=_as_trace(laid_out))
-        if sums and self.summed:
-            program = poutine.enum(program, first_available_dim=self.layout.particle_dim - 1)
         plate = nullcontext()
         if not self.layout.folded:
             plate = pyro.plate("pvae_particles", num_samples, dim=self.layout.particle_dim)
         with plate:
             return poutine.trace(program).get_trace(*self.layout.arguments(batch, num_samples))
 
-    def _mark(self, site: Any) -> dict[str, Any]:
-        """What to do with a site: all of its values, not some, where it is summed out, and no others."""
-        if site["name"] in self.summed:
-            return {"enumerate": "parallel", "num_samples": None}
-        return {"enumerate": None}
+
+class _Marks(Messenger):
+    """Has some latents enumerated, and no others; a program's own marks stay as they are, though it may share them."""
+
+    def __init__(self, enumerated: Collection[str]) -> None:
+        super().__init__()
+        self.enumerated = enumerated
+
+    def _pyro_sample(self, msg: Any) -> None:
+        kept = {key: value for key, value in msg["infer"].items() if key not in _OF_A_RUN}
+        mark = "parallel" if msg["name"] in self.enumerated else None
+        msg["infer"] = kept | {"enumerate": mark, "num_samples": None}  # all values, not some
+
+
+class _OwnMarks(Messenger):
+    """Finds a model's own ``infer=``, in the place of which a replay puts the guide's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.found[msg["name"]] = msg["infer"]
 
 
 def trace_pair(model: Program, guide: Program, batch: Batch) -> dict[str, Sites]:
@@ -190,11 +212,14 @@ def trace_pair(model: Program, guide: Program, batch: Batch) -> dict[str, Sites]
     """
     try:
         guide_trace = poutine.trace(guide).get_trace(*batch)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
+        marks = _OwnMarks()
+        model_trace = poutine.trace(poutine.replay(marks(model), trace=guide_trace)).get_trace(*batch)
     except (RuntimeError, ValueError, IndexError) as error:
         if isinstance(error.__cause__ or error, PVAEError) or "memory" in str(error):  # of which there may be more
             raise
         raise ProgramError(str(error)) from error
+    for name, infer in marks.found.items():
+        model_trace.nodes[name]["infer"] = infer  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]
     return {"model": dict(model_trace.nodes), "guide": dict(guide_trace.nodes)}
 
 

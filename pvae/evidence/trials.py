@@ -129,6 +129,7 @@ def _try_each(placed: Pair, data: Batch, nesting: int) -> Trial:
     # Of sites that come and go, those that are there both times tell of a plate.
     dim = data_dim(one, {program: {n: s for n, s in two[program].items() if n in one[program]} for program in two})
     check_names(one["model"], two["model"])
+    _check_made(placed, two, batch)
     return _as_trial(placed, two, batch, observed, dim, nesting)
 
 
@@ -152,6 +153,7 @@ def _try_together(placed: Pair, data: Batch, nesting: int) -> Trial:
         for program in ("model", "guide"):
             check_whole(traced[program])
             check_shapes(sites[program])
+        _check_made(placed, sites, batch)
     check_plates(**sites, dim=None)
     return _as_trial(placed, sites, tuple(t[None] for t in batch), observed, None, nesting)
 
@@ -164,12 +166,16 @@ def _check(placed: Pair, sites: dict[str, Sites], batch: Batch, data: Batch) -> 
     """Looks at what a pair does, and returns what observes the data."""
     check_pair(sites["model"], sites["guide"], strict=True)
     check_densities(**sites)
-    if point_masses(sites["guide"]):
-        again = trace_pair(placed.model, placed.guide, batch)
-        check_auxiliary(sites["guide"], {**density_sites(again["guide"]), **density_sites(again["model"])})
     observed = tuple(observed_data(sites["model"], batch))
     check_supports(observed, data)
     return observed
+
+
+def _check_made(placed: Pair, sites: dict[str, Sites], batch: Batch) -> None:
+    """Looks at latents that the guide makes of other variables, by running the pair again."""
+    if point_masses(sites["guide"]):
+        again = trace_pair(placed.model, placed.guide, batch)
+        check_auxiliary(sites["guide"], {**density_sites(again["guide"]), **density_sites(again["model"])})
 
 
 def _as_trial(

@@ -14,7 +14,16 @@ from pvae.errors import ArgumentError, one_of, positive_int
 from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.annealing import Annealed
-from pvae.evidence.proposals.base import Density, Gaussian, Guide, Prior, Proposal, Sampler
+from pvae.evidence.proposals.base import (
+    Density,
+    Gaussian,
+    GaussianDensity,
+    Guide,
+    GuideDensity,
+    Prior,
+    Proposal,
+    Sampler,
+)
 from pvae.evidence.proposals.gaussians import Elliptical, SobolNormals
 from pvae.evidence.proposals.local import Laplace, Refined
 
@@ -157,7 +166,8 @@ class Defensive(_MadeOf):
     Weights use the mixture's density (the balance heuristic), so that one component covers where the other is blind.
 
     Args:
-        base: The proposal to defend.
+        base: The proposal to defend. Of a guide that makes its latents of other variables, as Pyro's automatic guides
+            do, the Gaussian with its mean and covariance.
         share: The share of draws from the prior, between 0 and 1.
 
     Source: Hesterberg, 1995, Weighted Average Importance Sampling and Defensive Mixture Distributions; Owen and Zhou,
@@ -186,6 +196,8 @@ class Defensive(_MadeOf):
     def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The mixture for the data of one batch."""
         base = self.base.on(pair, batch)
+        if isinstance(base, GuideDensity) and not base.pair.scores_guide and isinstance(self.base, Gaussian):
+            base = GaussianDensity(pair, batch, self.base.gaussian(pair, batch))  # like the guide, with a density
         if not isinstance(base, Density):
             raise ArgumentError(f"base must be a proposal with a density, got {self.base!r}.")
         return _Mixture(pair, batch, base, self.share, float(torch.rand(())), diagnostics=base.diagnostics)
