@@ -92,18 +92,18 @@ def test_discrete_and_continuous_latents(pair, num_data):
 
 @pytest.mark.parametrize(
     "proposal",
-    [Prior(), Defensive(), Refined(steps=20), Laplace(), Annealed(temperatures=20)],
+    [Prior(), Defensive(), Defensive(Refined(steps=20), 0.5), Defensive(Laplace(), 0.5), Annealed(temperatures=20)],
     ids=["prior", "defensive", "refined", "laplace", "ais"],
 )
 def test_every_proposal_works_on_the_continuous_rest(proposal):
+    """Some posteriors have two modes, of which one Gaussian sees one: the prior covers the other."""
     x, pair = draws(5) / 2, MIXED["in both"]
     count = 100 if isinstance(proposal, Annealed) else 2000
     estimate = pvae.log_evidence(pair.model, pair.guide, x, num_samples=count, proposal=proposal)
     reliable = ~estimate.unreliable
     exact = log_mixture(x, math.hypot(0.5, 0.7))
     assert ((estimate.corrected - exact).abs() < 5 * estimate.std_error)[reliable].all()
-    if not isinstance(proposal, Refined | Laplace):  # one Gaussian for two modes
-        assert reliable.sum() >= 3
+    assert reliable.sum() >= 3
 
 
 def test_sums_are_captured_and_stay_the_same():
