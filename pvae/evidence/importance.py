@@ -69,8 +69,8 @@ def log_evidence(
             result is that of the smaller number.
         compile: Whether to capture and compile what is done for a chunk, as in `pvae.fit`: some seconds at first, then
             three times as fast. ``"auto"`` does so for large runs. The same draws, and the same numbers within
-            rounding. Proposals that keep more than a Gaussian for each datum (``"ais"``, ``"defensive"``, Sobol points)
-            are not captured.
+            rounding. For ``"refined"`` and ``"ais"`` the density with its gradient is captured, too. Draws of
+            ``"defensive"`` and Sobol points are not.
         distributed: Whether the processes of torch.distributed's default group, as torchrun starts them, share the
             data; each datum is evaluated once, and all get the whole result. ``"auto"`` does so where there is a group.
         progress: Show a bar on stderr, if that is a terminal.
