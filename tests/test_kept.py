@@ -18,6 +18,7 @@ import pvae
 from pvae.capture import kept
 from pvae.capture.graph import Graph
 from pvae.evidence import programs
+from pvae.evidence.planning import Settings
 
 
 @pytest.fixture
@@ -56,11 +57,19 @@ def test_a_second_call_compiles_nothing(bits, monkeypatch, small_vae):
         compiled.append(1)
         return replace(graph, run=partial(graph.module))
 
+    captured_chunks, original = [], Settings.is_to_be_captured
+    monkeypatch.setattr(
+        Settings, "is_to_be_captured", lambda *args: captured_chunks.append(original(*args)) or captured_chunks[-1]
+    )
     monkeypatch.setattr(kept, "_all", {})
     monkeypatch.setattr(Graph, "compile", compile)
     first = log_px(small_vae.model, small_vae.guide, bits[:12])
-    assert kept.is_compiled(("draws", ("GuideDensity",), 40, False), (small_vae.model, small_vae.guide))
-    assert torch.equal(log_px(small_vae.model, small_vae.guide, bits[:12]), first)
+    # Even where it would not be worth to compile: the same chunks of the same pair, and no others.
+    assert torch.equal(log_px(small_vae.model, small_vae.guide, bits[:12], compile="auto"), first)
+    assert captured_chunks[-1]
+    for other in ({"num_samples": 30}, {"proposal": "prior"}, {"chunk_size": 40}):
+        log_px(small_vae.model, small_vae.guide, bits[:12], compile="auto", **other)
+        assert not captured_chunks[-1]
     assert len(compiled) == 1
 
 

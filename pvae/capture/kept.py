@@ -39,7 +39,7 @@ class _Kept:
         stored: Those of Pyro's store, by name, with their constraints.
     """
 
-    key: Hashable
+    key: tuple[Hashable, ...]
     owners: tuple[weakref.ref[Any], ...]
     marks: Any
     given_up: bool = False
@@ -103,15 +103,33 @@ def take_up(captured: Captured, key: Hashable, programs: Sequence[Any]) -> None:
         return
 
 
-def is_compiled(key: Hashable, programs: Sequence[Any]) -> bool:
-    """Whether a function has compiled graphs from before, though perhaps of programs that have changed since."""
-    owners, key = _owners(programs), (key, *_surroundings())
+def is_compiled(name: tuple[Hashable, ...], programs: Sequence[Any], rows: int) -> bool:
+    """Whether a function has a compiled graph from before, though perhaps of programs that have changed since.
+
+    Args:
+        name: How its key begins.
+        programs: What it belongs to.
+        rows: Length of its first input.
+    """
+    owners, around = _owners(programs), _surroundings()
     return any(
         made.compiled is not None
+        and made.compiled.is_compiled
+        and _first_length(made, len(kept.tensors[variant])) == rows
         for kept in list(_all.values())
-        if kept.is_of(key, owners)
-        for made in kept.graphs.values()
+        if _begins(kept.key, name) and kept.is_of((kept.key[0], *around), owners)
+        for variant, made in kept.graphs.items()
     )
+
+
+def _begins(key: Any, name: tuple[Hashable, ...]) -> bool:
+    return isinstance(key[0], tuple) and key[0][: len(name)] == name
+
+
+def _first_length(made: Made, num_tensors: int) -> int:
+    """Length of a graph's first input, which stands behind its tensors."""
+    inputs = [node for node in made.graph.module.graph.nodes if node.op == "placeholder"][num_tensors:]
+    return inputs[0].meta["val"].shape[0] if inputs else 0
 
 
 def _owners(programs: Sequence[Any]) -> list[Any]:

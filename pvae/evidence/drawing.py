@@ -14,7 +14,7 @@ from pvae.capture import ChangedInPlace, CheaperArithmetic
 from pvae.data import InMemory
 from pvae.evidence.densities import Batch
 from pvae.evidence.evaluation import Evaluation, name_batch
-from pvae.evidence.planning import Settings, chunk_shape
+from pvae.evidence.planning import Settings, chunk_shape, draws_name
 from pvae.evidence.proposals.base import Guide, Sampler
 from pvae.evidence.verdicts import KHAT_LIMIT
 from pvae.evidence.weights import Chunk, WeightSums
@@ -192,8 +192,11 @@ class Draws:
     def _draw_captured(self, sampler: Sampler, tensors: tuple[Tensor, ...], num_samples: int) -> Chunk:
         """A chunk by the graph for so many draws."""
         programs = self.densities.programs
-        key = ("draws", sampler.signature, num_samples, self.proposal.shares_draws(self.densities))
-        draw = programs.get(key, partial(_draw_chunk, sampler, num_samples), self.proposal)
+        key = draws_name(self.proposal, num_samples)
+        shared = self.proposal.shares_draws(self.densities)
+        draw = programs.get(
+            (*key, sampler.signature, shared), partial(_draw_chunk, sampler, num_samples), self.proposal
+        )
         before = self._rng_states()
         chunk = Chunk(*draw(*sampler.batch, *tensors))
         if chunk.top.isnan().any():

@@ -20,7 +20,7 @@ from pvae.evidence.evaluation import Evaluation
 from pvae.evidence.proposals.base import Proposal
 from pvae.runtime import Pair, Program
 
-__all__ = ["Settings", "chunk_shape", "default_chunk_size", "halve_chunks_until_they_fit"]
+__all__ = ["Settings", "chunk_shape", "default_chunk_size", "draws_name", "halve_chunks_until_they_fit"]
 
 logger = logging.getLogger("pvae")
 
@@ -107,6 +107,8 @@ class Settings:
             return False
         if self.compile != "auto":
             return bool(self.compile)
+        if self._is_compiled(evaluation):
+            return True
         each = self.proposal.count_evaluations(self.num_samples)
         pairs, device = each * evaluation.expected_data, densities.placed.device
         if self.proposal.shares_draws(densities):
@@ -114,6 +116,17 @@ class Settings:
             return worth_compiling(pairs // 2**21, pairs * (2.0 * densities.entries + 2000), device)
         size = sum(p.numel() for p in {p for module in densities.placed.modules for p in module.parameters()})
         return worth_compiling(pairs // default_chunk_size(densities, self.proposal), 2.0 * pairs * size, device)
+
+    def _is_compiled(self, evaluation: Evaluation) -> bool:
+        """Whether a call before, on the same pair, has left compiled chunks of the shape that most will have."""
+        densities, num_data = evaluation.densities, evaluation.expected_data
+        rows, draws = chunk_shape(num_data, self.num_samples, densities, self.proposal, self.find_chunk_size(densities))
+        return densities.programs.is_compiled(draws_name(self.proposal, min(draws, self.num_samples)), rows)
+
+
+def draws_name(proposal: Proposal, num_samples: int) -> tuple[str, str, int]:
+    """How the names of programs that make so many draws begin."""
+    return "draws", proposal.name, num_samples
 
 
 def _most_samples(num_samples: int, target_std_error: float | None, max_samples: int | None, replicates: int) -> int:

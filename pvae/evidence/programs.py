@@ -72,6 +72,6 @@ class Programs:
                 _, (key, captured) = self._captured.popitem()
                 keep(captured, key, self.pair)
 
-    def is_compiled(self, key: Hashable) -> bool:
-        """Whether calls before have left a compiled program of that name."""
-        return is_compiled(key, self.pair)
+    def is_compiled(self, name: tuple[Hashable, ...], rows: int) -> bool:
+        """Whether calls before have left a compiled program whose key begins so, for inputs of so many rows."""
+        return is_compiled(name, self.pair, rows)
