@@ -100,10 +100,9 @@ def test_every_proposal_works_on_the_continuous_rest(proposal):
     x, pair = draws(5) / 2, MIXED["in both"]
     count = 100 if isinstance(proposal, Annealed) else 2000
     estimate = pvae.log_evidence(pair.model, pair.guide, x, num_samples=count, proposal=proposal)
-    reliable = ~estimate.unreliable
     exact = log_mixture(x, math.hypot(0.5, 0.7))
-    assert ((estimate.corrected - exact).abs() < 5 * estimate.std_error)[reliable].all()
-    assert reliable.sum() >= 3
+    assert ((estimate.corrected - exact).abs() < 5 * estimate.std_error).all()
+    assert (estimate.std_error < 0.2).all()
 
 
 def test_sums_are_captured_and_stay_the_same():

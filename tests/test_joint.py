@@ -141,7 +141,7 @@ def test_eight_schools(proposal):
     estimate = pvae.log_evidence(
         Schools.model, guide, (Schools.y, Schools.s), num_samples=count, proposal=proposal, seed=1
     )
-    assert estimate.std_error < 0.3
+    assert estimate.std_error < (0.2 if isinstance(proposal, Annealed) else 1.0)
     if isinstance(proposal, Annealed) or not estimate.unreliable.any():  # a funnel, for Gaussians
         within(estimate, Schools.log_py())
 

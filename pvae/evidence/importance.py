@@ -44,9 +44,11 @@ def log_evidence(
     """Estimates log p(x) for each datum by importance sampling.
 
     ``log p(x) = log E_q[w]`` with ``w = p(x, z) / q(z)``, estimated by ``log (1/K) sum_k w_k`` over K draws of z. The
-    pair can be any Pyro programs with one plate over the data around all their sites. Draws and data stream through in
-    chunks; memory does not grow with K. Nothing is trained: parameters, modes, random numbers and param store are left
-    as they were, but modules stay on ``device``. Calls in several threads take turns.
+    pair can be any Pyro programs. With one plate over the data around all their sites each datum has its own log p(x);
+    otherwise all have one log p(data) together. Discrete latents that are marked ``infer={"enumerate": ...}`` are
+    summed out. Draws and data stream through in chunks; memory does not grow with K. Nothing is trained: parameters,
+    modes, random numbers and param store are left as they were, but modules stay on ``device``. Calls in several
+    threads take turns.
 
     Args:
         model: The generative program.
@@ -80,8 +82,8 @@ def log_evidence(
 
     Raises:
         ArgumentError, DataError, DeviceError: See the message.
-        ProgramError: No plate over the data, sites outside of it, latent sites that differ, a guide with point masses,
-            or latents that the proposal cannot move, such as discrete ones.
+        ProgramError: Dimensions that are no plate's, latent sites that differ, a guide with point masses, one log
+            p(data) of a stream, or latents that the proposal cannot move, such as discrete ones.
         NumericalError: A log-weight is nan or ``+inf``.
         MemoryError: There is none for even one draw of one datum.
 

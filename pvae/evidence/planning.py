@@ -103,7 +103,8 @@ class Settings:
     def is_to_be_captured(self, evaluation: Evaluation) -> bool:
         """Whether to capture and compile chunks: as asked for, or where there is enough to do to gain by it."""
         densities = evaluation.densities
-        if densities.layout.one_by_one:  # a graph would repeat the program for each particle
+        # A graph would repeat the program for each particle; and what is known needs one run.
+        if densities.layout.one_by_one or not densities.has_latents:
             return False
         if self.compile != "auto":
             return bool(self.compile)
