@@ -26,9 +26,9 @@ from pvae.evidence.traces import Batch, Run, Runner
 from pvae.evidence.trials import Trial, try_pair
 from pvae.runtime import Pair, Program, base_distribution, tensors_of
 
-__all__ = ["Batch", "Densities"]
+__all__ = ["MAX_JOINT_DIM", "Batch", "Densities"]
 
-_MAX_JOINT_DIM = 2000  # of latents whose covariance is a matrix
+MAX_JOINT_DIM = 2000  # of latents whose covariance is a matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,10 +247,10 @@ class Densities:
             ProgramError: All data together have too many latents for a covariance.
         """
         dim = self.space.dim
-        if self.is_joint and dim > _MAX_JOINT_DIM:
+        if self.is_joint and dim > MAX_JOINT_DIM:
             raise ProgramError(
                 f"all data together have {dim} latent numbers, whose covariance is a matrix of {dim}^2; this proposal "
-                f"goes up to {_MAX_JOINT_DIM}. Use proposal='guide' or 'prior', or a model with one plate over the "
+                f"goes up to {MAX_JOINT_DIM}. Use proposal='guide' or 'prior', or a model with one plate over the "
                 "data around all sites, which has fewer latents for each datum."
             )
         normal = self._normal_moments(batch)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from pvae.data import InMemory
 from pvae.evidence.densities import Batch
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings, chunk_shape, draws_name
-from pvae.evidence.proposals.base import Guide, Sampler
+from pvae.evidence.proposals.base import Guide, Prior, Sampler
 from pvae.evidence.verdicts import KHAT_LIMIT
 from pvae.evidence.weights import Chunk, WeightSums
 
@@ -46,9 +46,14 @@ class DrawSums:
     def cat(cls, parts: Sequence[DrawSums]) -> DrawSums:
         """Those of several sets of data, one after the other."""
         first = parts[0]
-        diagnostics = {name: torch.cat([part.diagnostics[name] for part in parts]) for name in first.diagnostics}
+        # What only some proposals find out is not a number for the others.
+        names = {name: None for part in parts for name in part.diagnostics}
+        diagnostics = {name: torch.cat([part._diagnostic(name) for part in parts]) for name in names}
         weights = WeightSums.cat(part.weights for part in parts)
         return replace(first, weights=weights, diagnostics=diagnostics)
+
+    def _diagnostic(self, name: str) -> Tensor:
+        return self.diagnostics.get(name, torch.full_like(self.weights.log_sum, torch.nan))
 
     def __getitem__(self, rows: Tensor) -> DrawSums:
         """Those of some of the data, by their indices."""
@@ -94,6 +99,42 @@ class Draws:
                 kept.append(self._keep_batch(block.take(rows), num_samples, draws))
         return torch.cat(kept, dim=1)
 
+    def sum_rows(self, draw_on: Callable[[Tensor], Sampler], rows: Tensor, num_samples: int, width: int) -> DrawSums:
+        """The sums over at least so many draws for some data.
+
+        Captured draws come in chunks of one shape, so that one graph serves them all: few data come as copies, among
+        which their draws are dealt out.
+
+        Args:
+            draw_on: Gives the proposal on some rows.
+            rows: Which data.
+            num_samples: ``K``.
+            width: Data at once.
+        """
+        parts = [self._sum_width(draw_on, part, num_samples, width) for part in rows.split(width)]
+        return DrawSums.cat(parts)
+
+    def sum_prior(self, batch: Batch, num_samples: int) -> WeightSums:
+        """The sums over draws from the prior; those where densities are no numbers, far from the data, count as 0."""
+        sampler = Prior().on(self.densities, batch)
+        size = max(1, (2**21 if self.densities.shares_prior else self.chunk_size) // len(batch[0]))
+        spans = (min(size, num_samples - done) for done in range(0, num_samples, size))
+        drawn = (sampler.log_weights(span).nan_to_num(-torch.inf, -torch.inf, -torch.inf) for span in spans)
+        return reduce(WeightSums.merge, (WeightSums.of(weights, num_samples) for weights in drawn)).cpu()
+
+    def _sum_width(self, draw_on: Callable[[Tensor], Sampler], rows: Tensor, num_samples: int, width: int) -> DrawSums:
+        """The sums for at most ``width`` data."""
+        sampler, copies, size = draw_on(rows), 1, max(1, self.chunk_size // len(rows))
+        if self.densities.programs.capture and sampler.tensors is not None:
+            size = max(1, self.chunk_size // width)
+            copies = 1 if self.densities.is_joint else max(1, min(width // len(rows), num_samples // size))
+            padded = torch.cat([rows.repeat(copies), rows[:1].expand(width - copies * len(rows))])
+            sampler, num_samples = draw_on(padded), -(-num_samples // (copies * size)) * size
+        sums = self._sum_replicate(sampler, num_samples, size)
+        columns = torch.arange(copies * len(rows)).split(len(rows))
+        weights = reduce(WeightSums.merge, [sums[part] for part in columns])
+        return self._draw_sums(weights, sampler.diagnostics, shared_draws=False)
+
     def _find_needed(self, block: InMemory, target: float) -> Tensor:
         """How many draws each datum needs for a standard error of ``target`` and a good k-hat, found by doubling."""
         rows, limit = torch.arange(block.num_data), self.settings.limit
@@ -126,12 +167,14 @@ class Draws:
         sampler = self.proposal.on(self.densities, batch)
         replicates = [self._sum_replicate(sampler, num_samples, size) for _ in range(self.replicates)]
         sums = WeightSums.of_replicates(replicates) if self.proposal.replicates else replicates[0]
-        diagnostics = {name: value.cpu() for name, value in sampler.diagnostics.items()}
-        shared_draws = self.proposal.shares_draws(self.densities)
+        return self._draw_sums(sums, sampler.diagnostics, shared_draws=self.proposal.shares_draws(self.densities))
+
+    def _draw_sums(self, weights: WeightSums, diagnostics: dict[str, Tensor], *, shared_draws: bool) -> DrawSums:
         together, exact = self.densities.num_together, not self.densities.has_latents
         if exact:  # not even rounding
-            sums = replace(sums, log_variance=torch.full_like(sums.log_variance, -torch.inf))
-        return DrawSums(sums.cpu(), diagnostics, shared_draws, self.densities.precision, together, exact)
+            weights = replace(weights, log_variance=torch.full_like(weights.log_variance, -torch.inf))
+        diagnostics = {name: value.cpu() for name, value in diagnostics.items()}
+        return DrawSums(weights.cpu(), diagnostics, shared_draws, self.densities.precision, together, exact)
 
     def _sum_replicate(self, sampler: Sampler, num_samples: int, size: int) -> WeightSums:
         strata: dict[int, WeightSums] = {}

@@ -18,6 +18,7 @@ from pvae.evidence.verdicts import (
     MAX_ROUNDING,
     MIN_ESS,
     MIN_REACH,
+    STAGES,
     count_of,
     explain_khat,
     explain_reach,
@@ -81,9 +82,19 @@ class EvidenceEstimate:
     def khat(self) -> Tensor:
         """Pareto k-hat of the weights, shape ``(N,)``. Above 0.7 do not trust the estimate or its error.
 
+        One k-hat scatters: by ``proposal="auto"``, where it was high, it is that of four times as many draws.
+
         ``-inf`` for equal weights, ``inf`` where fewer than 5 weights stand out, nan for K < 25.
         """
-        return self.sums.khat
+        looked_at = self.diagnostics.get("khat")
+        return self.sums.khat if looked_at is None else torch.where(looked_at.isnan(), self.sums.khat, looked_at)
+
+    @property
+    def stage(self) -> list[str]:
+        """What answered for each datum: the proposal, or by ``proposal="auto"`` the stage, such as ``"refined"``."""
+        if "stage" not in self.diagnostics:
+            return [self.proposal] * self.num_data
+        return [STAGES[index] for index in self.diagnostics["stage"].tolist()]
 
     @cached_property
     def elbo(self) -> Tensor:
@@ -155,7 +166,7 @@ class EvidenceEstimate:
     @property
     def reach(self) -> Tensor:
         """How far chains came, as the sampler found it, shape ``(N,)``; 1 for other proposals."""
-        return self.diagnostics.get("reach", torch.ones_like(self.log_px))
+        return self.diagnostics.get("reach", torch.ones_like(self.log_px)).nan_to_num(1.0)
 
     @property
     def rounding(self) -> Tensor:
@@ -166,23 +177,31 @@ class EvidenceEstimate:
 
     @property
     def unresolved(self) -> Tensor:
-        """Which data are `unreliable` or miss the `target_std_error`; bool, shape ``(N,)``."""
-        if self.target_std_error is None:
-            return self.unreliable
-        return self.unreliable | ~(self.std_error <= self.target_std_error)
+        """Which data are `unreliable`, miss the `target_std_error` or, by ``proposal="auto"``, have no `interval`.
+
+        Bool, shape ``(N,)``.
+        """
+        unresolved = self.unreliable
+        if "stage" in self.diagnostics:
+            unresolved = unresolved | self._is_withheld
+        if self.target_std_error is not None:
+            unresolved = unresolved | ~(self.std_error <= self.target_std_error)
+        return unresolved
 
     @property
     def withheld(self) -> list[str]:
         """Why `interval` gives none, for each datum; empty strings where it does."""
-        pooled, limits = pooled_khat(self.sums)[0], self._khat_limits
-        tensors = (self.khat, self.samples, self.ess, self.rounding, pooled, limits, self.reach)
+        pooled, limits = pooled_khat(self.sums, self.diagnostics.get("stage"))[0], self._khat_limits
+        accepted = self.diagnostics.get("accepted", torch.ones(self.num_data, dtype=torch.bool))
+        tensors = (self.khat, self.samples, self.ess, self.rounding, pooled, limits, self.reach, accepted)
         return [
             explain_rounding(rounding)
             or explain_reach(reach)
+            or ("" if good else "by their trials, no draws that were tried will do")
             or explain_khat(k, n, KHAT_LIMIT)
             or (f"only {ess:.1f} effective samples of {MIN_ESS}" if ess < MIN_ESS else "")
             or (f"k-hat {k:.2f}, pooled with those of all data {p:.2f}, is above {limit:.2f}" if p > limit else "")
-            for k, n, ess, rounding, p, limit, reach in zip(*(t.tolist() for t in tensors), strict=True)
+            for k, n, ess, rounding, p, limit, reach, good in zip(*(t.tolist() for t in tensors), strict=True)
         ]
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -203,10 +222,13 @@ class EvidenceEstimate:
         Returns:
             Lower and upper ends, nats per datum, each of shape ``(N,)``.
         """
-        lower, upper = interval(self.sums, _proper(level))
-        withheld = torch.tensor([bool(reason) for reason in self.withheld])
-        rounding = self.rounding.masked_fill(withheld, torch.nan)
+        lower, upper = interval(self.sums, _proper(level), self.diagnostics.get("stage"))
+        rounding = self.rounding.masked_fill(self._is_withheld, torch.nan)
         return lower - rounding, upper + rounding
+
+    @property
+    def _is_withheld(self) -> Tensor:
+        return torch.tensor([bool(reason) for reason in self.withheld])
 
     @property
     def _khat_limits(self) -> Tensor:
@@ -269,7 +291,7 @@ class EvidenceEstimate:
         half += self.rounding.mean().item()
         if self.mean_withheld:
             return float("nan"), float("nan")
-        return self.corrected.mean().item() - half, mean_upper(self.sums, level, half)
+        return self.corrected.mean().item() - half, mean_upper(self.sums, level, half, self.diagnostics.get("stage"))
 
     def merge(self, other: EvidenceEstimate) -> EvidenceEstimate:
         """The estimate from the draws of both: of the same data in the same order, by any proposals, with other seeds.

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.data import Batches, Data, fingerprint
+from pvae.evidence.cascade import Cascade
 from pvae.evidence.drawing import Draws, DrawSums
 from pvae.evidence.estimates import EvidenceEstimate
 from pvae.evidence.evaluation import open_evaluation, place_evaluation
@@ -31,9 +32,10 @@ def log_evidence(
     data: Data,
     *,
     num_samples: int = 1000,
-    proposal: str | Proposal | Program = "guide",
+    proposal: str | Proposal | Program = "auto",
     target_std_error: float | None = None,
     max_samples: int | None = None,
+    budget_seconds: float | None = None,
     seed: int | None = 0,
     device: str | torch.device = "auto",
     chunk_size: int | None = None,
@@ -55,15 +57,22 @@ def log_evidence(
         guide: The recognition program, with the model's latent sites.
         data: ``(N, *event)``, or a tuple of arrays with the same ``N``. Converted as by `pvae.fit`. Or a torch
             ``Dataset`` or ``DataLoader``, which is read once, in order.
-        num_samples: ``K``, draws for each datum; exactly that many are made.
-        proposal: ``"guide"`` draws from q(z|x); ``"prior"`` from p(z). ``"refined"`` and ``"laplace"`` fit a Gaussian
-            to each datum, ``"student-t"`` gives the guide heavier tails, ``"defensive"`` mixes in the prior, ``"ais"``
-            anneals from the guide. Or a `pvae.evidence.proposals.Proposal`, or another Pyro guide.
+        num_samples: ``K``, draws for each datum; exactly that many are made, by ``"auto"`` at least that many, or 100
+            annealed chains.
+        proposal: ``"auto"`` begins with the guide; where its weights say that they will not do, a Gaussian is fitted to
+            the datum, then given heavier tails, then chains are annealed from it. Each datum has a number to believe
+            then, or is named in `EvidenceEstimate.unresolved`. By name: ``"guide"`` draws from q(z|x); ``"prior"`` from
+            p(z). ``"refined"`` and ``"laplace"`` fit a Gaussian to each datum, ``"student-t"`` gives the guide heavier
+            tails, ``"defensive"`` mixes in the prior, ``"ais"`` anneals from the guide. Or a
+            `pvae.evidence.proposals.Proposal`, or another Pyro guide.
         target_std_error: In nats per datum. Data whose standard error is above it, or whose k-hat is above 0.7, get
-            twice as many draws, and so on until none are left or they have had ``max_samples``. These draws only decide
-            how many each datum needs. It then gets as many fresh ones, because an estimate that stopped where its error
-            looked small would be biased.
-        max_samples: The most draws for one datum then; 100,000 if left out.
+            more draws: twice as many, and so on until none are left or they have had ``max_samples``; by ``"auto"``
+            also those of other proposals. These draws only decide what each datum needs. It then gets fresh ones,
+            because an estimate that stopped where its error looked small would be biased.
+        max_samples: The most draws for one datum then, or by ``"auto"``; 100,000 with a target, else 16 times
+            ``num_samples`` if left out.
+        budget_seconds: After so many, ``"auto"`` tries no more: data that wait get draws of what was tried last, and
+            are unresolved. What comes depends on the clock then, not on the seed alone.
         seed: Same seed, same machine, same versions, same chunk size: same bits. ``None`` for a fresh one.
         device: ``"auto"`` (the GPU where there is one), ``"cpu"``, ``"cuda"`` or a ``torch.device``.
         chunk_size: How many pairs of a draw and a datum to evaluate at once; bounds memory. Chosen by the size of a
@@ -97,6 +106,7 @@ def log_evidence(
         num_samples=num_samples,
         target_std_error=target_std_error,
         max_samples=max_samples,
+        budget_seconds=budget_seconds,
         seed=processes.broadcast(resolve_seed(seed)),
         chunk_size=chunk_size,
         compile=compile,
@@ -107,6 +117,8 @@ def log_evidence(
         blocks = _sum_blocks(pair, batches, settings)
     draws = DrawSums.cat(_gather(blocks, processes))
     name, words = settings.proposal.name, settings.proposal.words
+    if settings.cascade:
+        name, words = "auto", "whatever answers for each"
     if draws.is_exact:
         name = words = "an exact sum over discrete latents"
     return EvidenceEstimate(
@@ -154,6 +166,7 @@ def log_weights(
         compile=compile,
         progress=progress and processes.is_main,
     )
+    settings.check_one_proposal()
     pair, batches = _place(model, guide, data, device, settings, processes)
     with processes.together():
         blocks = _keep_blocks(pair, batches, settings)
@@ -189,21 +202,22 @@ def _place(
 @halve_chunks_until_they_fit
 def _sum_blocks(pair: Pair, batches: Batches, settings: Settings) -> list[tuple[int, DrawSums]]:
     """The sums over the draws for this process's data, block by block, each with its number."""
-    with open_evaluation(pair, batches, settings.seed) as evaluation, _show_progress(settings.progress) as bar:
-        draws = Draws(evaluation, settings, bar)
+    unit = "data" if settings.cascade else "draws"
+    with open_evaluation(pair, batches, settings.seed) as evaluation, _show_progress(settings.progress, unit) as bar:
+        draws = (Cascade if settings.cascade else Draws)(evaluation, settings, bar)
         return [(number, draws.sum_block(block)) for number, block in evaluation.blocks()]
 
 
 @halve_chunks_until_they_fit
 def _keep_blocks(pair: Pair, batches: Batches, settings: Settings) -> list[tuple[int, Tensor]]:
     """The log-weights of the draws for this process's data, block by block, each with its number."""
-    with open_evaluation(pair, batches, settings.seed) as evaluation, _show_progress(settings.progress) as bar:
+    with open_evaluation(pair, batches, settings.seed) as evaluation, _show_progress(settings.progress, "draws") as bar:
         draws = Draws(evaluation, settings, bar)
         return [(number, draws.keep_block(block)) for number, block in evaluation.blocks()]
 
 
-def _show_progress(progress: bool) -> tqdm:
-    return tqdm(total=0, unit=" draws", unit_scale=True, disable=None if progress else True)
+def _show_progress(progress: bool, unit: str) -> tqdm:
+    return tqdm(total=0, unit=f" {unit}", unit_scale=True, disable=None if progress else True)
 
 
 def _gather(blocks: list[tuple[int, T]], processes: Processes) -> list[T]:

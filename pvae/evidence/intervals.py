@@ -29,17 +29,27 @@ def quantile(level: float, degrees_of_freedom: Tensor) -> Tensor:
     return torch.as_tensor(stdtrit(degrees_of_freedom.numpy(), (1 + level) / 2))
 
 
-def pooled_khat(sums: WeightSums) -> tuple[Tensor, Tensor]:
+def pooled_khat(sums: WeightSums, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Each datum's k-hat, drawn towards the mean of all as far as their scatter is no more than that of the fit.
 
     ``mean + b (k-hat - mean)`` with ``b = t / (t + v)``: v is the variance of a k-hat from M weights, ``(1 + k)^2 / M``
     less the pull of its prior, and t what the k-hats scatter beyond it. One datum alone keeps its own.
+
+    Args:
+        sums: Of the weights.
+        groups: A number for each datum, such as of the proposal that its draws came from; only data with the same one
+            are pooled.
 
     Returns:
         The pooled k-hats, and their standard errors, each of shape ``(N,)``. Those without a fit stay as they are.
 
     Source: Efron and Morris, 1975, Data Analysis Using Stein's Estimator and its Generalizations.
     """
+    if groups is not None:
+        both = torch.full((2, len(sums.khat)), torch.nan, dtype=torch.float64)
+        for group in groups.unique():
+            both[:, groups == group] = torch.stack(pooled_khat(sums[(groups == group).nonzero()[:, 0]]))
+        return both[0], both[1]
     known = sums.khat.isfinite() | sums.khat.isposinf()
     khat = sums.khat.clamp(min=-1.0, max=2.0)[known]
     tail = torch.tensor([float(tail_length(k)) for k in sums.num_samples[known].tolist()]).double()
@@ -59,7 +69,7 @@ def pooled_khat(sums: WeightSums) -> tuple[Tensor, Tensor]:
     return pooled, error
 
 
-def interval(sums: WeightSums, level: float) -> tuple[Tensor, Tensor]:
+def interval(sums: WeightSums, level: float, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """An interval for log p(x) of each datum, whether it can be trusted or not.
 
     The lower end is ``log_px - bias - z std_error``; the upper one its mirror image, or where it is higher that from
@@ -69,15 +79,16 @@ def interval(sums: WeightSums, level: float) -> tuple[Tensor, Tensor]:
     Args:
         sums: Of the weights.
         level: Coverage aimed at, between 0 and 1.
+        groups: As for `pooled_khat`.
 
     Returns:
         Lower and upper ends, nats per datum, each of shape ``(N,)``.
     """
     centre, half = sums.log_px - sums.bias, quantile(level, sums.degrees_of_freedom) * sums.std_error
-    return centre - half, torch.fmax(centre + half, _from_tail(sums, level)[0])
+    return centre - half, torch.fmax(centre + half, _from_tail(sums, level, groups)[0])
 
 
-def mean_upper(sums: WeightSums, level: float, half: float) -> float:
+def mean_upper(sums: WeightSums, level: float, half: float, groups: Tensor | None = None) -> float:
     """The upper end of an interval for the mean over data whose half width, from chance alone, is ``half``.
 
     ``mean (log_px - bias) + half``, or where it is higher ``a + sqrt(half^2 + (b - a)^2)``, with the means a of
@@ -85,14 +96,14 @@ def mean_upper(sums: WeightSums, level: float, half: float) -> float:
     for all data: that does not average out.
     """
     centre = sums.log_px - sums.bias
-    _, mean, heavier = _from_tail(sums, level)
+    _, mean, heavier = _from_tail(sums, level, groups)
     a, b = (torch.where(values.isfinite(), values, centre).mean().item() for values in (mean, heavier))
     return max(centre.mean().item() + half, a + math.hypot(half, b - a))
 
 
-def _from_tail(sums: WeightSums, level: float) -> tuple[Tensor, Tensor, Tensor]:
+def _from_tail(sums: WeightSums, level: float, groups: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Each datum's upper end, ``log m(k)`` and ``log m(k + z error)``; -inf where no tail was fitted."""
-    khat, error = pooled_khat(sums)
+    khat, error = pooled_khat(sums, groups)
     ends = torch.full((3, len(khat)), -torch.inf, dtype=torch.float64)
     for k in sums.num_samples.unique().tolist():
         rows = ((sums.num_samples == k) & khat.isfinite() & sums.log_sum.isfinite()).nonzero()[:, 0]

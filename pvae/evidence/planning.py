@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -44,6 +45,8 @@ class Settings:
         chunk_size: Pairs of a draw and a datum to evaluate at once; ``None`` for what is good.
         compile: Whether to capture and compile what is done for a chunk, or ``"auto"``.
         progress: Whether to show a bar.
+        cascade: Whether other proposals answer where this one does not.
+        deadline: Of `time.monotonic`, after which no more is tried.
         halvings: How often to halve the chunks.
     """
 
@@ -55,6 +58,8 @@ class Settings:
     chunk_size: int | None
     compile: bool | str
     progress: bool
+    cascade: bool = False
+    deadline: float = math.inf
     halvings: int = 0
 
     @classmethod
@@ -69,23 +74,32 @@ class Settings:
         progress: bool,
         target_std_error: float | None = None,
         max_samples: int | None = None,
+        budget_seconds: float | None = None,
     ) -> Settings:
         """The settings that the arguments of `pvae.log_evidence` stand for.
 
         Raises:
             ArgumentError: See the message.
         """
+        cascade = isinstance(proposal, str) and proposal == "auto"
         chosen, num_samples = proposals.resolve(proposal), positive_int("num_samples", num_samples)
         return cls(
             proposal=chosen,
             num_samples=num_samples,
-            limit=_most_samples(num_samples, target_std_error, max_samples, chosen.replicates or 1),
+            limit=_most_samples(num_samples, target_std_error, max_samples, chosen.replicates or 1, cascade),
             target_std_error=target_std_error,
             seed=seed,
             chunk_size=None if chunk_size is None else positive_int("chunk_size", chunk_size),
             compile=yes_no_or_auto("compile", compile),
             progress=progress,
+            cascade=cascade,
+            deadline=_find_deadline(budget_seconds, cascade),
         )
+
+    def check_one_proposal(self) -> None:
+        """Raises where draws may come from several proposals."""
+        if self.cascade:
+            raise ArgumentError("proposal='auto' has no weights of one proposal to keep; name one, such as 'guide'.")
 
     def find_chunk_size(self, densities: Densities) -> int:
         """How many pairs of a draw and a datum to evaluate at once, by what is asked for and what memory allows.
@@ -100,8 +114,17 @@ class Settings:
             logger.warning("out of memory: beginning again with chunks of chunk_size=%d", size)
         return size
 
-    def is_to_be_captured(self, evaluation: Evaluation) -> bool:
-        """Whether to capture and compile chunks: as asked for, or where there is enough to do to gain by it."""
+    def is_to_be_captured(
+        self, evaluation: Evaluation, proposal: Proposal | None = None, num_data: int | None = None
+    ) -> bool:
+        """Whether to capture and compile chunks: as asked for, or where there is enough to do to gain by it.
+
+        Args:
+            evaluation: Of the pair.
+            proposal: Where draws come from, if not from the settings' own.
+            num_data: How many data, if not all.
+        """
+        proposal, num_data = proposal or self.proposal, evaluation.expected_data if num_data is None else num_data
         densities = evaluation.densities
         # A graph would repeat the program for each particle; and what is known needs one run.
         if densities.layout.one_by_one or not densities.has_latents:
@@ -110,13 +133,13 @@ class Settings:
             return bool(self.compile)
         if self._is_compiled(evaluation):
             return True
-        each = self.proposal.count_evaluations(self.num_samples)
-        pairs, device = each * evaluation.expected_data, densities.placed.device
-        if self.proposal.shares_draws(densities):
+        pairs, device = proposal.count_evaluations(self.num_samples) * num_data, densities.placed.device
+        if proposal.shares_draws(densities):
             # Beside the product, the sums over weights take as long as 2,000 operations each unless compiled.
             return worth_compiling(pairs // 2**21, pairs * (2.0 * densities.entries + 2000), device)
         size = sum(p.numel() for p in {p for module in densities.placed.modules for p in module.parameters()})
-        return worth_compiling(pairs // default_chunk_size(densities, self.proposal), 2.0 * pairs * size, device)
+        # Half of the parameters or so are in play for a pair: those of the model.
+        return worth_compiling(pairs // default_chunk_size(densities, proposal), 1.0 * pairs * size, device)
 
     def _is_compiled(self, evaluation: Evaluation) -> bool:
         """Whether a call before, on the same pair, has left compiled chunks of the shape that most will have."""
@@ -130,17 +153,31 @@ def draws_name(proposal: Proposal, num_samples: int) -> tuple[str, str, int]:
     return "draws", proposal.name, num_samples
 
 
-def _most_samples(num_samples: int, target_std_error: float | None, max_samples: int | None, replicates: int) -> int:
+def _find_deadline(budget_seconds: float | None, cascade: bool) -> float:
+    """When to end, by `time.monotonic`."""
+    if budget_seconds is None:
+        return math.inf
+    if not cascade:
+        raise ArgumentError("budget_seconds needs proposal='auto'; num_samples says how many draws without it.")
+    if isinstance(budget_seconds, bool) or not budget_seconds > 0:
+        raise ArgumentError(f"budget_seconds must be a positive number of seconds, got {budget_seconds!r}.")
+    return time.monotonic() + budget_seconds
+
+
+def _most_samples(
+    num_samples: int, target_std_error: float | None, max_samples: int | None, replicates: int, cascade: bool
+) -> int:
     """The most draws that a datum may take."""
     if num_samples % replicates:
         raise ArgumentError(f"num_samples must be a multiple of the {replicates} replicates, got {num_samples}.")
-    if target_std_error is None:
+    if target_std_error is None and not cascade:
         if max_samples is not None:
             raise ArgumentError("max_samples needs a target_std_error; num_samples says how many draws without one.")
         return num_samples
-    if isinstance(target_std_error, bool) or not target_std_error > 0:
+    if target_std_error is not None and (isinstance(target_std_error, bool) or not target_std_error > 0):
         raise ArgumentError(f"target_std_error must be a positive number of nats, got {target_std_error!r}.")
-    limit = max(num_samples, _MAX_SAMPLES) if max_samples is None else positive_int("max_samples", max_samples)
+    most = _MAX_SAMPLES if target_std_error is not None else 16 * num_samples
+    limit = max(num_samples, most) if max_samples is None else positive_int("max_samples", max_samples)
     if limit < num_samples:
         raise ArgumentError(f"max_samples must be at least num_samples, {num_samples}, got {limit}.")
     return limit - limit % replicates

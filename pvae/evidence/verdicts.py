@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from pvae.evidence.pareto import MIN_SAMPLES_FOR_KHAT
 
@@ -14,6 +17,7 @@ __all__ = [
     "MAX_ROUNDING",
     "MIN_ESS",
     "MIN_REACH",
+    "STAGES",
     "count_of",
     "explain_khat",
     "explain_reach",
@@ -32,6 +36,13 @@ MIN_REACH = 0.5
 MIN_ESS = 20
 """With fewer effective samples a datum's error is a guess, and its k-hat may be low by luck."""
 
+STAGES = ("guide", "refined", "heavy-tailed", "defensive", "annealed")
+"""What may answer for a datum by ``proposal="auto"``, in the order in which they are tried.
+
+A mixture with the prior, ``"defensive"``, is tried where draws of the prior are of use, or nothing can be fitted.
+"""
+
+_OF_STAGES = ("stage", "accepted", "khat")  # of the diagnostics
 _NAMED = 5  # indices of data, where there are many
 
 
@@ -82,10 +93,29 @@ def summarize(estimate: EvidenceEstimate) -> str:
             f"  ELBO         {estimate.elbo.mean().item():10.3f}",
             f"  ESS          {estimate.ess.median().item():10.1f} of {estimate.samples.median()} samples{median}",
             f"  k-hat        {estimate.khat.median().item():10.2f}{median}",
-            *(f"  {name:<13}{value.median().item():10.2f}{median}" for name, value in estimate.diagnostics.items()),
+            *(
+                f"  {name:<13}{value.nanmedian().item():10.2f}{median}"
+                for name, value in estimate.diagnostics.items()
+                if name not in _OF_STAGES
+            ),
+            *_stages(estimate),
             f"  {_verdict(estimate)}",
         ]
     )
+
+
+def _stages(estimate: EvidenceEstimate) -> list[str]:
+    """How many data each stage answered for."""
+    if "stage" not in estimate.diagnostics:
+        return []
+    counts = Counter(estimate.stage)
+    return ["  answers from " + ", ".join(f"{name} {counts[name]}" for name in STAGES if counts[name])]
+
+
+def _names(rows: Tensor) -> str:
+    """The first few data of a mask."""
+    which = rows.nonzero()[:, 0].tolist()
+    return ", ".join(map(str, which[:_NAMED])) + (", ..." if len(which) > _NAMED else "")
 
 
 def _impossible(estimate: EvidenceEstimate) -> str:
@@ -93,10 +123,9 @@ def _impossible(estimate: EvidenceEstimate) -> str:
     rows = estimate.log_px.isneginf()
     if not rows.any():
         return ""
-    which = rows.nonzero()[:, 0].tolist()
-    names = ", ".join(map(str, which[:_NAMED])) + (", ..." if len(which) > _NAMED else "")
     others = f"; the others' mean is {estimate.log_px[~rows].mean().item():.3f}" if not rows.all() else ""
-    return f": -inf for {count_of(len(which), estimate.num_data)}, number {names}, which no sample explains{others}"
+    of = count_of(int(rows.sum()), estimate.num_data)
+    return f": -inf for {of}, number {_names(rows)}, which no sample explains{others}"
 
 
 def _errors(estimate: EvidenceEstimate) -> str:
@@ -120,6 +149,10 @@ def _verdict(estimate: EvidenceEstimate) -> str:
         return f"{count_of(int((estimate.rounding > MAX_ROUNDING).sum()), total)} are unreliable: {coarse}"
     if short := explain_reach(estimate.reach.min().item()):
         return f"{count_of(int((estimate.reach < MIN_REACH).sum()), total)} are unreliable: {short}"
+    if "stage" in estimate.diagnostics:
+        if not unresolved:
+            return "all data are resolved"
+        return f"{count_of(unresolved, total)} are unresolved, number {_names(estimate.unresolved)}: see `withheld`"
     if estimate.target_std_error is not None and unresolved:
         missed = f"a standard error above {estimate.target_std_error:g}"
         why = [f"{bad} with a k-hat above {KHAT_LIMIT}"] if bad else []

@@ -249,6 +249,7 @@ class _Mixture(Density):
 
 
 _NAMED: dict[str, Callable[[], Proposal]] = {
+    "auto": Guide,  # with which it begins
     "guide": Guide,
     "prior": Prior,
     "refined": Refined,

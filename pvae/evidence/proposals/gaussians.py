@@ -80,11 +80,15 @@ class Elliptical:
 
     def draw_standard(self, num_samples: int) -> Tensor:
         """Returns K draws of e for each datum, shape ``(K, N, D)``."""
-        shape = (num_samples, *self.loc.shape)
         if self.sobol is None:
-            e = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+            normal = torch.randn(num_samples, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
         else:
-            e = self.sobol.draw(num_samples, self.loc)
+            normal = self.sobol.draw(num_samples, self.loc)
+        return self.spread(normal)
+
+    def spread(self, normal: Tensor) -> Tensor:
+        """Makes e of standard normal draws, ``(K, N, D)``: the same, or over the root of a chi-squared variable."""
+        e, shape = normal, normal.shape
         if math.isfinite(self.df):
             chi2 = torch.distributions.Chi2(torch.tensor(self.df, dtype=torch.float64)).sample(shape[:2])
             e = e / (chi2 / self.df).sqrt().to(e)[..., None]

@@ -84,12 +84,15 @@ class MixtureDensity(Density):
 
     def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
         """Returns fresh draws and their log q, shape ``(K, N)``."""
-        u = self.components[0].place(self.components[0].draw_standard(num_samples))
+        first, *others = self.components
+        # Only one component's place of each draw is taken, so that all may place the same normal numbers.
+        normal = torch.randn(num_samples, *first.loc.shape, dtype=first.loc.dtype, device=first.loc.device)
+        u = first.place(first.spread(normal))
         # Uniform numbers in [0, 1): above the first share the second component draws, and so on.
         chosen, share = torch.rand(u.shape[:2], dtype=u.dtype, device=u.device)[..., None], 0.0
-        for one, weight in zip(self.components[1:], self.weights, strict=False):
+        for one, weight in zip(others, self.weights, strict=False):
             share += weight
-            u = torch.where(chosen < share, u, one.place(one.draw_standard(num_samples)))
+            u = torch.where(chosen < share, u, one.place(one.spread(normal)))
         latents, log_det = self.pair.space.unflatten(u)
         return latents, self._log_density(u) - log_det
 

@@ -1,0 +1,232 @@
+"""``proposal="auto"``: draws are spent where they are needed, until each datum has a number or is named as unresolved.
+
+The guide is tried on all data. Where its weights say no, a Gaussian is fitted to each datum, then given heavier tails,
+then chains are annealed from it. Draws that decide are thrown away: what counts is drawn afresh.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pvae.data import InMemory
+from pvae.evidence.drawing import Draws, DrawSums
+from pvae.evidence.evaluation import Evaluation, name_batch
+from pvae.evidence.planning import Settings
+from pvae.evidence.proposals import Elliptical, GivenGaussian, Guide, Refined, Sampler
+from pvae.evidence.stages import FEWEST_TEMPERATURES, WAYS, Judge, can_fit, may_reach, surely_above
+from pvae.evidence.verdicts import KHAT_LIMIT, STAGES
+from pvae.evidence.weights import WeightSums
+
+__all__ = ["Cascade"]
+
+_STD_ERROR = 0.2  # nats, as of 25 effective samples
+_DRAWS = 50  # of a datum in a chunk
+
+_PILOTS = 200
+_MORE_PILOTS = 800
+_SHARED_PILOTS = 4000  # from the prior, where one decoding serves all data
+_CHECKS = 3  # times as many draws look again at a k-hat that is too high
+
+_CHAINS = 100
+_PILOT_CHAINS = 16
+_MOST_TEMPERATURES = 512
+_VARIANCE = 0.7  # of a chain's log-weight
+
+
+class _Data(NamedTuple):
+    """Some data of a block.
+
+    Attributes:
+        numbers: Theirs in the block.
+        batch: What programs see.
+        floor: What log p(x) of each surely is above, by draws from the prior.
+        fitted: The Gaussian fitted to each, where there is one.
+    """
+
+    numbers: Tensor
+    batch: tuple[Tensor, ...]
+    floor: Tensor
+    fitted: Elliptical | None = None
+
+
+class Cascade:
+    """Sums over draws from whatever a datum needs.
+
+    Args:
+        evaluation: What draws are weighed by.
+        settings: What is asked for.
+        bar: Counts data that have their number.
+    """
+
+    def __init__(self, evaluation: Evaluation, settings: Settings, bar: tqdm) -> None:
+        self.evaluation, self.densities, self.settings, self.bar = evaluation, evaluation.densities, settings, bar
+        self.draws = Draws(evaluation, settings, tqdm(disable=True))
+        target = settings.target_std_error
+        self.judge = Judge(settings.num_samples, settings.limit, target or _STD_ERROR, target is not None)
+        self.can_fit = can_fit(self.densities)
+        dim = self.densities.space.dim if self.can_fit else 1
+        # A chunk holds few data and many draws of each; fits take many data, up to what D x D numbers for each take.
+        self.many = max(1, min(self.draws.chunk_size // 8, 2**25 // dim**2))
+        self.few = 1 if self.densities.is_joint else max(1, min(self.many, self.draws.chunk_size // _DRAWS))
+        self.answers: list[tuple[Tensor, DrawSums]] = []
+        bar.total = evaluation.batches.num_data
+
+    def sum_block(self, block: InMemory) -> DrawSums:
+        """The sums over the draws that count for each datum of a block."""
+        self.answers.clear()
+        numbers, floor = torch.arange(block.num_data), self._find_floor(block)
+        needed = self._try_guide(block, floor)
+        for rows in _split(numbers[needed > 0], self.few):
+            with name_batch(block, rows):
+                self._answer("guide", _Data(rows, block.take(rows), floor[rows]), torch.arange(len(rows)), needed[rows])
+        self._capture_for(int((needed == 0).sum()))
+        for rows in _split(numbers[needed == 0], self.many):
+            with name_batch(block, rows):
+                self._resolve(_Data(rows, block.take(rows), floor[rows]))
+        order = torch.cat([numbers for numbers, _ in self.answers]).argsort()
+        return DrawSums.cat([sums for _, sums in self.answers])[order]
+
+    def _find_floor(self, block: InMemory) -> Tensor:
+        """What log p(x) of each datum surely is above, by draws from the prior; -inf where these do not tell.
+
+        The prior misses nothing that there is. In few dimensions it so finds what the guide overlooks, as a second
+        mode, of which weights of the guide's draws tell nothing.
+        """
+        floor = torch.full((block.num_data,), -torch.inf, dtype=torch.float64)
+        if not self.densities.has_latents or self.densities.layout.one_by_one:
+            return floor
+        self.bar.set_postfix_str("prior")
+        shared = self.densities.shares_prior
+        for rows in torch.arange(block.num_data).split(1024 if shared else self.few):
+            floor[rows] = surely_above(self.draws.sum_prior(block.take(rows), _SHARED_PILOTS if shared else _PILOTS))
+        return floor
+
+    def _capture_for(self, num_data: int) -> None:
+        """Begins to capture where so many data, to which something is to be fitted, make that pay."""
+        programs = self.densities.programs
+        programs.capture |= self.settings.is_to_be_captured(self.evaluation, Refined(), num_data)
+
+    def _try_guide(self, block: InMemory, floor: Tensor) -> Tensor:
+        """How many of the guide's draws each datum needs; 0 where they will not do."""
+        self.bar.set_postfix_str("guide")
+        pilots = []
+        for rows in torch.arange(block.num_data).split(self.few):
+            with name_batch(block, rows):
+                data = _Data(rows, block.take(rows), floor[rows])
+                pilots.append(self._try("guide", data, torch.arange(len(rows))))
+        return self.judge.find_needed("guide", WeightSums.cat(pilots), floor)
+
+    def _resolve(self, data: _Data) -> None:
+        """Answers for data for which the guide's draws will not do."""
+        left, last = torch.arange(len(data.numbers)), "guide"
+        for name in ("refined", "heavy-tailed", "defensive") if self.can_fit else ("defensive",):
+            # A mixture with the prior helps where draws of the prior are of any use.
+            some = left[data.floor[left].isfinite()] if self.can_fit and name == "defensive" else left
+            if self._is_late or not len(some):
+                continue
+            self.bar.set_postfix_str(name)
+            if self.can_fit and data.fitted is None:
+                data = data._replace(fitted=Refined().gaussian(self.densities, data.batch))
+            needed, last = self.judge.find_needed(name, self._try(name, data, some), data.floor[some]), name
+            self._answer(name, data, some[needed > 0], needed[needed > 0])
+            left = left[~torch.isin(left, some[needed > 0])]
+        if self.can_fit and not self._is_late:
+            self._anneal(data, left)
+        else:
+            self._answer(last, data, left, self.settings.num_samples, accepted=False)
+
+    def _anneal(self, data: _Data, left: Tensor) -> None:
+        """Answers by chains, over as many temperatures as the scatter of pilots' weights asks for."""
+        wanted = torch.full_like(left, FEWEST_TEMPERATURES)
+        while len(left):
+            temperatures = int(wanted.min())
+            self.bar.set_postfix_str(f"annealed, {temperatures} temperatures")
+            some = wanted == temperatures
+            pilots = self._draw("annealed", data, left[some], _PILOT_CHAINS, temperatures).weights
+            variance = pilots.squares_log / (_PILOT_CHAINS - 1)
+            is_last = temperatures >= _MOST_TEMPERATURES or self._is_late
+            done = (variance <= _VARIANCE) | is_last
+            is_good = (variance <= 2 * _VARIANCE) & may_reach(pilots, data.floor[left[some]])
+            for good in (True, False):
+                rows = done & (is_good == good)
+                if rows.any():
+                    needed = self.judge.find_chains(variance[rows].clamp(max=_VARIANCE), _CHAINS)
+                    self._answer("annealed", data, left[some][rows], needed, temperatures, accepted=good)
+            # Their variance falls about as fast as temperatures get more.
+            times = 2 ** (variance / _VARIANCE).log2().ceil().nan_to_num(torch.inf).clamp(1, 3)
+            wanted[some] = (temperatures * times).long().clamp(max=_MOST_TEMPERATURES)
+            ended = torch.zeros_like(some).masked_scatter(some, done)
+            left, wanted = left[~ended], wanted[~ended]
+
+    def _answer(
+        self,
+        name: str,
+        data: _Data,
+        rows: Tensor,
+        needed: Tensor | int,
+        temperatures: int = FEWEST_TEMPERATURES,
+        accepted: bool = True,
+    ) -> None:
+        """Draws afresh for some of the data, as often as each needs, and notes the sums.
+
+        Args:
+            name: The stage.
+            data: The data.
+            rows: Which of them.
+            needed: Draws for all of these, or for each.
+            temperatures: Of chains.
+            accepted: Whether trials said that these draws will do.
+        """
+        needed = torch.as_tensor(needed).expand(len(rows))
+        for num_samples in needed.unique().tolist():
+            some = rows[needed == num_samples]
+            sums = self._draw(name, data, some, num_samples, temperatures)
+            looked_at = torch.full((len(some),), torch.nan, dtype=torch.float64)
+            high = (sums.weights.khat > KHAT_LIMIT).nonzero()[:, 0]
+            if len(high) and accepted:
+                # One k-hat scatters. More draws tell whether this one is high by chance; they count for it alone.
+                more = self._draw(name, data, some[high], _CHECKS * num_samples, temperatures).weights
+                looked_at[high] = sums.weights[high].merge(more).khat
+            told = {
+                "stage": torch.full((len(some),), STAGES.index(name)),
+                "accepted": torch.full((len(some),), accepted),
+                "khat": looked_at,
+            }
+            self.answers.append((data.numbers[some], replace(sums, diagnostics=sums.diagnostics | told)))
+            self.bar.update(len(some))
+
+    def _draw(
+        self, name: str, data: _Data, rows: Tensor, num_samples: int, temperatures: int = FEWEST_TEMPERATURES
+    ) -> DrawSums:
+        """The sums over at least so many draws of a stage for some of the data."""
+        fitted, make = data.fitted, WAYS[name].make
+
+        def draw_on(rows: Tensor) -> Sampler:
+            given = Guide() if fitted is None else GivenGaussian(fitted[rows])
+            return make(given, temperatures).on(self.densities, tuple(t[rows] for t in data.batch))
+
+        return self.draws.sum_rows(draw_on, rows, num_samples, self.few)
+
+    def _try(self, name: str, data: _Data, rows: Tensor) -> WeightSums:
+        """The sums over pilots: a few for each datum, and more where these do not tell."""
+        sums = self._draw(name, data, rows, _PILOTS).weights
+        unsure = self.judge.is_unsure(sums).nonzero()[:, 0]
+        if len(unsure):
+            more = self._draw(name, data, rows[unsure], _MORE_PILOTS).weights
+            sums = sums.put(unsure, sums[unsure].merge(more))
+        return sums
+
+    @property
+    def _is_late(self) -> bool:
+        return time.monotonic() > self.settings.deadline
+
+
+def _split(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Parts of at most so many rows and of about the same size, so that few shapes occur; none of no rows."""
+    return rows.tensor_split(-(-len(rows) // size)) if len(rows) else ()

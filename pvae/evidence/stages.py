@@ -1,0 +1,128 @@
+"""What may answer for a datum by ``proposal="auto"``: the ways to draw, and what trials tell of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pvae.errors import ProgramError
+from pvae.evidence.densities import MAX_JOINT_DIM, Densities
+from pvae.evidence.intervals import pooled_khat
+from pvae.evidence.proposals import (
+    Annealed,
+    Defensive,
+    Gaussian,
+    Guide,
+    Inflated,
+    Mixture,
+    Proposal,
+    StudentT,
+)
+from pvae.evidence.weights import WeightSums
+
+__all__ = ["FEWEST_TEMPERATURES", "WAYS", "Judge", "can_fit", "may_reach", "surely_above"]
+
+FEWEST_TEMPERATURES = 16
+
+_KHAT = 0.5  # the most of pilots: weights of a finite variance, and far from the limit, as k-hat scatters
+_ERRORS = 4  # standard errors that two estimates may be apart
+_MARGIN = 0.8  # since the error of fresh draws scatters
+_MIN_ESS = 20
+
+# A Gaussian with the highest ELBO is too narrow. What the guide covers stays covered.
+_WIDER = 1.1
+_SHARES = (0.95, 0.05)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to draw.
+
+    Attributes:
+        make: From the Gaussian that was fitted to each datum, and a number of temperatures.
+        most: Draws for a datum at most, times ``num_samples``.
+        is_open: Whether it may take all draws that are allowed, where there is a target for the error.
+    """
+
+    make: Callable[[Gaussian, int], Proposal]
+    most: int
+    is_open: bool = False
+
+
+def _mix(wide: Gaussian) -> Proposal:
+    return Mixture((wide, Guide()), _SHARES)
+
+
+WAYS = {
+    "guide": Way(lambda *_: Guide(), 4),
+    "refined": Way(lambda fitted, _: _mix(Inflated(fitted, _WIDER)), 16),
+    "heavy-tailed": Way(lambda fitted, _: _mix(StudentT(Inflated(fitted, _WIDER))), 16, is_open=True),
+    "defensive": Way(lambda *_: Defensive(share=0.5), 16, is_open=True),
+    "annealed": Way(lambda fitted, temperatures: Annealed(fitted, temperatures), 4),
+}
+"""By the names in `pvae.evidence.verdicts.STAGES`."""
+
+
+def can_fit(densities: Densities) -> bool:
+    """Whether latents can be moved as real numbers, and have a covariance."""
+    if not densities.has_latents:
+        return False
+    try:
+        dim = densities.space.dim
+    except ProgramError:
+        return False
+    return not densities.is_joint or dim <= MAX_JOINT_DIM
+
+
+def surely_above(sums: WeightSums) -> Tensor:
+    """What log p(x) is above by all that is known, shape ``(N,)``; -inf where that is nothing."""
+    told = (sums.khat <= _KHAT) & (sums.ess >= _MIN_ESS)
+    return torch.where(told, sums.log_px - _ERRORS * sums.std_error, -torch.inf)
+
+
+def may_reach(sums: WeightSums, floor: Tensor) -> Tensor:
+    """Whether log p(x) by some draws may be as high as it is by others; bool, shape ``(N,)``."""
+    return sums.log_px + _ERRORS * sums.std_error >= floor
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Tells by pilots how many draws of a stage will do.
+
+    Attributes:
+        num_samples: Draws at least.
+        limit: Draws at most.
+        std_error: Wanted, nats per datum.
+        is_target: Whether it was asked for.
+    """
+
+    num_samples: int
+    limit: int
+    std_error: float
+    is_target: bool
+
+    def most(self, stage: str) -> int:
+        """The most draws of a stage for one datum."""
+        way = WAYS[stage]
+        return self.limit if way.is_open and self.is_target else min(way.most * self.num_samples, self.limit)
+
+    def find_needed(self, stage: str, pilots: WeightSums, floor: Tensor) -> Tensor:
+        """How many draws each datum needs, shape ``(N,)``; 0 where too many, or none will do."""
+        needed = pilots.num_samples * (pilots.std_error / (_MARGIN * self.std_error)).square()
+        # Few different numbers, so that many data are drawn for together.
+        needed = self.num_samples * 2 ** (needed / self.num_samples).log2().ceil().clamp(min=0.0)
+        good = (pooled_khat(pilots)[0] <= _KHAT) & pilots.log_px.isfinite() & may_reach(pilots, floor)
+        return torch.where(good & (needed <= self.most(stage)), needed, 0.0).long()
+
+    def find_chains(self, variance: Tensor, least: int) -> int:
+        """How many chains bring the error of all to the target, if their log-weights are normal with this variance."""
+        needed = (variance.expm1() / (_MARGIN * self.std_error) ** 2).ceil().amax().long()
+        return int(needed.clamp(least, max(least, self.most("annealed"))))
+
+    def is_unsure(self, pilots: WeightSums) -> Tensor:
+        """Whether more pilots may change the verdict; bool, shape ``(N,)``."""
+        khat, error = pooled_khat(pilots)
+        return (khat - _KHAT).abs() < error
