@@ -3,10 +3,10 @@
 from pvae.evidence import proposals
 from pvae.evidence.bidirectional import Bracket, bidirectional_monte_carlo
 from pvae.evidence.comparison import Comparison, compare
-from pvae.evidence.estimates import EvidenceEstimate
+from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
 from pvae.evidence.importance import log_evidence, log_weights
 from pvae.evidence.quadrature import QuadratureEstimate, gauss_hermite
-from pvae.evidence.verdicts import KHAT_LIMIT
+from pvae.evidence.references import Reference, reference
 from pvae.evidence.weights import iwae_bounds
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Comparison",
     "EvidenceEstimate",
     "QuadratureEstimate",
+    "Reference",
     "bidirectional_monte_carlo",
     "compare",
     "gauss_hermite",
@@ -22,4 +23,5 @@ __all__ = [
     "log_evidence",
     "log_weights",
     "proposals",
+    "reference",
 ]

@@ -30,7 +30,7 @@ from pvae.evidence.weights import WeightSums
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["EvidenceEstimate"]
+__all__ = ["KHAT_LIMIT", "EvidenceEstimate"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
