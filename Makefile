@@ -43,6 +43,7 @@ bench: $(VENV)/.bench  ## measure training and evidence beside Pyro, and estimat
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/evidence.py
 	$(BIN)/python benchmarks/estimators.py
+	$(BIN)/python benchmarks/default_call.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) results docs/_build docs/jupyter_execute .pytest_cache .ruff_cache
