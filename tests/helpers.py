@@ -34,8 +34,9 @@ def train(pair, x, **options):
 
 
 def evidence(pair, data, **options):
-    """log p(x) with 30 draws a datum."""
-    return pvae.log_evidence(pair.model, pair.guide, data, **{"num_samples": 30, "progress": False, **options})
+    """log p(x) with 30 draws of the guide a datum."""
+    defaults = {"num_samples": 30, "proposal": "guide", "progress": False}
+    return pvae.log_evidence(pair.model, pair.guide, data, **{**defaults, **options})
 
 
 def weights(module):

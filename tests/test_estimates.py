@@ -25,6 +25,7 @@ from pvae.evidence.weights import WeightSums
 from pvae.testing import linear_gaussian
 
 evidence = partial(helpers.evidence, num_samples=1000)
+by_guide = partial(pvae.log_evidence, proposal="guide")
 
 
 def lognormal(sd, num_samples, num_data, generator):
@@ -115,7 +116,7 @@ def test_only_unresolved_data_take_more_samples():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.MultivariateNormal(exact.loc + 0.3 * hard(x), scale_tril=exact.scale_tril))
 
-    estimate = pvae.log_evidence(
+    estimate = by_guide(
         oracle.model, shifted, x, num_samples=100, target_std_error=0.01, max_samples=5000, chunk_size=900
     )
     easy = hard(x)[:, 0] == 0
@@ -125,7 +126,7 @@ def test_only_unresolved_data_take_more_samples():
     assert estimate.num_samples <= 5000
     assert ((estimate.std_error <= 0.01) & (estimate.khat <= 0.7) == ~estimate.unresolved).all()
     assert ((estimate.log_px - oracle.log_px(x)).abs() < 5 * estimate.std_error + 1e-6).all()
-    wide = pvae.log_evidence(oracle.model, shifted, x, num_samples=100, target_std_error=10.0)
+    wide = by_guide(oracle.model, shifted, x, num_samples=100, target_std_error=10.0)
     assert (wide.samples[easy] == 100).all()
     assert wide.unresolved.double().mean() < 0.2  # k-hat alone asked for more
 
@@ -133,7 +134,7 @@ def test_only_unresolved_data_take_more_samples():
 def test_data_that_stay_unresolved_are_named():
     oracle = linear_gaussian(10, 20, guide_scale=0.4)
     x = oracle.sample(10)
-    estimate = pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=100, target_std_error=0.05, max_samples=450)
+    estimate = by_guide(oracle.model, oracle.guide, x, num_samples=100, target_std_error=0.05, max_samples=450)
     assert estimate.unresolved.any()
     assert estimate.num_samples == 450
     assert (estimate.samples[estimate.unresolved] == 450).all()
@@ -145,7 +146,7 @@ def test_data_that_stay_unresolved_are_named():
 def test_every_proposal_can_go_on(proposal):
     oracle = linear_gaussian(2, 4, guide_shift=0.5)
     x = oracle.sample(12)
-    estimate = pvae.log_evidence(
+    estimate = by_guide(
         oracle.model, oracle.guide, x, num_samples=100, proposal=proposal, target_std_error=0.03, max_samples=1600
     )
     reliable = ~estimate.unreliable
@@ -165,7 +166,7 @@ def test_every_proposal_can_go_on(proposal):
 )
 def test_impossible_targets_are_named(options, match, small_vae, bits):
     with pytest.raises(pvae.ArgumentError, match=match):
-        pvae.log_evidence(small_vae.model, small_vae.guide, bits, **options)
+        by_guide(small_vae.model, small_vae.guide, bits, **options)
 
 
 # --- merging ------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_impossible_targets_are_named(options, match, small_vae, bits):
 def test_estimates_merge_as_if_drawn_at_once():
     oracle = linear_gaussian(2, 4, guide_shift=0.3)
     x = oracle.sample(20)
-    parts = [pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=500, seed=s) for s in (1, 2)]
+    parts = [by_guide(oracle.model, oracle.guide, x, num_samples=500, seed=s) for s in (1, 2)]
     weights = torch.cat([pvae.log_weights(oracle.model, oracle.guide, x, num_samples=500, seed=s) for s in (1, 2)])
     merged, whole = parts[0].merge(parts[1]), WeightSums.of(weights)
     assert merged.num_samples == 1000
@@ -185,18 +186,18 @@ def test_estimates_merge_as_if_drawn_at_once():
     torch.testing.assert_close(merged.khat, pareto_khat(known, 1000))
     torch.testing.assert_close(merged.std_error, whole.std_error, rtol=0.01, atol=0)
     assert merged.seconds == parts[0].seconds + parts[1].seconds
-    other = pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=500, seed=3, proposal="laplace")
+    other = by_guide(oracle.model, oracle.guide, x, num_samples=500, seed=3, proposal="laplace")
     assert parts[0].merge(other).proposal == "guide and laplace"
     with pytest.raises(pvae.ArgumentError, match="both estimates have seed 1"):
         parts[0].merge(parts[0])
     with pytest.raises(pvae.ArgumentError, match="of 20 and of 5 data"):
-        parts[0].merge(pvae.log_evidence(oracle.model, oracle.guide, x[:5], seed=7))
+        parts[0].merge(by_guide(oracle.model, oracle.guide, x[:5], seed=7))
 
 
 def test_the_same_draws_are_not_merged_twice():
     oracle = linear_gaussian(2, 4, guide_shift=0.3)
     x = oracle.sample(5)
-    a, b, c = (pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=100, seed=s) for s in range(3))
+    a, b, c = (by_guide(oracle.model, oracle.guide, x, num_samples=100, seed=s) for s in range(3))
     abc = a.merge(b).merge(c)
     assert abc.num_samples == 300
     for again in (a, b, c, a.merge(b)):
@@ -207,10 +208,10 @@ def test_the_same_draws_are_not_merged_twice():
 def test_a_run_of_one_draw_does_not_spoil_the_error():
     oracle = linear_gaussian(2, 4, guide_shift=0.3)
     x = oracle.sample(5)
-    one, many = (pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=k, seed=k) for k in (1, 1000))
+    one, many = (by_guide(oracle.model, oracle.guide, x, num_samples=k, seed=k) for k in (1, 1000))
     assert one.std_error.isnan().all()
     torch.testing.assert_close(one.merge(many).std_error, many.std_error, rtol=0.05, atol=0)
-    planned = pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=1, target_std_error=0.1, max_samples=2000)
+    planned = by_guide(oracle.model, oracle.guide, x, num_samples=1, target_std_error=0.1, max_samples=2000)
     assert (planned.samples < 2000).all()
     assert planned.std_error.isfinite().all()
 
@@ -227,7 +228,7 @@ def test_nothing_but_zero_weights_is_not_reliable():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
 
-    estimate = pvae.log_evidence(model, guide, torch.tensor([0.1, 20.0]), num_samples=2000)
+    estimate = by_guide(model, guide, torch.tensor([0.1, 20.0]), num_samples=2000)
     assert estimate.log_px[1] == -torch.inf
     assert estimate.ess[1] == 0
     assert estimate.unreliable.tolist() == [False, True]
@@ -249,7 +250,7 @@ def test_intervals_from_replicates_are_wider():
     """Coverage of 2,000 data with 5 replicates: 95% has an sd of 0.005, and a normal quantile would give 88%."""
     oracle = linear_gaussian(2, 3, guide_shift=0.2, guide_scale=1.1)
     x = oracle.sample(2000)
-    estimate = pvae.log_evidence(oracle.model, oracle.guide, x, num_samples=320, proposal=Sobol(replicates=5))
+    estimate = by_guide(oracle.model, oracle.guide, x, num_samples=320, proposal=Sobol(replicates=5))
     lower, upper = estimate.interval(0.95)
     exact = oracle.log_px(x)
     assert ((lower < exact) & (exact < upper)).double().mean() == pytest.approx(0.95, abs=0.03)
@@ -263,7 +264,7 @@ def test_a_target_does_not_bias_the_mean(proposal):
     """Stopping where the error looks small would put the mean ten of its errors too low; it is within 5."""
     oracle = linear_gaussian(2, 5, guide_scale=0.85, guide_shift=0.3)
     x = oracle.sample(1500)
-    estimate = pvae.log_evidence(
+    estimate = by_guide(
         oracle.model, oracle.guide, x, num_samples=100, target_std_error=0.03, max_samples=20_000, proposal=proposal
     )
     assert estimate.samples.unique().numel() > 3
@@ -410,7 +411,7 @@ def test_weights_too_large_for_their_precision_are_not_called_reliable():
         oracle = linear_gaussian(2, 5, guide_shift=0.5, dtype=dtype)
         x = torch.zeros(3, 5, dtype=dtype)
         x[2, 0] = size
-        estimate = pvae.log_evidence(oracle.model, oracle.guide, x)
+        estimate = by_guide(oracle.model, oracle.guide, x)
         large = size > 1
         assert estimate.unreliable.tolist() == [False, False, large]
         assert ("rounded to" in estimate.withheld[2]) == ("rounded to" in estimate.mean_withheld) == large

@@ -20,7 +20,7 @@ from pvae.evidence.proposals import Annealed, Defensive, Guide, Inflated, Laplac
 from pvae.evidence.weights import WeightSums
 from pvae.testing import linear_gaussian, two_modes
 
-LOWEST, HIGHEST = 0.92, 0.98
+LOWEST, HIGHEST = 0.91, 0.985  # of 400 to 600 data, whose share has an error of about 0.01
 
 
 def estimated(log_weights):

@@ -51,11 +51,11 @@ def within(estimate, exact, errors=4):
 
 def test_latents_outside_of_the_plate_have_one_log_p_of_all_data():
     regression = Regression(3)
-    estimate = pvae.log_evidence(regression.model, regression.guide, regression.data, num_samples=500)
+    estimate = pvae.log_evidence(regression.model, regression.guide, regression.data, num_samples=500, proposal="guide")
     within(estimate, regression.log_py)
     assert estimate.num_together == 40
     assert "log p(data) of 40 data together, 500 samples from the guide" in repr(estimate)
-    kept = pvae.log_weights(regression.model, regression.guide, regression.data, num_samples=500)
+    kept = pvae.log_weights(regression.model, regression.guide, regression.data, num_samples=500, proposal="guide")
     assert kept.shape == (500, 1)
     assert (kept.logsumexp(0) - estimate.log_px).item() == pytest.approx(math.log(500))
 

@@ -109,4 +109,4 @@ def test_a_density_that_is_not_finite_is_an_error(bits):
             pyro.sample("z", dist.Normal(torch.where(torch.arange(len(x)) == 2, torch.nan, 0.0), 1.0))
 
     with pytest.raises(pvae.NumericalError, match=r"begins with datum 0: 5 of 1500 log-weights .*datum 2 of its batch"):
-        pvae.log_evidence(local, guide, bits, num_samples=5)
+        pvae.log_evidence(local, guide, bits, num_samples=5, proposal="guide")

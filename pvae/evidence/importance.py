@@ -118,7 +118,7 @@ def log_evidence(
     draws = DrawSums.cat(_gather(blocks, processes))
     name, words = settings.proposal.name, settings.proposal.words
     if settings.cascade:
-        name, words = "auto", "whatever answers for each"
+        name, words = "auto", "the guide, or from what fits a datum better"
     if draws.is_exact:
         name = words = "an exact sum over discrete latents"
     return EvidenceEstimate(

@@ -151,7 +151,7 @@ def _verdict(estimate: EvidenceEstimate) -> str:
         return f"{count_of(int((estimate.reach < MIN_REACH).sum()), total)} are unreliable: {short}"
     if "stage" in estimate.diagnostics:
         if not unresolved:
-            return "all data are resolved"
+            return "all data are resolved" if total > 1 else "it is resolved"
         return f"{count_of(unresolved, total)} are unresolved, number {_names(estimate.unresolved)}: see `withheld`"
     if estimate.target_std_error is not None and unresolved:
         missed = f"a standard error above {estimate.target_std_error:g}"
