@@ -309,7 +309,9 @@ def count_compiles(monkeypatch):
     """Graphs that were to be compiled, which they are not."""
     compiled = []
     monkeypatch.setattr(compiled_svi, "Captured", captured_module.Captured)
-    monkeypatch.setattr(captured_module.Captured, "_compile", lambda _, graph, *__: compiled.append(graph) or graph)
+    monkeypatch.setattr(
+        captured_module.Captured, "_compile", lambda _, __, graph, *___: compiled.append(graph) or graph
+    )
     return compiled
 
 

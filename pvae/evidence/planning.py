@@ -107,12 +107,15 @@ class Settings:
         Raises:
             MemoryError: There is nothing left to halve.
         """
-        size = (self.chunk_size or default_chunk_size(densities, self.proposal)) >> self.halvings
+        size = self._halved_chunk_size(densities)
         if not size:
             raise MemoryError("there is no memory for even one draw of one datum at a time")
         if self.halvings:
             logger.warning("out of memory: beginning again with chunks of chunk_size=%d", size)
         return size
+
+    def _halved_chunk_size(self, densities: Densities) -> int:
+        return (self.chunk_size or default_chunk_size(densities, self.proposal)) >> self.halvings
 
     def is_to_be_captured(
         self, evaluation: Evaluation, proposal: Proposal | None = None, num_data: int | None = None
@@ -144,7 +147,9 @@ class Settings:
     def _is_compiled(self, evaluation: Evaluation) -> bool:
         """Whether a call before, on the same pair, has left compiled chunks of the shape that most will have."""
         densities, num_data = evaluation.densities, evaluation.expected_data
-        rows, draws = chunk_shape(num_data, self.num_samples, densities, self.proposal, self.find_chunk_size(densities))
+        rows, draws = chunk_shape(
+            num_data, self.num_samples, densities, self.proposal, self._halved_chunk_size(densities)
+        )
         return densities.programs.is_compiled(draws_name(self.proposal, min(draws, self.num_samples)), rows)
 
 
