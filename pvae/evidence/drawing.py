@@ -33,6 +33,7 @@ class DrawSums:
         precision: Machine epsilon of the numbers that densities were computed in.
         num_together: How many data have one log p together; 0 where each has its own.
         is_exact: Whether there was nothing to draw, so that log p(x) is known.
+        product_rounding: What products in fewer digits were found to change log-weights by, nats.
     """
 
     weights: WeightSums
@@ -41,6 +42,7 @@ class DrawSums:
     precision: float
     num_together: int = 0
     is_exact: bool = False
+    product_rounding: float = 0.0
 
     @classmethod
     def cat(cls, parts: Sequence[DrawSums]) -> DrawSums:
@@ -174,7 +176,8 @@ class Draws:
         if exact:  # not even rounding
             weights = replace(weights, log_variance=torch.full_like(weights.log_variance, -torch.inf))
         diagnostics = {name: value.cpu() for name, value in diagnostics.items()}
-        return DrawSums(weights.cpu(), diagnostics, shared_draws, self.densities.precision, together, exact)
+        rounding = self.densities.product_rounding
+        return DrawSums(weights.cpu(), diagnostics, shared_draws, self.densities.precision, together, exact, rounding)
 
     def _sum_replicate(self, sampler: Sampler, num_samples: int, size: int) -> WeightSums:
         strata: dict[int, WeightSums] = {}

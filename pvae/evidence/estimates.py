@@ -49,6 +49,8 @@ class EvidenceEstimate:
         precision: Machine epsilon of the numbers that densities were computed in.
         words: Where the draws came from, for a reader.
         num_together: How many data have one log p(data) together, so that N is 1; 0 where each datum has its own.
+        product_precision: Of the programs' matrix products and convolutions.
+        product_rounding: What that was found to change log-weights by if it is not float32: root mean square, nats.
     """
 
     sums: WeightSums
@@ -62,6 +64,8 @@ class EvidenceEstimate:
     precision: float = 0.0
     words: str = ""
     num_together: int = 0
+    product_precision: str = "float32"
+    product_rounding: float = 0.0
 
     @cached_property
     def log_px(self) -> Tensor:
@@ -171,9 +175,10 @@ class EvidenceEstimate:
     @property
     def rounding(self) -> Tensor:
         """How finely a log-weight of this size can be told from others, nats, shape ``(N,)``: coarse rounding makes
-        weights look equal.
+        weights look equal. `product_rounding` is a part of it.
         """
-        return self.precision * self.log_px.abs() if self.precision else torch.zeros_like(self.log_px)
+        densities = self.precision * self.log_px.abs() if self.precision else torch.zeros_like(self.log_px)
+        return densities + self.product_rounding
 
     @property
     def unresolved(self) -> Tensor:
@@ -195,7 +200,7 @@ class EvidenceEstimate:
         accepted = self.diagnostics.get("accepted", torch.ones(self.num_data, dtype=torch.bool))
         tensors = (self.khat, self.samples, self.ess, self.rounding, pooled, limits, self.reach, accepted)
         return [
-            explain_rounding(rounding)
+            explain_rounding(rounding, self.product_precision)
             or explain_reach(reach)
             or ("" if good else "by their trials, no draws that were tried will do")
             or explain_khat(k, n, KHAT_LIMIT)
@@ -254,7 +259,7 @@ class EvidenceEstimate:
 
         The limit for `mean_khat` is ``min(1 - 1 / log10 K, 0.7)``, averaged likewise where data took different K.
         """
-        if coarse := explain_rounding(self.rounding.max().item()):
+        if coarse := explain_rounding(self.rounding.max().item(), self.product_precision):
             return coarse
         if short := explain_reach(self.reach.min().item()):
             return short
@@ -306,7 +311,7 @@ class EvidenceEstimate:
             raise ArgumentError(f"both estimates have seed {min(mine & theirs)}, so their draws are not independent.")
         return EvidenceEstimate(
             self.sums.combine(other.sums),
-            self.proposal if self.proposal == other.proposal else f"{self.proposal} and {other.proposal}",
+            _both(self.proposal, other.proposal),
             self.seed,
             self.shared_draws or other.shared_draws,
             self.seconds + other.seconds,
@@ -314,8 +319,10 @@ class EvidenceEstimate:
             tuple(sorted(mine | theirs)),
             {**other.diagnostics, **self.diagnostics},
             max(self.precision, other.precision),
-            self.words if self.words == other.words else f"{self.words} and {other.words}",
+            _both(self.words, other.words),
             self.num_together,
+            _both(self.product_precision, other.product_precision),
+            max(self.product_rounding, other.product_rounding),
         )
 
     def to_dataset(self) -> xarray.Dataset:
@@ -324,6 +331,7 @@ class EvidenceEstimate:
 
         values = {name: getattr(self, name) for name in _COLUMNS} | dict(self.diagnostics)
         attributes = {"num_samples": self.num_samples, "proposal": self.proposal, "seed": self.seed, "units": "nats"}
+        attributes["product_precision"] = self.product_precision
         return xarray.Dataset({k: ("datum", v.numpy()) for k, v in values.items()}, attrs=attributes)
 
     def __repr__(self) -> str:
@@ -331,6 +339,11 @@ class EvidenceEstimate:
 
 
 _COLUMNS = ("log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "samples")
+
+
+def _both(mine: str, theirs: str) -> str:
+    """What two estimates say, in one."""
+    return mine if mine == theirs else f"{mine} and {theirs}"
 
 
 def _proper(level: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,18 @@ from torch import Tensor
 from pvae.data import Batches, Data, InMemory, as_source, make_batches, named_shape
 from pvae.errors import NumericalError, ProgramError, first_line, warn
 from pvae.evidence.densities import Densities
-from pvae.runtime import ALONE, Pair, Processes, Program, check_surroundings, isolate, outside_modules, place_pair
+from pvae.evidence.products import lower_products
+from pvae.runtime import (
+    ALONE,
+    Pair,
+    Processes,
+    Program,
+    check_surroundings,
+    in_precision,
+    isolate,
+    outside_modules,
+    place_pair,
+)
 
 __all__ = ["Evaluation", "name_batch", "open_evaluation", "place_evaluation"]
 
@@ -88,16 +99,17 @@ def place_evaluation(
 
 
 @contextmanager
-def open_evaluation(pair: Pair, batches: Batches, seed: int) -> Iterator[Evaluation]:
+def open_evaluation(pair: Pair, batches: Batches, seed: int, precision: str = "float32") -> Iterator[Evaluation]:
     """Checks a pair and its data, and runs a block in which they can be evaluated.
 
     Args:
         pair: On its device.
         batches: The data.
         seed: Of the block's random numbers; each process gets its own.
+        precision: Of the programs' products.
 
     Raises:
-        DataError, ProgramError: As `Densities.of` does.
+        ArgumentError, DataError, ProgramError: As `Densities.of` and `lower_products` do.
     """
     trained = outside_modules(pyro.get_param_store())
     own_seed = batches.processes.rank_seed(seed)
@@ -106,14 +118,17 @@ def open_evaluation(pair: Pair, batches: Batches, seed: int) -> Iterator[Evaluat
         _explain_half_precision(),
         isolate(pair.modules, seed=own_seed, device=pair.device, params=trained) as store,
     ):
-        densities = Densities.of(pair, batches.peek(), in_memory=batches.whole is not None)
+        first = batches.peek()
+        densities = lower_products(Densities.of(pair, first, in_memory=batches.whole is not None), first, precision)
         if densities.is_joint and isinstance(batches, InMemory):
             batches = batches.together()
         untrained = outside_modules(store)["params"].keys() - trained["params"].keys()
         _warn_of_initial_values(untrained)
         tried = densities.tried
-        with densities.programs.kept(
-            lambda: (tried.runner, tried.names, tried.auxiliary, vars(densities).get("space"))
+        with (
+            # A setting of the device, which graphs meet as they run.
+            in_precision(precision, pair.device) if precision == "tf32" else nullcontext(),
+            densities.programs.kept(lambda: (tried.runner, tried.names, tried.auxiliary, vars(densities).get("space"))),
         ):
             yield Evaluation(densities, batches.watch(densities.observed))
         # Another guide, which a proposal brought along, runs only inside of the block.

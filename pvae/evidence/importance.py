@@ -40,6 +40,7 @@ def log_evidence(
     device: str | torch.device = "auto",
     chunk_size: int | None = None,
     compile: bool | str = "auto",
+    precision: str = "float32",
     distributed: bool | str = "auto",
     progress: bool = False,
 ) -> EvidenceEstimate:
@@ -82,6 +83,11 @@ def log_evidence(
             three times as fast. ``"auto"`` does so for large runs. The same draws, and the same numbers within
             rounding. For ``"refined"`` and ``"ais"`` the density with its gradient is captured, too. Draws of
             ``"defensive"`` and Sobol points are not.
+        precision: Of the matrix products and convolutions of both programs; densities and sums stay in float32.
+            ``"bfloat16"`` or, on a GPU, ``"tf32"`` are for processors that have fast products of them. What that does
+            to the weights is measured on up to 64 of the data, widens intervals by `EvidenceEstimate.rounding`, and is
+            a warning where the mean surely moves by more than 0.01 nats per datum. On VAEs of MNIST with 20 latents
+            log p(x) moved by BIAS nats in the mean, and by RMS of a single datum.
         distributed: Whether the processes of torch.distributed's default group, as torchrun starts them, share the
             data; each datum is evaluated once, and all get the whole result. ``"auto"`` does so where there is a group.
         progress: Show a bar on stderr, if that is a terminal.
@@ -110,6 +116,7 @@ def log_evidence(
         seed=processes.broadcast(resolve_seed(seed)),
         chunk_size=chunk_size,
         compile=compile,
+        precision=precision,
         progress=progress and processes.is_main,
     )
     pair, batches = _place(model, guide, data, device, settings, processes)
@@ -130,6 +137,8 @@ def log_evidence(
         target_std_error=target_std_error,
         diagnostics=draws.diagnostics,
         precision=draws.precision,
+        product_precision=settings.precision,
+        product_rounding=draws.product_rounding,
         words=words,
         num_together=draws.num_together,
     )
@@ -147,6 +156,7 @@ def log_weights(
     device: str | torch.device = "auto",
     chunk_size: int | None = None,
     compile: bool | str = "auto",
+    precision: str = "float32",
     distributed: bool | str = "auto",
     progress: bool = False,
 ) -> Tensor:
@@ -164,6 +174,7 @@ def log_weights(
         seed=processes.broadcast(resolve_seed(seed)),
         chunk_size=chunk_size,
         compile=compile,
+        precision=precision,
         progress=progress and processes.is_main,
     )
     settings.check_one_proposal()
@@ -203,7 +214,10 @@ def _place(
 def _sum_blocks(pair: Pair, batches: Batches, settings: Settings) -> list[tuple[int, DrawSums]]:
     """The sums over the draws for this process's data, block by block, each with its number."""
     unit = "data" if settings.cascade else "draws"
-    with open_evaluation(pair, batches, settings.seed) as evaluation, _show_progress(settings.progress, unit) as bar:
+    with (
+        open_evaluation(pair, batches, settings.seed, settings.precision) as evaluation,
+        _show_progress(settings.progress, unit) as bar,
+    ):
         draws = (Cascade if settings.cascade else Draws)(evaluation, settings, bar)
         return [(number, draws.sum_block(block)) for number, block in evaluation.blocks()]
 
@@ -211,7 +225,10 @@ def _sum_blocks(pair: Pair, batches: Batches, settings: Settings) -> list[tuple[
 @halve_chunks_until_they_fit
 def _keep_blocks(pair: Pair, batches: Batches, settings: Settings) -> list[tuple[int, Tensor]]:
     """The log-weights of the draws for this process's data, block by block, each with its number."""
-    with open_evaluation(pair, batches, settings.seed) as evaluation, _show_progress(settings.progress, "draws") as bar:
+    with (
+        open_evaluation(pair, batches, settings.seed, settings.precision) as evaluation,
+        _show_progress(settings.progress, "draws") as bar,
+    ):
         draws = Draws(evaluation, settings, bar)
         return [(number, draws.keep_block(block)) for number, block in evaluation.blocks()]
 

@@ -14,10 +14,11 @@ import torch
 
 from pvae.capture import worth_compiling
 from pvae.data import Batches
-from pvae.errors import ArgumentError, positive_int, yes_no_or_auto
+from pvae.errors import ArgumentError, one_of, positive_int, yes_no_or_auto
 from pvae.evidence import proposals
 from pvae.evidence.densities import Densities
 from pvae.evidence.evaluation import Evaluation
+from pvae.evidence.products import PRECISIONS
 from pvae.evidence.proposals.base import Proposal
 from pvae.runtime import Pair, Program
 
@@ -45,6 +46,7 @@ class Settings:
         chunk_size: Pairs of a draw and a datum to evaluate at once; ``None`` for what is good.
         compile: Whether to capture and compile what is done for a chunk, or ``"auto"``.
         progress: Whether to show a bar.
+        precision: Of the programs' products.
         cascade: Whether other proposals answer where this one does not.
         deadline: Of `time.monotonic`, after which no more is tried.
         halvings: How often to halve the chunks.
@@ -58,6 +60,7 @@ class Settings:
     chunk_size: int | None
     compile: bool | str
     progress: bool
+    precision: str
     cascade: bool = False
     deadline: float = math.inf
     halvings: int = 0
@@ -72,6 +75,7 @@ class Settings:
         chunk_size: int | None,
         compile: bool | str,
         progress: bool,
+        precision: str,
         target_std_error: float | None = None,
         max_samples: int | None = None,
         budget_seconds: float | None = None,
@@ -92,6 +96,7 @@ class Settings:
             chunk_size=None if chunk_size is None else positive_int("chunk_size", chunk_size),
             compile=yes_no_or_auto("compile", compile),
             progress=progress,
+            precision=one_of("precision", precision, PRECISIONS),
             cascade=cascade,
             deadline=_find_deadline(budget_seconds, cascade),
         )

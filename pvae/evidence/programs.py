@@ -19,10 +19,12 @@ class Programs:
     Attributes:
         pair: The programs that all of it depends on.
         capture: Whether to capture it.
+        precision: Of its products; programs of one precision never serve another.
     """
 
     pair: tuple[Any, ...]
     capture: bool = False
+    precision: str = "float32"
     _captured: dict[Hashable, tuple[Hashable, Captured]] = field(default_factory=dict, repr=False)
     _facts: Callable[[], tuple[Any, ...]] | None = field(default=None, repr=False)
 
@@ -38,13 +40,15 @@ class Programs:
         """
         if not self.capture:
             return function
+        key = self._in_precision(key)
         name = (key, *map(id, depends_on))  # all of which its guard keeps alive
         if name not in self._captured:
             captured = Captured(
                 function,
                 "pvae.log_evidence",
                 (*self.pair, *depends_on, *(self._facts() if self._facts else ())),
-                tolerances=(1e-3, 1e-3),
+                # Of fewer digits a compiled product may round the last one otherwise.
+                tolerances=(1e-3, 1e-3) if self.precision == "float32" else (0.01, 0.05),
                 capture_after=1,
                 # A chunk is a large piece of work: a shape that comes ten times is worth compiling.
                 compile_after=10,
@@ -74,4 +78,7 @@ class Programs:
 
     def is_compiled(self, name: tuple[Hashable, ...], rows: int) -> bool:
         """Whether calls before have left a compiled program whose key begins so, for inputs of so many rows."""
-        return is_compiled(name, self.pair, rows)
+        return is_compiled(self._in_precision(name), self.pair, rows)
+
+    def _in_precision(self, key: Hashable) -> tuple[Hashable, ...]:
+        return self.precision, *(key if isinstance(key, tuple) else (key,))

@@ -24,7 +24,7 @@ from torch import Tensor
 from pvae.errors import ProgramError, PVAEError
 from pvae.evidence.enumeration import is_enumerated, log_factors
 from pvae.evidence.latents import Layout
-from pvae.runtime import Program, density_sites
+from pvae.runtime import Program, density_sites, in_precision
 
 __all__ = ["Batch", "Run", "Runner", "Sites", "UnscoredError", "trace_pair"]
 
@@ -95,12 +95,14 @@ class Runner:
         dims: How many dimensions a latent's event has, and how many its plates, by name.
         summed: The discrete latents that are summed out.
         made: The latents that the guide makes of variables that the model does not have.
+        precision: Of the programs' own products, as for `in_precision`; densities are summed in full.
     """
 
     layout: Layout
     dims: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     summed: frozenset[str] = frozenset()
     made: frozenset[str] = frozenset()
+    precision: str = "float32"
 
     def run(
         self,
@@ -176,7 +178,7 @@ class Runner:
         plate = nullcontext()
         if not self.layout.folded:
             plate = pyro.plate("pvae_particles", num_samples, dim=self.layout.particle_dim)
-        with plate:
+        with plate, in_precision(self.precision, batch[0].device):
             return poutine.trace(program).get_trace(*self.layout.arguments(batch, num_samples))
 
 

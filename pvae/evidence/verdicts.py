@@ -58,10 +58,12 @@ def explain_reach(reach: float) -> str:
     return f"the chains' ends are not spread as the posterior is: their reach, {reach:.1g}, is below {MIN_REACH}"
 
 
-def explain_rounding(rounding: float) -> str:
+def explain_rounding(rounding: float, product_precision: str = "float32") -> str:
     """Why log-weights rounded to so many nats tell nothing; empty if they do."""
     if rounding <= MAX_ROUNDING or rounding == float("inf"):  # no weight at all, which k-hat tells
         return ""
+    if product_precision != "float32":
+        return f"products in {product_precision} move log-weights by {rounding:.1g} nats; use precision='float32'"
     return f"log-weights of this size are rounded to {rounding:.1g} nats; convert model and data to float64"
 
 
@@ -99,6 +101,7 @@ def summarize(estimate: EvidenceEstimate) -> str:
                 if name not in _OF_STAGES
             ),
             *_stages(estimate),
+            *_products(estimate),
             f"  {_verdict(estimate)}",
         ]
     )
@@ -110,6 +113,14 @@ def _stages(estimate: EvidenceEstimate) -> list[str]:
         return []
     counts = Counter(estimate.stage)
     return ["  answers from " + ", ".join(f"{name} {counts[name]}" for name in STAGES if counts[name])]
+
+
+def _products(estimate: EvidenceEstimate) -> list[str]:
+    """What the programs' products were done in, if not in float32."""
+    if estimate.product_precision == "float32":
+        return []
+    size = estimate.product_rounding
+    return [f"  products     in {estimate.product_precision}, which moves log-weights by {size:.2g} nats or so"]
 
 
 def _names(rows: Tensor) -> str:
@@ -145,7 +156,7 @@ def _verdict(estimate: EvidenceEstimate) -> str:
     bad, unresolved = int(estimate.unreliable.sum()), int(estimate.unresolved.sum())
     if estimate.num_samples < MIN_SAMPLES_FOR_KHAT:
         return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples: how far to trust this is not known"
-    if coarse := explain_rounding(estimate.rounding.max().item()):
+    if coarse := explain_rounding(estimate.rounding.max().item(), estimate.product_precision):
         return f"{count_of(int((estimate.rounding > MAX_ROUNDING).sum()), total)} are unreliable: {coarse}"
     if short := explain_reach(estimate.reach.min().item()):
         return f"{count_of(int((estimate.reach < MIN_REACH).sum()), total)} are unreliable: {short}"

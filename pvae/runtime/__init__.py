@@ -2,6 +2,7 @@
 
 from pvae.runtime.isolation import get_rng_state, isolate, outside_modules, resolve_seed, set_rng_state
 from pvae.runtime.processes import ALONE, Processes, resolve_processes
+from pvae.runtime.products import in_precision
 from pvae.runtime.programs import Pair, Program, modules_of, place_pair, reachable
 from pvae.runtime.signals import Interrupted, NeverStop, Stop, graceful_stop
 from pvae.runtime.sites import (
@@ -41,6 +42,7 @@ __all__ = [
     "enumerated_sites",
     "get_rng_state",
     "graceful_stop",
+    "in_precision",
     "in_turn",
     "isolate",
     "modules_of",

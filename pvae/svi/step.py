@@ -7,25 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
-from torch.overrides import TorchFunctionMode
 
 from pvae.capture import Captured
 from pvae.data import Batches, Rows
 from pvae.errors import NumericalError, ProgramError
-from pvae.runtime import NeverStop, Stop
+from pvae.runtime import NeverStop, Stop, in_precision
 from pvae.svi import objectives
 from pvae.svi.contents import FIXED
 from pvae.svi.settings import Settings
 from pvae.svi.trainable import Trainable
 
-__all__ = ["Step", "StepLike", "StepResult", "in_precision"]
+__all__ = ["Step", "StepLike", "StepResult"]
 
 
 class StepResult(NamedTuple):
@@ -257,22 +256,3 @@ class Step:
 def _is_dense(param: Tensor) -> bool:
     """Whether entries fill one piece of memory, in whatever order: the fused kernel walks through it from its start."""
     return torch.empty_like(param).stride() == param.stride()
-
-
-class _ProductsAlone(TorchFunctionMode):
-    """Under autocast, lets no bfloat16 go on from the product it came from: sums and densities are in float32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        lowered = isinstance(result, Tensor) and result.dtype is torch.bfloat16
-        return result.float() if lowered else result
-
-
-def in_precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """A block whose matrix products and convolutions are done in some precision; all else, parameters too, stays."""
-    stack = ExitStack()
-    if precision == "bfloat16":
-        # Autocast empties its cache of weights only where the outermost block ends, which may be after many steps.
-        stack.enter_context(torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False))
-        stack.enter_context(_ProductsAlone())
-    return stack
