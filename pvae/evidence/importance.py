@@ -84,10 +84,11 @@ def log_evidence(
             rounding. For ``"refined"`` and ``"ais"`` the density with its gradient is captured, too. Draws of
             ``"defensive"`` and Sobol points are not.
         precision: Of the matrix products and convolutions of both programs; densities and sums stay in float32.
-            ``"bfloat16"`` or, on a GPU, ``"tf32"`` are for processors that have fast products of them. What that does
-            to the weights is measured on up to 64 of the data, widens intervals by `EvidenceEstimate.rounding`, and is
-            a warning where the mean surely moves by more than 0.01 nats per datum. On VAEs of MNIST with 20 latents
-            log p(x) moved by BIAS nats in the mean, and by RMS of a single datum.
+            ``"bfloat16"`` or, on a GPU, ``"tf32"`` are for processors that have fast products of them, and pairs in
+            float32. What that does to log-weights is measured first, on up to 64 of the data; intervals are wider by
+            it, and there is a warning if the mean of log p(x) surely moves by more than 0.01 nats per datum, or
+            single log-weights by more than 0.1. Binary VAEs of MNIST stayed below that by ``"bfloat16"``, one of
+            Gaussian pixels did not.
         distributed: Whether the processes of torch.distributed's default group, as torchrun starts them, share the
             data; each datum is evaluated once, and all get the whole result. ``"auto"`` does so where there is a group.
         progress: Show a bar on stderr, if that is a terminal.

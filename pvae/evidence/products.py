@@ -20,7 +20,9 @@ _MAX_BIAS = 0.01  # nats per datum
 _MAX_CHANGE = 0.1  # nats, of single log-weights
 
 # What is compared: so many data and draws, or fewer where a datum has many entries.
-_DATA, _DRAWS, _ENTRIES = 64, 32, 2**22
+_DATA = 64
+_DRAWS = 32
+_ENTRIES = 2**22
 
 
 def lower_products(densities: Densities, data: Batch, precision: str) -> Densities:
