@@ -45,7 +45,9 @@ def lower_products(densities: Densities, data: Batch, precision: str) -> Densiti
     devices = [densities.placed.device] if densities.placed.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():  # draws are the same for all precisions
         change = _measure(densities, lowered, _some(densities, data))
-    if change.surely > _MAX_BIAS or change.size > _MAX_CHANGE:
+    if math.isinf(change.size):
+        warn(f"precision='{precision}': the guide's draws do not tell what it does. Use precision='float32'.")
+    elif change.surely > _MAX_BIAS or change.size > _MAX_CHANGE:
         warn(
             f"precision='{precision}' moves log p(x) by {change.bias:+.2g} nats per datum in the mean of those that "
             f"were compared, and single log-weights by {change.size:.2g} nats. Use precision='float32'."
@@ -102,9 +104,10 @@ def _measure(densities: Densities, lowered: Densities, some: tuple[Batch, int]) 
     changes = _finite(low - full)
     size = changes.square().mean().sqrt().item() if len(changes) else math.inf
     each = _finite(low.logsumexp(0) - full.logsumexp(0))
-    if len(each) < 2:
+    if not len(each):
         return _Change(size)
-    bias, error = each.mean().item(), each.std().item() / len(each) ** 0.5
+    bias = each.mean().item()
+    error = each.std().item() / len(each) ** 0.5 if len(each) > 1 else math.inf
     return _Change(size, bias, max(0.0, abs(bias) - 2 * error))
 
 
