@@ -6,6 +6,8 @@ of 1e-9 where errors are honest.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import helpers
 import pyro
 import pytest
@@ -220,6 +222,17 @@ def test_bad_arguments(options, match, bits, small_vae):
 def test_weights_are_kept_of_one_proposal_alone(bits, small_vae):
     with pytest.raises(pvae.ArgumentError, match="name one, such as 'guide'"):
         pvae.log_weights(small_vae.model, small_vae.guide, bits, proposal="auto")
+
+
+def test_all_that_is_unresolved_is_told_of_whatever_the_reasons():
+    """Of some chains the reach is short, and of other data the k-hat is high."""
+    oracle = linear_gaussian(2, 4)
+    estimate = evidence(oracle, oracle.sample(4), num_samples=100)
+    reach = torch.tensor([0.4, 1.0, 1.0, 1.0])
+    khat = torch.tensor([torch.nan, 0.9, torch.nan, torch.nan], dtype=torch.float64)
+    told = replace(estimate, diagnostics={**estimate.diagnostics, "reach": reach, "khat": khat})
+    assert told.unresolved.tolist() == [True, True, False, False]
+    assert repr(told).endswith("2 of 4 data are unresolved, number 0, 1: see `withheld`")
 
 
 def test_estimates_by_auto_are_merged_and_tabled(bits, small_vae):

@@ -158,12 +158,12 @@ def _verdict(estimate: EvidenceEstimate) -> str:
         return f"k-hat needs at least {MIN_SAMPLES_FOR_KHAT} samples: how far to trust this is not known"
     if coarse := explain_rounding(estimate.rounding.max().item(), estimate.product_precision):
         return f"{count_of(int((estimate.rounding > MAX_ROUNDING).sum()), total)} are unreliable: {coarse}"
-    if short := explain_reach(estimate.reach.min().item()):
-        return f"{count_of(int((estimate.reach < MIN_REACH).sum()), total)} are unreliable: {short}"
     if "stage" in estimate.diagnostics:
         if not unresolved:
             return "all data are resolved" if total > 1 else "it is resolved"
         return f"{count_of(unresolved, total)} are unresolved, number {_names(estimate.unresolved)}: see `withheld`"
+    if short := explain_reach(estimate.reach.min().item()):
+        return f"{count_of(int((estimate.reach < MIN_REACH).sum()), total)} are unreliable: {short}"
     if estimate.target_std_error is not None and unresolved:
         missed = f"a standard error above {estimate.target_std_error:g}"
         why = [f"{bad} with a k-hat above {KHAT_LIMIT}"] if bad else []
