@@ -146,6 +146,42 @@ def test_eight_schools(proposal):
         within(estimate, Schools.log_py())
 
 
+@pytest.mark.parametrize("proposal", ["auto", Annealed(Prior(), temperatures=60)], ids=["auto", "ais"])
+def test_logistic_regression(proposal):
+    """Two weights, by a grid that is fine beside their posterior."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 2, generator=generator)
+    y = torch.bernoulli(torch.sigmoid(x @ torch.tensor([2.0, -1.0])), generator=generator)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=(w * x).sum(-1)), obs=y)
+
+    line = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    w = torch.cartesian_prod(line, line)
+    joint = dist.Normal(0.0, 1.0).log_prob(w).sum(-1) + dist.Bernoulli(logits=w @ x.T.double()).log_prob(y).sum(-1)
+    exact = joint.logsumexp(0).item() + 2 * (line[1] - line[0]).log().item()
+    guide = auto.AutoNormal(model)
+    guide(x, y)  # not fitted: standard deviations of 0.1 around a draw of the prior
+    count = 200 if isinstance(proposal, Annealed) else 1000
+    estimate = pvae.log_evidence(model, guide, (x, y), num_samples=count, proposal=proposal)
+    assert not estimate.unresolved.any()
+    within(estimate, exact)
+
+
+@pytest.mark.parametrize("dim", [2, 10, 50])
+def test_the_default_call_refines_a_guide_that_is_off(dim):
+    regression = Regression(dim)
+
+    def guide(x, y):
+        pyro.sample("w", dist.Normal(regression.loc + 0.3, 0.2).to_event(1))
+
+    estimate = pvae.log_evidence(regression.model, guide, regression.data)
+    assert not estimate.unresolved.any()
+    within(estimate, regression.log_py)
+
+
 def test_a_program_that_takes_one_particle_at_a_time():
     """As most regressions are written; the same as one that broadcasts."""
     regression = Regression(3)

@@ -19,7 +19,7 @@ from pvae.evidence.drawing import Draws, DrawSums
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings
 from pvae.evidence.proposals import Elliptical, GivenGaussian, Guide, Refined, Sampler
-from pvae.evidence.stages import FEWEST_TEMPERATURES, WAYS, Judge, can_fit, may_reach, surely_above
+from pvae.evidence.stages import FEWEST_TEMPERATURES, WAYS, Judge, can_fit, is_of_use, may_reach, surely_above
 from pvae.evidence.verdicts import KHAT_LIMIT, STAGES
 from pvae.evidence.weights import WeightSums
 
@@ -30,7 +30,8 @@ _DRAWS = 50  # of a datum in a chunk
 
 _PILOTS = 200
 _MORE_PILOTS = 800
-_SHARED_PILOTS = 4000  # from the prior, where one decoding serves all data
+_MANY_PILOTS = (4000, 20_000)  # from the prior, in many dimensions and in few
+_FEW_DIMENSIONS = 5
 _CHECKS = 3  # times as many draws look again at a k-hat that is too high
 
 _CHAINS = 100
@@ -71,6 +72,7 @@ class Cascade:
         self.judge = Judge(settings.num_samples, settings.limit, target or _STD_ERROR, target is not None)
         self.can_fit = can_fit(self.densities)
         dim = self.densities.space.dim if self.can_fit else 1
+        self.is_small = self.can_fit and dim <= _FEW_DIMENSIONS
         # A chunk holds few data and many draws of each; fits take many data, up to what D x D numbers for each take.
         self.many = max(1, min(self.draws.chunk_size // 8, 2**25 // dim**2))
         self.few = 1 if self.densities.is_joint else max(1, min(self.many, self.draws.chunk_size // _DRAWS))
@@ -80,47 +82,58 @@ class Cascade:
     def sum_block(self, block: InMemory) -> DrawSums:
         """The sums over the draws that count for each datum of a block."""
         self.answers.clear()
-        numbers, floor = torch.arange(block.num_data), self._find_floor(block)
-        needed = self._try_guide(block, floor)
-        for rows in _split(numbers[needed > 0], self.few):
-            with name_batch(block, rows):
-                self._answer("guide", _Data(rows, block.take(rows), floor[rows]), torch.arange(len(rows)), needed[rows])
+        numbers, needed = torch.arange(block.num_data), torch.zeros(block.num_data, dtype=torch.long)
+        prior = self._try_prior(block)
+        floor, wide = surely_above(prior), is_of_use(prior)
+        # Where the prior's draws are of use, half of them guard against what the guide overlooks.
+        begins = {name: rows for name, rows in (("defensive", numbers[wide]), ("guide", numbers[~wide])) if len(rows)}
+        for name, rows in begins.items():
+            needed[rows] = self._try_first(name, block, rows, floor)
+        for name, rows in begins.items():
+            for part in _split(rows[needed[rows] > 0], self.few):
+                with name_batch(block, part):
+                    data = _Data(part, block.take(part), floor[part])
+                    self._answer(name, data, torch.arange(len(part)), needed[part])
         self._capture_for(int((needed == 0).sum()))
-        for rows in _split(numbers[needed == 0], self.many):
-            with name_batch(block, rows):
-                self._resolve(_Data(rows, block.take(rows), floor[rows]))
+        for part in _split(numbers[needed == 0], self.many):
+            with name_batch(block, part):
+                self._resolve(_Data(part, block.take(part), floor[part]))
         order = torch.cat([numbers for numbers, _ in self.answers]).argsort()
         return DrawSums.cat([sums for _, sums in self.answers])[order]
 
-    def _find_floor(self, block: InMemory) -> Tensor:
-        """What log p(x) of each datum surely is above, by draws from the prior; -inf where these do not tell.
+    def _try_prior(self, block: InMemory) -> WeightSums:
+        """The sums over draws from the prior, more of them where they tell anything.
 
         The prior misses nothing that there is. In few dimensions it so finds what the guide overlooks, as a second
         mode, of which weights of the guide's draws tell nothing.
         """
-        floor = torch.full((block.num_data,), -torch.inf, dtype=torch.float64)
-        if not self.densities.has_latents or self.densities.layout.one_by_one:
-            return floor
         self.bar.set_postfix_str("prior")
-        shared = self.densities.shares_prior
+        # One decoding serves all data where draws are shared; a program that is run draw by draw is slow enough.
+        shared, parts = self.densities.has_latents and self.densities.shares_prior, []
+        few, many = _PILOTS // 8 if self.densities.layout.one_by_one else _PILOTS, _MANY_PILOTS[self.is_small]
         for rows in torch.arange(block.num_data).split(1024 if shared else self.few):
-            floor[rows] = surely_above(self.draws.sum_prior(block.take(rows), _SHARED_PILOTS if shared else _PILOTS))
-        return floor
+            sums = self.draws.sum_prior(block.take(rows), many if shared else few)
+            more = (sums.ess >= (1 if self.is_small else 4)).nonzero()[:, 0]
+            if len(more) and not shared and self.densities.has_latents and not self.densities.layout.one_by_one:
+                further = self.draws.sum_prior(block.take(rows[more]), many - few)
+                sums = sums.put(more, sums[more].merge(further))
+            parts.append(sums)
+        return WeightSums.cat(parts)
 
     def _capture_for(self, num_data: int) -> None:
         """Begins to capture where so many data, to which something is to be fitted, make that pay."""
         programs = self.densities.programs
         programs.capture |= self.settings.is_to_be_captured(self.evaluation, Refined(), num_data)
 
-    def _try_guide(self, block: InMemory, floor: Tensor) -> Tensor:
-        """How many of the guide's draws each datum needs; 0 where they will not do."""
-        self.bar.set_postfix_str("guide")
+    def _try_first(self, name: str, block: InMemory, numbers: Tensor, floor: Tensor) -> Tensor:
+        """How many draws of the first stage each datum needs; 0 where they will not do."""
+        self.bar.set_postfix_str(name)
         pilots = []
-        for rows in torch.arange(block.num_data).split(self.few):
+        for rows in numbers.split(self.few):
             with name_batch(block, rows):
                 data = _Data(rows, block.take(rows), floor[rows])
-                pilots.append(self._try("guide", data, torch.arange(len(rows))))
-        return self.judge.find_needed("guide", WeightSums.cat(pilots), floor)
+                pilots.append(self._try(name, data, torch.arange(len(rows))))
+        return self.judge.find_needed(name, WeightSums.cat(pilots), floor[numbers])
 
     def _resolve(self, data: _Data) -> None:
         """Answers for data for which the guide's draws will not do."""
@@ -137,27 +150,30 @@ class Cascade:
             self._answer(name, data, some[needed > 0], needed[needed > 0])
             left = left[~torch.isin(left, some[needed > 0])]
         if self.can_fit and not self._is_late:
-            self._anneal(data, left)
+            # Where the prior is not too far, chains from it reach what the guide overlooks.
+            near = data.floor[left].isfinite()
+            self._anneal("annealed from the prior", data, left[near])
+            self._anneal("annealed", data, left[~near])
         else:
             self._answer(last, data, left, self.settings.num_samples, accepted=False)
 
-    def _anneal(self, data: _Data, left: Tensor) -> None:
+    def _anneal(self, name: str, data: _Data, left: Tensor) -> None:
         """Answers by chains, over as many temperatures as the scatter of pilots' weights asks for."""
         wanted = torch.full_like(left, FEWEST_TEMPERATURES)
         while len(left):
             temperatures = int(wanted.min())
-            self.bar.set_postfix_str(f"annealed, {temperatures} temperatures")
+            self.bar.set_postfix_str(f"{name}, {temperatures} temperatures")
             some = wanted == temperatures
-            pilots = self._draw("annealed", data, left[some], _PILOT_CHAINS, temperatures).weights
+            pilots = self._draw(name, data, left[some], _PILOT_CHAINS, temperatures).weights
             variance = pilots.squares_log / (_PILOT_CHAINS - 1)
             is_last = temperatures >= _MOST_TEMPERATURES or self._is_late
-            done = (variance <= _VARIANCE) | is_last
+            done = (variance <= _VARIANCE) | is_last | ~pilots.log_px.isfinite()  # nothing explains these
             is_good = (variance <= 2 * _VARIANCE) & may_reach(pilots, data.floor[left[some]])
             for good in (True, False):
                 rows = done & (is_good == good)
                 if rows.any():
                     needed = self.judge.find_chains(variance[rows].clamp(max=_VARIANCE), _CHAINS)
-                    self._answer("annealed", data, left[some][rows], needed, temperatures, accepted=good)
+                    self._answer(name, data, left[some][rows], needed, temperatures, accepted=good)
             # Their variance falls about as fast as temperatures get more.
             times = 2 ** (variance / _VARIANCE).log2().ceil().nan_to_num(torch.inf).clamp(1, 3)
             wanted[some] = (temperatures * times).long().clamp(max=_MOST_TEMPERATURES)
@@ -195,7 +211,7 @@ class Cascade:
                 looked_at[high] = sums.weights[high].merge(more).khat
             told = {
                 "stage": torch.full((len(some),), STAGES.index(name)),
-                "accepted": torch.full((len(some),), accepted),
+                "accepted": may_reach(sums.weights, data.floor[some]) & accepted,
                 "khat": looked_at,
             }
             self.answers.append((data.numbers[some], replace(sums, diagnostics=sums.diagnostics | told)))

@@ -18,12 +18,13 @@ from pvae.evidence.proposals import (
     Guide,
     Inflated,
     Mixture,
+    Prior,
     Proposal,
     StudentT,
 )
 from pvae.evidence.weights import WeightSums
 
-__all__ = ["FEWEST_TEMPERATURES", "WAYS", "Judge", "can_fit", "may_reach", "surely_above"]
+__all__ = ["FEWEST_TEMPERATURES", "WAYS", "Judge", "can_fit", "is_of_use", "may_reach", "surely_above"]
 
 FEWEST_TEMPERATURES = 16
 
@@ -31,6 +32,7 @@ _KHAT = 0.5  # the most of pilots: weights of a finite variance, and far from th
 _ERRORS = 4  # standard errors that two estimates may be apart
 _MARGIN = 0.8  # since the error of fresh draws scatters
 _MIN_ESS = 20
+_SHARE_OF_USE = 0.05
 
 # A Gaussian with the highest ELBO is too narrow. What the guide covers stays covered.
 _WIDER = 1.1
@@ -62,6 +64,7 @@ WAYS = {
     "heavy-tailed": Way(lambda fitted, _: _mix(StudentT(Inflated(fitted, _WIDER))), 16, is_open=True),
     "defensive": Way(lambda *_: Defensive(share=0.5), 16, is_open=True),
     "annealed": Way(lambda fitted, temperatures: Annealed(fitted, temperatures), 4),
+    "annealed from the prior": Way(lambda _, temperatures: Annealed(Prior(), temperatures), 4),
 }
 """By the names in `pvae.evidence.verdicts.STAGES`."""
 
@@ -78,9 +81,16 @@ def can_fit(densities: Densities) -> bool:
 
 
 def surely_above(sums: WeightSums) -> Tensor:
-    """What log p(x) is above by all that is known, shape ``(N,)``; -inf where that is nothing."""
-    told = (sums.khat <= _KHAT) & (sums.ess >= _MIN_ESS)
-    return torch.where(told, sums.log_px - _ERRORS * sums.std_error, -torch.inf)
+    """What log p(x) is above by all that is known, shape ``(N,)``; -inf where that is nothing.
+
+    Weights are positive and skewed: their mean is more often too low than too high, whatever k-hat says.
+    """
+    return torch.where(sums.ess >= _MIN_ESS, sums.log_px - _ERRORS * sums.std_error, -torch.inf)
+
+
+def is_of_use(sums: WeightSums) -> Tensor:
+    """Whether of draws from the prior so many count that a share of them adds to others; bool, shape ``(N,)``."""
+    return sums.ess >= _SHARE_OF_USE * sums.num_samples
 
 
 def may_reach(sums: WeightSums, floor: Tensor) -> Tensor:
