@@ -15,7 +15,7 @@ import torch
 from pyro import distributions as dist
 
 import pvae
-from pvae.evidence import cascade
+from pvae.evidence import cascade, stages
 from pvae.testing import linear_gaussian, two_modes
 
 
@@ -49,10 +49,11 @@ def test_each_datum_has_the_stage_that_it_needs(latent_dim, shift, scale, stage)
     assert "all data are resolved" in repr(estimate)
 
 
+@pytest.mark.slow
 def test_in_few_dimensions_the_prior_guards_against_what_the_guide_overlooks():
     """A guide of one of two modes: its weights are nearly equal, and half of what they should be."""
     pair = two_modes(2, 5)
-    x = pair.sample(12)
+    x = pair.sample(6)
     alone = evidence(pair, x, proposal="guide")
     exact = pair.log_px(x)
     assert ((alone.corrected - exact) < -5 * alone.std_error - 0.1)[~alone.unreliable].double().mean() > 0.5
@@ -92,7 +93,7 @@ def test_where_no_gaussian_will_do_chains_answer():
     pair = banana(lambda z: z[..., 1] + 2 * z[..., 0] ** 2, 0.5)
     x = torch.linspace(-1.0, 3.0, 5)
     estimate = evidence(pair, x)
-    assert set(estimate.stage) & {"heavy-tailed", "defensive", "annealed"}
+    assert set(estimate.stage) - {"guide", "refined"}
     exact = pair.log_px(x.double())
     good = ~estimate.unresolved
     assert ((estimate.corrected - exact).abs() <= 5 * estimate.std_error)[good].all()
@@ -127,8 +128,8 @@ def test_a_target_for_the_error_is_met():
 
 
 def test_max_samples_bounds_the_draws():
-    oracle = linear_gaussian(4, 8, guide_shift=0.8, guide_scale=0.9)
-    estimate = evidence(oracle, oracle.sample(20), num_samples=100, target_std_error=1e-4, max_samples=300)
+    oracle = linear_gaussian(10, 20, guide_shift=0.2, guide_scale=0.9)
+    estimate = evidence(oracle, oracle.sample(5), num_samples=100, target_std_error=1e-4, max_samples=300)
     assert estimate.num_samples <= 300
     assert "unresolved" in repr(estimate)
 
@@ -153,7 +154,7 @@ def test_discrete_latents_are_drawn_by_guide_or_mixture():
     estimate = pvae.log_evidence(model, guide, x)
     good = ~estimate.unresolved
     assert ((estimate.log_px - exact).abs() <= 5 * estimate.std_error + 1e-5)[good].all()
-    assert set(estimate.stage) <= {"guide", "defensive"}
+    assert set(estimate.stage) <= {"guide", "defensive", "half from the prior"}
     assert good.all()
 
 
@@ -224,7 +225,10 @@ def test_nan_in_one_datum_is_an_error_that_names_it(bits, small_vae):
 
 @pytest.mark.parametrize("stage", ["guide", "refined", "heavy-tailed", "annealed"])
 def test_an_interrupt_in_any_stage_leaves_all_as_it_was(stage, monkeypatch):
-    pair = banana(lambda z: z[..., 1] + 2 * z[..., 0] ** 2, 0.1)
+    oracle = linear_gaussian(10, 20, guide_shift=3.0, guide_scale=0.5)
+    x = oracle.sample(3)
+    # As if no Gaussian would do.
+    monkeypatch.setattr(stages.Judge, "find_needed", lambda self, name, sums, floor: torch.zeros(len(floor)).long())
     draw = cascade.Cascade._draw
 
     def interrupted(self, name, *args):
@@ -235,10 +239,10 @@ def test_an_interrupt_in_any_stage_leaves_all_as_it_was(stage, monkeypatch):
     monkeypatch.setattr(cascade.Cascade, "_draw", interrupted)
     state = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt):
-        evidence(pair, torch.linspace(-1.0, 3.0, 4))
+        evidence(oracle, x)
     assert torch.equal(torch.get_rng_state(), state)
     monkeypatch.undo()
-    assert evidence(pair, torch.linspace(-1.0, 3.0, 4)).num_data == 4
+    assert evidence(oracle, x).num_data == 3
 
 
 @pytest.mark.parametrize(

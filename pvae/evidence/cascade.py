@@ -19,7 +19,7 @@ from pvae.evidence.drawing import Draws, DrawSums
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings
 from pvae.evidence.proposals import Elliptical, GivenGaussian, Guide, Refined, Sampler
-from pvae.evidence.stages import FEWEST_TEMPERATURES, WAYS, Judge, can_fit, is_of_use, may_reach, surely_above
+from pvae.evidence.stages import FEWEST_TEMPERATURES, WAYS, Judge, can_fit, can_mix, is_of_use, may_reach, surely_above
 from pvae.evidence.verdicts import KHAT_LIMIT, STAGES
 from pvae.evidence.weights import WeightSums
 
@@ -36,7 +36,7 @@ _CHECKS = 3  # times as many draws look again at a k-hat that is too high
 
 _CHAINS = 100
 _PILOT_CHAINS = 16
-_MOST_TEMPERATURES = 512
+_MOST_TEMPERATURES = 256
 _VARIANCE = 0.7  # of a chain's log-weight
 
 
@@ -70,7 +70,7 @@ class Cascade:
         self.draws = Draws(evaluation, settings, tqdm(disable=True))
         target = settings.target_std_error
         self.judge = Judge(settings.num_samples, settings.limit, target or _STD_ERROR, target is not None)
-        self.can_fit = can_fit(self.densities)
+        self.can_fit, self.can_mix = can_fit(self.densities), can_mix(self.densities)
         dim = self.densities.space.dim if self.can_fit else 1
         self.is_small = self.can_fit and dim <= _FEW_DIMENSIONS
         # A chunk holds few data and many draws of each; fits take many data, up to what D x D numbers for each take.
@@ -84,8 +84,8 @@ class Cascade:
         self.answers.clear()
         numbers, needed = torch.arange(block.num_data), torch.zeros(block.num_data, dtype=torch.long)
         prior = self._try_prior(block)
-        floor, wide = surely_above(prior), is_of_use(prior)
-        # Where the prior's draws are of use, half of them guard against what the guide overlooks.
+        floor, wide = surely_above(prior), is_of_use(prior) & self.can_mix
+        # Where the prior's draws are of use, one in ten guards against what the guide overlooks.
         begins = {name: rows for name, rows in (("defensive", numbers[wide]), ("guide", numbers[~wide])) if len(rows)}
         for name, rows in begins.items():
             needed[rows] = self._try_first(name, block, rows, floor)
@@ -138,10 +138,11 @@ class Cascade:
     def _resolve(self, data: _Data) -> None:
         """Answers for data for which the guide's draws will not do."""
         left, last = torch.arange(len(data.numbers)), "guide"
-        for name in ("refined", "heavy-tailed", "defensive") if self.can_fit else ("defensive",):
+        for name in (*(("refined", "heavy-tailed") if self.can_fit else ()), "half from the prior"):
             # A mixture with the prior helps where draws of the prior are of any use.
-            some = left[data.floor[left].isfinite()] if self.can_fit and name == "defensive" else left
-            if self._is_late or not len(some):
+            is_mixed = name == "half from the prior"
+            some = left[data.floor[left].isfinite()] if is_mixed and self.can_fit else left
+            if self._is_late or not len(some) or (is_mixed and not self.can_mix):
                 continue
             self.bar.set_postfix_str(name)
             if self.can_fit and data.fitted is None:

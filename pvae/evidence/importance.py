@@ -127,8 +127,10 @@ def log_evidence(
     name, words = settings.proposal.name, settings.proposal.words
     if settings.cascade:
         name, words = "auto", "the guide, or from what fits a datum better"
+    diagnostics = draws.diagnostics
     if draws.is_exact:
         name = words = "an exact sum over discrete latents"
+        diagnostics = {}
     return EvidenceEstimate(
         draws.weights,
         name,
@@ -136,7 +138,7 @@ def log_evidence(
         draws.shared_draws,
         time.perf_counter() - start,
         target_std_error=target_std_error,
-        diagnostics=draws.diagnostics,
+        diagnostics=diagnostics,
         precision=draws.precision,
         product_precision=settings.precision,
         product_rounding=draws.product_rounding,

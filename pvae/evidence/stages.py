@@ -24,7 +24,7 @@ from pvae.evidence.proposals import (
 )
 from pvae.evidence.weights import WeightSums
 
-__all__ = ["FEWEST_TEMPERATURES", "WAYS", "Judge", "can_fit", "is_of_use", "may_reach", "surely_above"]
+__all__ = ["FEWEST_TEMPERATURES", "WAYS", "Judge", "can_fit", "can_mix", "is_of_use", "may_reach", "surely_above"]
 
 FEWEST_TEMPERATURES = 16
 
@@ -62,7 +62,8 @@ WAYS = {
     "guide": Way(lambda *_: Guide(), 4),
     "refined": Way(lambda fitted, _: _mix(Inflated(fitted, _WIDER)), 16),
     "heavy-tailed": Way(lambda fitted, _: _mix(StudentT(Inflated(fitted, _WIDER))), 16, is_open=True),
-    "defensive": Way(lambda *_: Defensive(share=0.5), 16, is_open=True),
+    "defensive": Way(lambda *_: Defensive(), 16),
+    "half from the prior": Way(lambda *_: Defensive(share=0.5), 16, is_open=True),
     "annealed": Way(lambda fitted, temperatures: Annealed(fitted, temperatures), 4),
     "annealed from the prior": Way(lambda _, temperatures: Annealed(Prior(), temperatures), 4),
 }
@@ -78,6 +79,18 @@ def can_fit(densities: Densities) -> bool:
     except ProgramError:
         return False
     return not densities.is_joint or dim <= MAX_JOINT_DIM
+
+
+def can_mix(densities: Densities) -> bool:
+    """Whether the guide's density is known where the prior draws."""
+    if not densities.has_latents:
+        return False
+    try:
+        if densities.scores_guide:
+            densities.log_qz(densities.trial, densities.draw_prior(densities.trial, 1))
+    except ProgramError:
+        return False
+    return True
 
 
 def surely_above(sums: WeightSums) -> Tensor:

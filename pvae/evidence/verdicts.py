@@ -36,11 +36,18 @@ MIN_REACH = 0.5
 MIN_ESS = 20
 """With fewer effective samples a datum's error is a guess, and its k-hat may be low by luck."""
 
-STAGES = ("guide", "refined", "heavy-tailed", "defensive", "annealed", "annealed from the prior")
+STAGES = (
+    "guide",
+    "defensive",
+    "refined",
+    "heavy-tailed",
+    "half from the prior",
+    "annealed from the prior",
+    "annealed",
+)
 """What may answer for a datum by ``proposal="auto"``, in the order in which they are tried.
 
-A mixture with the prior, ``"defensive"``, is tried where draws of the prior are of use, then first, or nothing can be
-fitted.
+A mixture of the guide with the prior, ``"defensive"``, stands in the guide's place where draws of the prior are of use.
 """
 
 _OF_STAGES = ("stage", "accepted", "khat")  # of the diagnostics
