@@ -32,6 +32,7 @@ _PILOTS = 200
 _MORE_PILOTS = 800
 _MANY_PILOTS = (4000, 20_000)  # from the prior, in many dimensions and in few
 _FEW_DIMENSIONS = 5
+_SMALL = 64  # numbers in a datum
 _CHECKS = 3  # times as many draws look again at a k-hat that is too high
 
 _CHAINS = 100
@@ -108,13 +109,16 @@ class Cascade:
         mode, of which weights of the guide's draws tell nothing.
         """
         self.bar.set_postfix_str("prior")
-        # One decoding serves all data where draws are shared; a program that is run draw by draw is slow enough.
-        shared, parts = self.densities.has_latents and self.densities.shares_prior, []
-        few, many = _PILOTS // 8 if self.densities.layout.one_by_one else _PILOTS, _MANY_PILOTS[self.is_small]
+        shared = self.densities.has_latents and self.densities.shares_prior
+        one_by_one = self.densities.layout.one_by_one
+        # Where one decoding serves all data, or a datum is small, draws are cheap.
+        is_cheap = shared or self.densities.entries <= _SMALL
+        many = _MANY_PILOTS[self.is_small] if is_cheap else 2 * self.settings.num_samples
+        few, parts = _PILOTS // 8 if one_by_one else _PILOTS, []
         for rows in torch.arange(block.num_data).split(1024 if shared else self.few):
             sums = self.draws.sum_prior(block.take(rows), many if shared else few)
-            more = (sums.ess >= (1 if self.is_small else 4)).nonzero()[:, 0]
-            if len(more) and not shared and self.densities.has_latents and not self.densities.layout.one_by_one:
+            more = (sums.ess >= (1 if is_cheap and self.is_small else 4)).nonzero()[:, 0]
+            if len(more) and self.densities.has_latents and not (shared or one_by_one) and many > few:
                 further = self.draws.sum_prior(block.take(rows[more]), many - few)
                 sums = sums.put(more, sums[more].merge(further))
             parts.append(sums)
