@@ -21,7 +21,7 @@ def evidence(rank: int, folder: Path) -> dict[str, Any]:
         x = exact.sample(count)
         loader = DataLoader(Items(x), batch_size=2)
         for name, data in (("tensor", x), ("dataset", Items(x)), ("loader", loader)):
-            estimate = pvae.log_evidence(exact.model, exact.guide, data, num_samples=30)
+            estimate = pvae.log_evidence(exact.model, exact.guide, data, num_samples=30, proposal="guide")
             log_weights = pvae.log_weights(exact.model, exact.guide, data, num_samples=30)
             found[f"{name} {count}"] = estimate.log_px, log_weights
             options = {"num_samples": 2000, "proposal": "guide", "chunk_size": 3000}
@@ -32,9 +32,12 @@ def evidence(rank: int, folder: Path) -> dict[str, Any]:
     for proposal in ("prior", "refined"):
         estimate = pvae.log_evidence(exact.model, exact.guide, x, num_samples=1000, proposal=proposal)
         found[proposal] = estimate.log_px, estimate.std_error
-    target = pvae.log_evidence(shifted.model, shifted.guide, x, num_samples=100, target_std_error=0.02)
+    options = {"num_samples": 100, "target_std_error": 0.02, "proposal": "guide"}
+    target = pvae.log_evidence(shifted.model, shifted.guide, x, **options)
     found["target"] = target.log_px, target.std_error
-    alone = pvae.log_evidence(exact.model, exact.guide, x[: rank + 1], num_samples=30, distributed=False)
+    alone = pvae.log_evidence(
+        exact.model, exact.guide, x[: rank + 1], num_samples=30, proposal="guide", distributed=False
+    )
     found["alone"] = alone.log_px
     padded = DataLoader(Items(x), batch_size=2, sampler=DistributedSampler(Items(x)))
     found["padded"] = error_of(lambda: pvae.log_evidence(exact.model, exact.guide, padded, num_samples=30))
