@@ -92,9 +92,9 @@ def test_the_table_has_every_row(results):
     printed, _ = results
     for row in (
         "ELBO",
-        "log p(x) by the guide",
-        "refined for each image",
-        "log p(x) by the prior",
+        "log p(x) ",
+        "log p(x) by the guide alone",
+        "log p(x) by the prior alone",
         "with 100 times the samples",
     ):
         assert row in printed
@@ -109,12 +109,16 @@ def test_the_report_has_every_number(results):
     assert report["dataset"] == "digits"
     assert report["binarization"] == "threshold"
     assert (report["num_train"], report["num_test"], report["num_eval"], report["epochs"]) == (1437, 360, 3, 1)
-    for proposal, k in (("guide", 30), ("refined", 30), ("prior", 30), ("prior_100x", 3000)):
+    for proposal, k in (("auto", None), ("guide", 30), ("prior", 30), ("prior_100x", 3000)):
         numbers = report["log_px"][proposal]
         expected = {"mean", "std_error", "num_samples", "ess_median", "khat_median", "khat_above_0.7", "seconds"}
         assert expected <= numbers.keys()
-        assert numbers["num_samples"] == k
+        assert k is None or numbers["num_samples"] == numbers["samples_median"] == k
         assert 0 <= numbers["khat_above_0.7"] <= 1
+    auto = report["log_px"]["auto"]
+    assert auto["num_samples"] >= auto["samples_median"] >= 30
+    assert sum(auto["stages"].values()) == 3
+    assert 0 <= auto["unresolved"] <= 1
     assert report["versions"]["torch"] == torch.__version__.split("+")[0]
     assert report["elbo"] == report["history"]["validation_elbo"][-1]
 
@@ -205,23 +209,42 @@ def test_the_title_is_what_the_repetitions_show(example):
 
 
 def numbers(mean, std_error=0.01, ess=5.0):
-    rest = {"num_samples": 1000, "khat_median": None, "khat_above_0.7": None, "seconds": 1.0}
+    rest = {"num_samples": 1000, "samples_median": 1000, "khat_median": None, "khat_above_0.7": None, "seconds": 1.0}
     return {"mean": mean, "std_error": std_error, "ess_median": ess, **rest}
 
 
 @pytest.mark.parametrize(
-    "prior, long_prior, said",
+    "prior, long_prior, unresolved, said",
     [
-        (numbers(-170.0, ess=1.0), numbers(-130.0), ["finds 72.0 nats more", ", because", "still misses 32.0", "1.50"]),
-        (numbers(-98.5, ess=9.0), numbers(-98.03), ["finds 0.5 nats more", "than the prior: about", "catches up"]),
-        (numbers(-98.3, 0.2), numbers(-98.0), ["Guide and prior agree"]),  # 0.3 nats are 1.5 standard errors
-        (numbers(-97.0), numbers(-97.0), ["The prior finds 1.00 nats more of log p(x) than the guide: about"]),
+        (numbers(-170.0, ess=1.0), numbers(-130.0), 0.0, ["finds 72.0 nats more", ", because", "still misses 32.0"]),
+        (
+            numbers(-98.5, ess=9.0),
+            numbers(-98.03),
+            0.012,
+            ["finds 0.5 nats more", "prior: about", "catches up", "1.2%"],
+        ),
+        (numbers(-98.3, 0.2), numbers(-98.0), 0.0, ["Guide and prior agree"]),  # 0.3 nats are 1.5 standard errors
+        (numbers(-97.0), numbers(-97.0), 0.0, ["The prior finds 1.00 nats more of log p(x) than the guide: about"]),
     ],
 )
-def test_the_sentence_says_what_the_numbers_show(example, prior, long_prior, said):
-    log_px = {"guide": numbers(-98.0), "refined": numbers(-96.5), "prior": prior, "prior_100x": long_prior}
+def test_the_sentence_says_what_the_numbers_show(example, prior, long_prior, unresolved, said):
+    auto = numbers(-96.5) | {"unresolved": unresolved, "stages": {"refined": 1000}}
+    log_px = {"auto": auto, "guide": numbers(-98.0), "prior": prior, "prior_100x": long_prior}
     sentence = example.sentence({"log_px": log_px})
+    assert "log p(x) is -96.50 nats in the mean" in sentence
+    assert "The guide alone finds 1.50 nats less." in sentence
+    assert ("no image unresolved" in sentence) == (unresolved == 0)
     assert all(part in sentence for part in said), sentence
+
+
+def test_the_table_says_what_is_unresolved(example):
+    auto = numbers(-96.5) | {"unresolved": 0.012, "stages": {"refined": 1000}}
+    bad = numbers(-98.0) | {"khat_median": 1.2, "khat_above_0.7": 0.9}
+    log_px = {"auto": auto, "guide": bad, "prior": bad, "prior_100x": numbers(-98.0)}
+    elbo = {"elbo_of_evaluated": -104.0, "elbo_of_evaluated_std_error": 0.01}
+    rows = example.table({"log_px": log_px, **elbo}).splitlines()[-4:]
+    notes = [row.partition("<- ")[2] for row in rows]
+    assert notes == ["1.2% unresolved", "only a lower bound", "only a lower bound", ""]
 
 
 def test_numbers_that_json_lacks_do_not_lose_a_report(example):
