@@ -15,7 +15,7 @@ import torch
 from pyro import distributions as dist
 
 import pvae
-from pvae.evidence import cascade, stages
+from pvae.evidence import cascade, stages, verdicts
 from pvae.testing import linear_gaussian, two_modes
 
 
@@ -98,6 +98,10 @@ def test_where_no_gaussian_will_do_chains_answer():
     good = ~estimate.unresolved
     assert ((estimate.corrected - exact).abs() <= 5 * estimate.std_error)[good].all()
     assert ((estimate.log_px - exact).abs() > 0.1)[good].double().mean() < 0.3
+
+
+def test_every_stage_has_a_way():
+    assert set(stages.WAYS) == set(verdicts.STAGES)
 
 
 def test_the_same_seed_gives_the_same_bits(bits, small_vae):

@@ -7,6 +7,8 @@ then chains are annealed from it. Draws that decide are thrown away: what counts
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -61,7 +63,7 @@ class Cascade:
     """Sums over draws from whatever a datum needs.
 
     Args:
-        evaluation: What draws are weighed by.
+        evaluation: What draws are weighed by, of a pair with latents to draw.
         settings: What is asked for.
         bar: Counts data that have their number.
     """
@@ -78,7 +80,7 @@ class Cascade:
         self.many = max(1, min(self.draws.chunk_size // 8, 2**25 // dim**2))
         self.few = 1 if self.densities.is_joint else max(1, min(self.many, self.draws.chunk_size // _DRAWS))
         self.answers: list[tuple[Tensor, DrawSums]] = []
-        bar.total = evaluation.batches.num_data
+        bar.total, bar.unit = evaluation.batches.num_data, " data"
 
     def sum_block(self, block: InMemory) -> DrawSums:
         """The sums over the draws that count for each datum of a block."""
@@ -92,13 +94,12 @@ class Cascade:
             needed[rows] = self._try_first(name, block, rows, floor)
         for name, rows in begins.items():
             for part in _split(rows[needed[rows] > 0], self.few):
-                with name_batch(block, part):
-                    data = _Data(part, block.take(part), floor[part])
+                with _take(block, part, floor) as data:
                     self._answer(name, data, torch.arange(len(part)), needed[part])
         self._capture_for(int((needed == 0).sum()))
         for part in _split(numbers[needed == 0], self.many):
-            with name_batch(block, part):
-                self._resolve(_Data(part, block.take(part), floor[part]))
+            with _take(block, part, floor) as data:
+                self._resolve(data)
         order = torch.cat([numbers for numbers, _ in self.answers]).argsort()
         return DrawSums.cat([sums for _, sums in self.answers])[order]
 
@@ -109,8 +110,7 @@ class Cascade:
         mode, of which weights of the guide's draws tell nothing.
         """
         self.bar.set_postfix_str("prior")
-        shared = self.densities.has_latents and self.densities.shares_prior
-        one_by_one = self.densities.layout.one_by_one
+        shared, one_by_one = self.densities.shares_prior, self.densities.layout.one_by_one
         # Where one decoding serves all data, or a datum is small, draws are cheap.
         is_cheap = shared or self.densities.entries <= _SMALL
         many = _MANY_PILOTS[self.is_small] if is_cheap else 2 * self.settings.num_samples
@@ -118,7 +118,7 @@ class Cascade:
         for rows in torch.arange(block.num_data).split(1024 if shared else self.few):
             sums = self.draws.sum_prior(block.take(rows), many if shared else few)
             more = (sums.ess >= (1 if is_cheap and self.is_small else 4)).nonzero()[:, 0]
-            if len(more) and self.densities.has_latents and not (shared or one_by_one) and many > few:
+            if len(more) and not (shared or one_by_one) and many > few:
                 further = self.draws.sum_prior(block.take(rows[more]), many - few)
                 sums = sums.put(more, sums[more].merge(further))
             parts.append(sums)
@@ -134,8 +134,7 @@ class Cascade:
         self.bar.set_postfix_str(name)
         pilots = []
         for rows in numbers.split(self.few):
-            with name_batch(block, rows):
-                data = _Data(rows, block.take(rows), floor[rows])
+            with _take(block, rows, floor) as data:
                 pilots.append(self._try(name, data, torch.arange(len(rows))))
         return self.judge.find_needed(name, WeightSums.cat(pilots), floor[numbers])
 
@@ -246,6 +245,13 @@ class Cascade:
     @property
     def _is_late(self) -> bool:
         return time.monotonic() > self.settings.deadline
+
+
+@contextmanager
+def _take(block: InMemory, numbers: Tensor, floor: Tensor) -> Iterator[_Data]:
+    """A block of code for some of the data, whose errors name them."""
+    with name_batch(block, numbers):
+        yield _Data(numbers, block.take(numbers), floor[numbers])
 
 
 def _split(rows: Tensor, size: int) -> tuple[Tensor, ...]:

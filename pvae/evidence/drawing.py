@@ -16,7 +16,7 @@ from pvae.evidence.densities import Batch
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings, chunk_shape, draws_name
 from pvae.evidence.proposals.base import Guide, Prior, Sampler
-from pvae.evidence.verdicts import KHAT_LIMIT
+from pvae.evidence.verdicts import ERROR_MARGIN, KHAT_LIMIT
 from pvae.evidence.weights import Chunk, WeightSums
 
 __all__ = ["DrawSums", "Draws"]
@@ -142,8 +142,7 @@ class Draws:
         rows, limit = torch.arange(block.num_data), self.settings.limit
         sums = self._sum(block, rows, self.settings.num_samples).weights
         while True:
-            # A margin, since the error of the fresh draws scatters.
-            enough = (sums.khat[rows] <= KHAT_LIMIT) & (sums.std_error[rows] <= 0.8 * target)
+            enough = (sums.khat[rows] <= KHAT_LIMIT) & (sums.std_error[rows] <= ERROR_MARGIN * target)
             rows = rows[~enough]
             done = int(sums.num_samples.max())
             if not len(rows) or done == limit:

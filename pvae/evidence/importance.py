@@ -127,10 +127,8 @@ def log_evidence(
     name, words = settings.proposal.name, settings.proposal.words
     if settings.cascade:
         name, words = "auto", "the guide, or from what fits a datum better"
-    diagnostics = draws.diagnostics
     if draws.is_exact:
         name = words = "an exact sum over discrete latents"
-        diagnostics = {}
     return EvidenceEstimate(
         draws.weights,
         name,
@@ -138,7 +136,7 @@ def log_evidence(
         draws.shared_draws,
         time.perf_counter() - start,
         target_std_error=target_std_error,
-        diagnostics=diagnostics,
+        diagnostics=draws.diagnostics,
         precision=draws.precision,
         product_precision=settings.precision,
         product_rounding=draws.product_rounding,
@@ -216,12 +214,12 @@ def _place(
 @halve_chunks_until_they_fit
 def _sum_blocks(pair: Pair, batches: Batches, settings: Settings) -> list[tuple[int, DrawSums]]:
     """The sums over the draws for this process's data, block by block, each with its number."""
-    unit = "data" if settings.cascade else "draws"
     with (
         open_evaluation(pair, batches, settings.seed, settings.precision) as evaluation,
-        _show_progress(settings.progress, unit) as bar,
+        _show_progress(settings.progress) as bar,
     ):
-        draws = (Cascade if settings.cascade else Draws)(evaluation, settings, bar)
+        cascade = settings.cascade and evaluation.densities.has_latents  # otherwise there is nothing to choose
+        draws = (Cascade if cascade else Draws)(evaluation, settings, bar)
         return [(number, draws.sum_block(block)) for number, block in evaluation.blocks()]
 
 
@@ -230,14 +228,14 @@ def _keep_blocks(pair: Pair, batches: Batches, settings: Settings) -> list[tuple
     """The log-weights of the draws for this process's data, block by block, each with its number."""
     with (
         open_evaluation(pair, batches, settings.seed, settings.precision) as evaluation,
-        _show_progress(settings.progress, "draws") as bar,
+        _show_progress(settings.progress) as bar,
     ):
         draws = Draws(evaluation, settings, bar)
         return [(number, draws.keep_block(block)) for number, block in evaluation.blocks()]
 
 
-def _show_progress(progress: bool, unit: str) -> tqdm:
-    return tqdm(total=0, unit=f" {unit}", unit_scale=True, disable=None if progress else True)
+def _show_progress(progress: bool) -> tqdm:
+    return tqdm(total=0, unit=" draws", unit_scale=True, disable=None if progress else True)
 
 
 def _gather(blocks: list[tuple[int, T]], processes: Processes) -> list[T]:

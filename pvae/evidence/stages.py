@@ -22,6 +22,7 @@ from pvae.evidence.proposals import (
     Proposal,
     StudentT,
 )
+from pvae.evidence.verdicts import ERROR_MARGIN, MIN_ESS
 from pvae.evidence.weights import WeightSums
 
 __all__ = ["FEWEST_TEMPERATURES", "WAYS", "Judge", "can_fit", "can_mix", "is_of_use", "may_reach", "surely_above"]
@@ -30,8 +31,6 @@ FEWEST_TEMPERATURES = 16
 
 _KHAT = 0.5  # the most of pilots: weights of a finite variance, and far from the limit, as k-hat scatters
 _ERRORS = 4  # standard errors that two estimates may be apart
-_MARGIN = 0.8  # since the error of fresh draws scatters
-_MIN_ESS = 20
 _SHARE_OF_USE = 0.05
 
 # A Gaussian with the highest ELBO is too narrow. What the guide covers stays covered.
@@ -72,8 +71,6 @@ WAYS = {
 
 def can_fit(densities: Densities) -> bool:
     """Whether latents can be moved as real numbers, and have a covariance."""
-    if not densities.has_latents:
-        return False
     try:
         dim = densities.space.dim
     except ProgramError:
@@ -83,8 +80,6 @@ def can_fit(densities: Densities) -> bool:
 
 def can_mix(densities: Densities) -> bool:
     """Whether the guide's density is known where the prior draws."""
-    if not densities.has_latents:
-        return False
     try:
         if densities.scores_guide:
             densities.log_qz(densities.trial, densities.draw_prior(densities.trial, 1))
@@ -98,7 +93,7 @@ def surely_above(sums: WeightSums) -> Tensor:
 
     Weights are positive and skewed: their mean is more often too low than too high, whatever k-hat says.
     """
-    return torch.where(sums.ess >= _MIN_ESS, sums.log_px - _ERRORS * sums.std_error, -torch.inf)
+    return torch.where(sums.ess >= MIN_ESS, sums.log_px - _ERRORS * sums.std_error, -torch.inf)
 
 
 def is_of_use(sums: WeightSums) -> Tensor:
@@ -134,7 +129,7 @@ class Judge:
 
     def find_needed(self, stage: str, pilots: WeightSums, floor: Tensor) -> Tensor:
         """How many draws each datum needs, shape ``(N,)``; 0 where too many, or none will do."""
-        needed = pilots.num_samples * (pilots.std_error / (_MARGIN * self.std_error)).square()
+        needed = pilots.num_samples * (pilots.std_error / (ERROR_MARGIN * self.std_error)).square()
         # Few different numbers, so that many data are drawn for together.
         needed = self.num_samples * 2 ** (needed / self.num_samples).log2().ceil().clamp(min=0.0)
         good = (pooled_khat(pilots)[0] <= _KHAT) & pilots.log_px.isfinite() & may_reach(pilots, floor)
@@ -142,7 +137,7 @@ class Judge:
 
     def find_chains(self, variance: Tensor, least: int) -> int:
         """How many chains bring the error of all to the target, if their log-weights are normal with this variance."""
-        needed = (variance.expm1() / (_MARGIN * self.std_error) ** 2).ceil().amax().long()
+        needed = (variance.expm1() / (ERROR_MARGIN * self.std_error) ** 2).ceil().amax().long()
         return int(needed.clamp(least, max(least, self.most("annealed"))))
 
     def is_unsure(self, pilots: WeightSums) -> Tensor:

@@ -125,7 +125,7 @@ def _try_each(placed: Pair, data: Batch, nesting: int) -> Trial:
             batch = tuple(t[rows].to(placed.device) for t in data)
             traces[len(rows)] = _density_sites(_trace_each(placed, batch))
     one, two = traces[1], traces[2]
-    observed = _check(placed, two, batch, data)
+    observed = _check(two, batch, data)
     # Of sites that come and go, those that are there both times tell of a plate.
     dim = data_dim(one, {program: {n: s for n, s in two[program].items() if n in one[program]} for program in two})
     check_names(one["model"], two["model"])
@@ -149,7 +149,7 @@ def _try_together(placed: Pair, data: Batch, nesting: int) -> Trial:
     with pyro.validation_enabled(True):
         traced = trace_pair(placed.model, placed.guide, batch)
         sites = _density_sites(traced)
-        observed = _check(placed, sites, batch, data)
+        observed = _check(sites, batch, data)
         for program in ("model", "guide"):
             check_whole(traced[program])
             check_shapes(sites[program])
@@ -162,7 +162,7 @@ def _density_sites(traced: dict[str, Sites]) -> dict[str, Sites]:
     return {program: density_sites(sites) for program, sites in traced.items()}
 
 
-def _check(placed: Pair, sites: dict[str, Sites], batch: Batch, data: Batch) -> tuple[Any, ...]:
+def _check(sites: dict[str, Sites], batch: Batch, data: Batch) -> tuple[Any, ...]:
     """Looks at what a pair does, and returns what observes the data."""
     check_pair(sites["model"], sites["guide"], strict=True)
     check_densities(**sites)

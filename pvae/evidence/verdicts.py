@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pvae.evidence.estimates import EvidenceEstimate
 
 __all__ = [
+    "ERROR_MARGIN",
     "KHAT_LIMIT",
     "MAX_ROUNDING",
     "MIN_ESS",
@@ -35,6 +36,9 @@ MIN_REACH = 0.5
 
 MIN_ESS = 20
 """With fewer effective samples a datum's error is a guess, and its k-hat may be low by luck."""
+
+ERROR_MARGIN = 0.8
+"""Of a wanted standard error, what trials must show: that of the draws that count scatters around theirs."""
 
 STAGES = (
     "guide",

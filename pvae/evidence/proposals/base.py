@@ -54,11 +54,6 @@ class Sampler(ABC):
         """What draws are a function of beside batch, `tensors` and noise."""
         return (type(self).__name__,)
 
-    def take(self, rows: Tensor) -> Sampler:
-        """The sampler for some of its data, by their indices; where `tensors` are all that it knows."""
-        batch, tensors = self.batch, self.tensors or ()
-        return replace(self.with_tensors(tuple(t[rows] for t in batch), tuple(t[rows] for t in tensors)), exact=True)
-
     @property
     def tensors(self) -> tuple[Tensor, ...] | None:
         """All that it knows of this batch; none if draws are more than a function of batch, these and noise."""
