@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from pvae import likelihoods, networks, posteriors, priors
+from pvae.composite import _PARTS
 from pvae.errors import CheckpointError, ProgramError
 from pvae.persistence.description import build, describe
-from pvae.vae import _PARTS
 
 VECTOR, SEQUENCE, IMAGE = (2, 4), (2, 4, 6), (2, 4, 6, 6)
 

@@ -13,7 +13,7 @@ import pvae
 ROOT = Path(pvae.__file__).parent
 GROUND = {"errors", "networks", "datasets", "testing", "evidence.weights", "evidence.pareto"}
 PARTS = {"priors", "likelihoods", "posteriors"}
-MODELS = {"vae", "autoencoder"}
+MODELS = {"vae", "conditional", "semi_supervised", "hierarchical", "masked", "autoencoder"}
 REPORTS = {"diagnostics", "io_arviz", "plots", "estimator", "explorer"}
 # What each folder may import beside errors and itself.
 NEEDS = {"persistence": set(), "runtime": set(), "data": {"runtime"}, "capture": {"runtime"}}
@@ -50,8 +50,10 @@ def allowed(name: str) -> set[str]:
         return {"errors"} | inside(folder, *NEEDS[folder])
     if folder in PARTS:
         return {"errors", "networks"} | inside("runtime")
-    if folder in MODELS:
+    if folder == "composite":
         return {"errors", "networks", *PARTS} | inside("persistence", "runtime", "data")
+    if folder in MODELS:
+        return {"errors", "networks", "composite", *PARTS} | inside("runtime", "data")
     if folder == "svi":
         return {"errors"} | inside("svi", "capture", "data", "runtime", "persistence")
     if folder == "evidence":
