@@ -9,9 +9,12 @@ import pytest
 import torch
 from helpers import make_loader
 from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer import autoguide as auto
 
 import pvae
+from pvae.evidence import bidirectional_monte_carlo
 from pvae.evidence.proposals import Annealed, Defensive, Guide, Prior, Refined
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -101,6 +104,75 @@ def test_regressions_of_any_size(dim):
             pvae.log_evidence(regression.model, diagonal, regression.data, num_samples=100, proposal=chains),
             regression.log_py,
         )
+
+
+def list_of_guides(model, **kinds):
+    """An `AutoGuideList` with a guide of some kind for each latent."""
+    guide = auto.AutoGuideList(model)
+    for name, kind in kinds.items():
+        guide.append(kind(poutine.block(model, expose=[name])))
+    return guide
+
+
+def train(model, guide, data, objective):
+    return pvae.fit(
+        model,
+        guide,
+        data,
+        objective=objective,
+        epochs=200,
+        batch_size=len(data[0]),
+        lr=0.03,
+        compile=False,
+        progress=False,
+    )
+
+
+def test_a_list_of_automatic_guides():
+    """Some latents by one guide and some by another, of which neither knows their correlations."""
+    regression = Regression(3)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        v = pyro.sample("v", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((w * x[:, :2]).sum(-1) + v * x[:, 2], regression.noise), obs=y)
+
+    guide = list_of_guides(model, w=auto.AutoMultivariateNormal, v=auto.AutoNormal)
+    train(model, guide, regression.data, Trace_ELBO())
+    for proposal in ("guide", "auto"):
+        within(pvae.log_evidence(model, guide, regression.data, proposal=proposal), regression.log_py)
+
+
+def test_a_list_of_guides_with_enumerated_latents():
+    """Two kinds of data: against the sum over all 64 assignments of the evidence of a regression."""
+    regression = Regression(2, num_data=6)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal((w * x).sum(-1) + k, regression.noise), obs=y)
+
+    guide = list_of_guides(model, w=auto.AutoNormal, k=auto.AutoDiscreteParallel)
+    train(model, guide, regression.data, TraceEnum_ELBO(max_plate_nesting=1))
+    kinds = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)
+    covariance = regression.x @ regression.x.T + regression.noise**2 * torch.eye(6)
+    given = dist.MultivariateNormal(torch.zeros(6), covariance).log_prob(regression.y - kinds)
+    exact = (given + dist.Bernoulli(0.3).log_prob(kinds).sum(1)).logsumexp(0).item()
+    for proposal in ("guide", "auto"):
+        within(pvae.log_evidence(model, guide, regression.data, proposal=proposal), exact)
+
+
+def test_bounds_from_both_sides_of_all_data_together():
+    """One log p(data) of simulated data, between chains there and back; a bound of 0.1 on either side."""
+    regression = Regression(3)
+    bracket = bidirectional_monte_carlo(regression.model, regression.guide, regression.data, num_samples=100)
+    x, y = bracket.data
+    covariance = x @ x.T + regression.noise**2 * torch.eye(len(x))
+    exact = dist.MultivariateNormal(torch.zeros(len(x)), covariance).log_prob(y)
+    assert bracket.lower.shape == (1,)
+    assert bracket.lower.item() - 0.1 < exact.item() < bracket.upper.item() + 0.1
 
 
 class Schools:

@@ -111,6 +111,8 @@ def bidirectional_monte_carlo(
                 with name_batch(block, rows):
                     parts.append(_run_both_ways(densities, block.take(rows), annealed, num_samples))
     lower, upper, acceptance, *simulated = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    if densities.is_joint:
+        simulated = [tensor[0] for tensor in simulated]  # all data are one datum here, and come back as they are
     return Bracket(lower, upper, tuple(simulated), acceptance, num_samples, seed)
 
 

@@ -20,7 +20,7 @@ from pvae.data import InMemory
 from pvae.evidence.drawing import Draws, DrawSums
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings
-from pvae.evidence.proposals import Elliptical, GivenGaussian, Guide, Refined, Sampler
+from pvae.evidence.proposals import Elliptical, GivenGaussian, Guide, Inflated, Refined, Sampler
 from pvae.evidence.stages import FEWEST_TEMPERATURES, WAYS, Judge, can_fit, can_mix, is_of_use, may_reach, surely_above
 from pvae.evidence.verdicts import KHAT_LIMIT, STAGES
 from pvae.evidence.weights import WeightSums
@@ -36,6 +36,9 @@ _MANY_PILOTS = (4000, 20_000)  # from the prior, in many dimensions and in few
 _FEW_DIMENSIONS = 5
 _SMALL = 64  # numbers in a datum
 _CHECKS = 3  # times as many draws look again at a k-hat that is too high
+
+# Where a posterior has modes, a fit that begins narrow may stay in a lower one; one that begins wide sees further.
+_FIT = Refined(start=Inflated(Guide(), 3.0))
 
 _CHAINS = 100
 _PILOT_CHAINS = 16
@@ -127,7 +130,7 @@ class Cascade:
     def _capture_for(self, num_data: int) -> None:
         """Begins to capture where so many data, to which something is to be fitted, make that pay."""
         programs = self.densities.programs
-        programs.capture |= self.settings.is_to_be_captured(self.evaluation, Refined(), num_data)
+        programs.capture |= self.settings.is_to_be_captured(self.evaluation, _FIT, num_data)
 
     def _try_first(self, name: str, block: InMemory, numbers: Tensor, floor: Tensor) -> Tensor:
         """How many draws of the first stage each datum needs; 0 where they will not do."""
@@ -149,7 +152,7 @@ class Cascade:
                 continue
             self.bar.set_postfix_str(name)
             if self.can_fit and data.fitted is None:
-                data = data._replace(fitted=Refined().gaussian(self.densities, data.batch))
+                data = data._replace(fitted=_FIT.gaussian(self.densities, data.batch))
             needed, last = self.judge.find_needed(name, self._try(name, data, some), data.floor[some]), name
             self._answer(name, data, some[needed > 0], needed[needed > 0])
             left = left[~torch.isin(left, some[needed > 0])]
