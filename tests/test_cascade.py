@@ -128,7 +128,10 @@ def test_a_target_for_the_error_is_met():
     estimate = evidence(oracle, x, num_samples=100, target_std_error=0.01)
     assert estimate.unresolved.double().mean() < 0.1
     assert (estimate.std_error <= 0.01)[~estimate.unresolved].all()
-    assert_right(estimate, oracle.log_px(x))
+    # A datum that misses the target alone keeps its interval.
+    assert (estimate.std_error > 0.01)[estimate.unresolved].all()
+    distance = (estimate.corrected - oracle.log_px(x)).abs()
+    assert (distance <= 5 * estimate.std_error + 1e-6).double().mean() >= 0.97
 
 
 def test_max_samples_bounds_the_draws():
