@@ -76,14 +76,15 @@ class Composite(nn.Module):
             x: Data of shape ``(N, *event)``; some hundred are enough.
 
         Raises:
-            ProgramError: The VAE has no units; those of ``mlp`` and ``conv`` do with a Gaussian likelihood.
+            ProgramError: The VAE has no units; those of ``mlp`` and ``conv`` do with a likelihood of real numbers or
+                levels.
         """
         x = self._as_events(x)
         units = [part for part in self.modules() if isinstance(part, Units)]
         if not units:
             raise ProgramError(
-                "this VAE has no units to find. VAE.mlp and VAE.conv with a Gaussian likelihood have some; parts take "
-                "them as likelihoods.Gaussian(..., units=pvae.networks.Units())."
+                "this VAE has no units to find. VAE.mlp and VAE.conv with a likelihood of real numbers or levels have "
+                "some; parts take them as likelihoods.Gaussian(..., units=pvae.networks.Units())."
             )
         for part in units:
             part.find(x)

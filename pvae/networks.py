@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pvae.errors import ArgumentError, positive_int
 
-__all__ = ["Batched", "Units", "conv_decoder", "conv_encoder", "mlp", "soft_clip"]
+__all__ = ["Batched", "Log1p", "OneHot", "Units", "conv_decoder", "conv_encoder", "mlp", "soft_clip"]
 
 Shape = int | Sequence[int]
 
@@ -82,6 +82,31 @@ class Units(nn.Module):
     def back(self, y: Tensor) -> Tensor:
         """The inverse of `forward`."""
         return self.mean + self.scale * y
+
+
+class Log1p(nn.Module):
+    """``log(1 + x)``: how an encoder is best shown counts, of which some are far larger than others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps counts of any shape."""
+        return x.log1p()
+
+
+class OneHot(nn.Module):
+    """Classes 0 ... C - 1 as vectors with a 1 at the class: how an encoder is best shown what has no order.
+
+    Args:
+        num_classes: ``C``.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = positive_int("num_classes", num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps classes, ``(..., *event)``, to ``(..., *event, C)`` in their own dtype."""
+        # torch's one_hot looks at the values, which a captured program cannot.
+        return (x[..., None] == torch.arange(self.num_classes, device=x.device)).to(x.dtype)
 
 
 class Batched(nn.Module):

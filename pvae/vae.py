@@ -65,12 +65,16 @@ class VAE(Composite):
             event_shape: Shape of one datum.
             latent_dim: ``D``, the number of latent dimensions.
             hidden: Widths of the encoder's hidden layers; the decoder has them in reverse order.
-            likelihood: ``"bernoulli"``, ``"gaussian"`` (one learned scale) or ``"gaussian-per-pixel"``. For anything
-                else put the parts together: ``VAE(prior, decoder, encoder)``.
+            likelihood: A name of `pvae.likelihoods.NAMED`. Bits: ``"bernoulli"``. Grey values in [0, 1]:
+                ``"continuous-bernoulli"``; on the 256 levels of 8 bits, ``"discretized-logistic"`` or
+                ``"discretized-logistic-per-pixel"``. Real numbers: ``"gaussian"`` (one learned scale),
+                ``"gaussian-per-pixel"``; with heavy tails ``"laplace"``, ``"student-t"``. Counts: ``"poisson"``,
+                ``"negative-binomial"``. For anything else put the parts together: ``VAE(prior, decoder, encoder)``.
             activation: Makes the module put after each hidden layer.
-            units: For a Gaussian, ``(mean, scale)`` of the data: networks see ``(x - mean) / scale`` and give means and
-                scales in these units, so that a learned scale starts at ``scale``. Left out, `pvae.fit` finds them in
-                the data, and so does `find_units`; ``(0, 1)`` leaves x as it is, and adds nothing to the parts.
+            units: For real numbers and levels, ``(mean, scale)`` of the data: networks see ``(x - mean) / scale`` and
+                give locations and scales in these units, so that a learned scale starts at ``scale``. Left out,
+                `pvae.fit` finds them in the data, and so does `find_units`; ``(0, 1)`` leaves x as it is, and adds
+                nothing to the parts.
         """
         event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         latent_dim = positive_int("latent_dim", latent_dim)
@@ -84,7 +88,7 @@ class VAE(Composite):
                 **units_argument(named, likelihood, units),
             ),
             DiagonalNormal(
-                networks.mlp(event_shape, hidden, 2 * latent_dim, activation=activation),
+                named.show(networks.mlp(event_shape, hidden, 2 * latent_dim, activation=activation)),
                 **units_argument(named, likelihood, units),
             ),
         )
@@ -122,7 +126,7 @@ class VAE(Composite):
         return cls(
             StandardNormal(latent_dim),
             named.make(decoder, event_shape=event_shape, **units_argument(named, likelihood, units)),
-            DiagonalNormal(encoder, **units_argument(named, likelihood, units)),
+            DiagonalNormal(named.show(encoder), **units_argument(named, likelihood, units)),
         )
 
     def model(self, x: Tensor) -> None:

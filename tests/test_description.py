@@ -128,10 +128,21 @@ def test_containers_come_back_in_order(container):
 
 PARTS = {
     networks.Batched: lambda: networks.conv_encoder((1, 4, 4), 3),
+    networks.Log1p: lambda: networks.Log1p(),
+    networks.OneHot: lambda: networks.OneHot(3),
     networks.Units: lambda: networks.Units([2, 0.5]),
     priors.StandardNormal: lambda: priors.StandardNormal(3),
     likelihoods.Bernoulli: lambda: likelihoods.Bernoulli(networks.mlp(3, [4], 6), event_shape=(2, 3)),
     likelihoods.Gaussian: lambda: likelihoods.Gaussian(networks.mlp(3, [4], 6), scale=0.3, event_shape=[2, 3]),
+    likelihoods.Categorical: lambda: likelihoods.Categorical(networks.mlp(3, [4], 6), num_classes=3),
+    likelihoods.ContinuousBernoulli: lambda: likelihoods.ContinuousBernoulli(networks.mlp(3, [4], 6)),
+    likelihoods.DiscretizedLogistic: lambda: likelihoods.DiscretizedLogistic(
+        networks.mlp(3, [4], 6), num_levels=17, scale="network", units=networks.Units((0.5, 0.2))
+    ),
+    likelihoods.Laplace: lambda: likelihoods.Laplace(networks.mlp(3, [4], 6), scale="network"),
+    likelihoods.NegativeBinomial: lambda: likelihoods.NegativeBinomial(networks.mlp(3, [4], 6), total_count=2.5),
+    likelihoods.Poisson: lambda: likelihoods.Poisson(networks.mlp(3, [4], 6), event_shape=(2, 3)),
+    likelihoods.StudentT: lambda: likelihoods.StudentT(networks.mlp(3, [4], 6), df=3),
     posteriors.DiagonalNormal: lambda: posteriors.DiagonalNormal(networks.mlp(6, [4], 6), max_log_scale=3.0),
 }
 

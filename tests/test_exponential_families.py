@@ -13,9 +13,10 @@ from pairs import bernoulli, bernoulli_pair
 from pyro import distributions as dist
 
 import pvae
+from pvae import distributions
 from pvae.evidence import proposals
 from pvae.evidence.densities import Densities
-from pvae.evidence.exponential_families import FAMILIES, parameters_of, product
+from pvae.evidence.exponential_families import FAMILIES, is_family, parameters_of, product
 from pvae.evidence.proposals import Prior
 from pvae.runtime import place_pair
 
@@ -36,8 +37,12 @@ def families(k):
         "Bernoulli, probabilities": dist.Bernoulli(real.sigmoid()),
         "Categorical": dist.Categorical(logits=torch.randn(k, E, 4).double()),
         "Categorical, probabilities": dist.Categorical(torch.rand(k, E, 4).double()),
+        "Categorical, ours": distributions.Categorical(logits=torch.randn(k, E, 4).double()),
+        "ContinuousBernoulli": distributions.ContinuousBernoulli(real),
+        "ContinuousBernoulli, near and far": distributions.ContinuousBernoulli(real * 10.0 ** torch.arange(-3, 2)),
         "Exponential": dist.Exponential(positive(k, E)),
         "Gamma": dist.Gamma(positive(k, E), positive(k, E)),
+        "NegativeBinomial": dist.NegativeBinomial(torch.tensor(1.5).double(), logits=real),
         "Normal": dist.Normal(real, positive(k, E)),
         "Normal, far": dist.Normal(100 + real, 0.01 * positive(k, E)),
         "Poisson": dist.Poisson(positive(k, E)),
@@ -57,20 +62,24 @@ def test_products_are_the_densities(name):
     torch.testing.assert_close(product(type(d), parameters_of(d), x), exact)
 
 
-def pair_of(name):
+def pair_of(family):
     """A model whose likelihood is of a family and depends on the latent, and a guide."""
     weights = torch.randn(2, E, generator=torch.Generator().manual_seed(0))
 
     def likelihood(z):
         y = z @ weights
+        classes = torch.stack([y, -y, y / 2], -1)
         return {
-            "Bernoulli": lambda: dist.Bernoulli(logits=y),
-            "Categorical": lambda: dist.Categorical(logits=torch.stack([y, -y, y / 2], -1)),
-            "Exponential": lambda: dist.Exponential(y.exp()),
-            "Gamma": lambda: dist.Gamma(y.exp(), 1.0 + 0 * y),
-            "Normal": lambda: dist.Normal(y, 0.8 + 0 * y),
-            "Poisson": lambda: dist.Poisson(y.exp()),
-        }[name]()
+            dist.Bernoulli: lambda: dist.Bernoulli(logits=y),
+            dist.Categorical: lambda: dist.Categorical(logits=classes),
+            distributions.Categorical: lambda: distributions.Categorical(logits=classes),
+            distributions.ContinuousBernoulli: lambda: distributions.ContinuousBernoulli(y),
+            dist.Exponential: lambda: dist.Exponential(y.exp()),
+            dist.Gamma: lambda: dist.Gamma(y.exp(), 1.0 + 0 * y),
+            dist.NegativeBinomial: lambda: dist.NegativeBinomial(torch.tensor(1.5), logits=y),
+            dist.Normal: lambda: dist.Normal(y, 0.8 + 0 * y),
+            dist.Poisson: lambda: dist.Poisson(y.exp()),
+        }[family]()
 
     def model(x):
         with pyro.plate("data", len(x)):
@@ -84,15 +93,22 @@ def pair_of(name):
     return model, guide, likelihood(torch.randn(20, 2) / 2).sample()
 
 
-@pytest.mark.parametrize("name", [family.__name__ for family in FAMILIES])
-def test_draws_are_shared_for_every_family(name):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draws_are_shared_for_every_family(family):
     """The prior's shared draws and draws of each datum's own estimate the same, to 5 sigma of both."""
-    model, guide, x = pair_of(name)
+    model, guide, x = pair_of(family)
     shared, own = (pvae.log_evidence(model, guide, x, num_samples=4000, proposal=p) for p in (Prior(), "guide"))
     assert shared.shared_draws
     error = (shared.std_error.square() + own.std_error.square()).sqrt()
     assert ((shared.log_px - own.log_px).abs() < 5 * error)[~shared.unreliable & ~own.unreliable].all()
     assert (~shared.unreliable).any()
+
+
+def test_a_negative_binomial_is_of_a_family_where_its_total_count_is_one_number():
+    logits = torch.randn(3, E)
+    assert is_family(dist.NegativeBinomial(torch.tensor(2.0), logits=logits).expand([4, 3, E]))
+    assert not is_family(dist.NegativeBinomial(torch.rand(3, 1), logits=logits))
+    assert not is_family(dist.NegativeBinomial(torch.rand(E), logits=logits))
 
 
 # --- the prior's shared draws -------------------------------------------------------------------------------------

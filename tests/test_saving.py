@@ -12,7 +12,7 @@ from pairs import compose_vae
 from torch import nn
 
 import pvae
-from pvae import networks, posteriors
+from pvae import likelihoods, networks, posteriors, priors
 from pvae.errors import ArgumentError, CheckpointError, ProgramError
 
 
@@ -130,6 +130,15 @@ VAES = {
     "mlp-activation": lambda: pvae.VAE.mlp(6, 2, [8], activation=nn.SiLU),
     "mlp-gaussian": lambda: pvae.VAE.mlp((2, 3), 2, [8], "gaussian"),
     "mlp-per-pixel": lambda: pvae.VAE.mlp((2, 3), 2, [8], "gaussian-per-pixel"),
+    "mlp-levels": lambda: pvae.VAE.mlp((2, 3), 2, [8], "discretized-logistic-per-pixel"),
+    "mlp-counts": lambda: pvae.VAE.mlp((2, 3), 2, [8], "negative-binomial"),
+    "mlp-heavy": lambda: pvae.VAE.mlp((2, 3), 2, [8], "student-t").double(),
+    "mlp-grey": lambda: pvae.VAE.mlp((2, 3), 2, [8], "continuous-bernoulli"),
+    "classes": lambda: pvae.VAE(
+        priors.StandardNormal(2),
+        likelihoods.Categorical(networks.mlp(2, [8], 18), num_classes=3, event_shape=(2, 3)),
+        posteriors.DiagonalNormal(nn.Sequential(networks.OneHot(3), networks.mlp((2, 3, 3), [8], 4))),
+    ),
     "conv": lambda: pvae.VAE.conv((1, 4, 6), 2, (4,), 8),
     "conv-per-pixel": lambda: pvae.VAE.conv((3, 4, 6), 2, (4, 4), 8, "gaussian-per-pixel"),
     "layers": of_layers,
@@ -155,7 +164,7 @@ def test_what_is_loaded_is_what_was_saved(name, tmp_path):
     assert all(tensor.device.type == "cpu" for tensor in loaded.state_dict().values())
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv-per-pixel", "layers", "own"])
+@pytest.mark.parametrize("name", ["mlp", "mlp-levels", "mlp-counts", "classes", "conv-per-pixel", "layers", "own"])
 def test_densities_and_evidence_are_equal_bit_by_bit(name, tmp_path):
     vae = VAES[name]().eval()
     vae.save(tmp_path)

@@ -136,7 +136,7 @@ def test_parts_that_do_not_fit_are_named(parts, match):
     [
         (lambda: pvae.VAE.mlp(6, 0), "latent_dim"),
         (lambda: pvae.VAE.mlp(6, 2.5), "latent_dim"),
-        (lambda: pvae.VAE.mlp(6, 2, likelihood="poisson"), "likelihood.*bernoulli"),
+        (lambda: pvae.VAE.mlp(6, 2, likelihood="beta"), "likelihood.*bernoulli"),
         (lambda: pvae.VAE.conv((28, 28), 2), "channels"),
         (lambda: pvae.VAE.mlp(6, 2, [8]).sample(0), "num_samples"),
         (lambda: pvae.VAE.mlp(6, 2, [8]).sample(2, seed=-1), "seed"),

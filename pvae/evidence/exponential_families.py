@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from pyro import distributions as dist
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
+
+from pvae import distributions
 
 __all__ = [
     "FAMILIES",
     "PARAMETERS",
     "Family",
     "is_constant_along",
+    "is_family",
     "leaf_of",
     "parameters_of",
     "product",
@@ -34,42 +37,61 @@ class Family(NamedTuple):
         natural: A distribution to ``eta``, one tensor for each statistic.
         normalizer: A distribution to ``A``.
         statistics: Data and a distribution to ``T(x)``, one tensor for each.
-        carrier: Data to ``log h(x)``; none if that is 0.
+        carrier: Data and a distribution to ``log h(x)``; none if that is 0. It may depend on ``fixed`` alone.
         dtype: In which to multiply; float64 where terms may nearly cancel.
+        fixed: Names of parameters that must be one number for all draws, data and entries.
     """
 
     natural: Callable[[Any], tuple[Tensor, ...]]
     normalizer: Callable[[Any], Tensor]
     statistics: Callable[[Tensor, Any], tuple[Tensor, ...]]
-    carrier: Callable[[Tensor], Tensor] | None = None
+    carrier: Callable[[Tensor, Any], Tensor] | None = None
     dtype: torch.dtype | None = torch.float64
+    fixed: tuple[str, ...] = ()
 
 
 def _itself(x: Tensor, _: Any) -> tuple[Tensor, ...]:
     return (x,)
 
 
+def _one_hot(x: Tensor, p: Any) -> tuple[Tensor, ...]:
+    return (x.long()[..., None] == torch.arange(p.logits.shape[-1], device=x.device),)
+
+
+def _of_counts(x: Tensor, p: Any) -> Tensor:
+    """The negative binomial's, with its one ``total_count``."""
+    r = p.total_count.reshape(-1)[0]
+    return torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(x + 1)
+
+
+_CATEGORICAL = Family(lambda p: (p.logits,), lambda p: torch.zeros_like(p.logits[..., 0]), _one_hot, dtype=None)
+
+
 FAMILIES: dict[type, Family] = {
     dist.Bernoulli: Family(lambda p: (p.logits,), lambda p: softplus(p.logits), _itself, dtype=None),
-    dist.Categorical: Family(
-        lambda p: (p.logits,),
-        lambda p: torch.zeros_like(p.logits[..., 0]),
-        lambda x, p: (x.long()[..., None] == torch.arange(p.logits.shape[-1], device=x.device),),
-        dtype=None,
-    ),
+    dist.Categorical: _CATEGORICAL,
+    distributions.Categorical: _CATEGORICAL,
+    distributions.ContinuousBernoulli: Family(lambda p: (p.logits,), lambda p: p.log_normalizer(), _itself),
     dist.Exponential: Family(lambda p: (-p.rate,), lambda p: -p.rate.log(), _itself),
     dist.Gamma: Family(
         lambda p: (p.concentration - 1, -p.rate),
         lambda p: p.concentration.lgamma() - p.concentration * p.rate.log(),
         lambda x, _: (x.log(), x),
     ),
+    dist.NegativeBinomial: Family(
+        lambda p: (logsigmoid(p.logits),),
+        lambda p: -p.total_count * logsigmoid(-p.logits),
+        _itself,
+        _of_counts,
+        fixed=("total_count",),
+    ),
     dist.Normal: Family(
         lambda p: (p.loc / p.scale.square(), -0.5 / p.scale.square()),
         lambda p: (p.loc / p.scale).square() / 2 + p.scale.log(),
         lambda x, _: (x, x.square()),
-        lambda x: torch.full_like(x, -math.log(2 * math.pi) / 2),
+        lambda x, _: torch.full_like(x, -math.log(2 * math.pi) / 2),
     ),
-    dist.Poisson: Family(lambda p: (p.rate.log(),), lambda p: p.rate, _itself, lambda x: -torch.lgamma(x + 1)),
+    dist.Poisson: Family(lambda p: (p.rate.log(),), lambda p: p.rate, _itself, lambda x, _: -torch.lgamma(x + 1)),
 }
 """Univariate families whose parameters and data stand entry by entry."""
 
@@ -77,15 +99,25 @@ FAMILIES: dict[type, Family] = {
 PARAMETERS = {
     dist.Bernoulli: ("logits",),
     dist.Categorical: ("logits",),
+    distributions.Categorical: ("logits",),
+    distributions.ContinuousBernoulli: ("logits",),
     dist.Exponential: ("rate",),
     dist.Gamma: ("concentration", "rate"),
     dist.Laplace: ("loc", "scale"),
+    dist.NegativeBinomial: ("total_count", "logits"),
     dist.Normal: ("loc", "scale"),
     dist.Poisson: ("rate",),
     dist.StudentT: ("df", "loc", "scale"),
     dist.Uniform: ("low", "high"),
 }
 """Univariate families by the names of their parameters, which say all there is to say about them."""
+
+
+def is_family(leaf: Any) -> bool:
+    """Whether a distribution, below ``to_event``, is one of `FAMILIES`, with those parameters fixed that must be."""
+    if type(leaf) not in FAMILIES:
+        return False
+    return all(not any(getattr(leaf, name).stride()) for name in FAMILIES[type(leaf)].fixed)
 
 
 def parameters_of(leaf: Any) -> dict[str, Tensor]:
@@ -122,7 +154,7 @@ def product(family: type, parameters: dict[str, Tensor], x: Tensor, *, exact: bo
     statistics = torch.cat([_rows(t.to(dtype)) for t in rule.statistics(x, p)], 1)
     log_px = natural @ statistics.T - _rows(rule.normalizer(p)).sum(1, keepdim=True)
     if rule.carrier is not None:
-        log_px = log_px + _rows(rule.carrier(x)).sum(1)
+        log_px = log_px + _rows(rule.carrier(x, p)).sum(1)
     # A probability of 0 is infinite here, and 0 times that is nan, where the density itself is well defined.
     for k in () if not exact else (~natural.isfinite().all(1)).nonzero()[:, 0].tolist():
         one = family(**{name: value[k].to(dtype) for name, value in parameters.items()}, validate_args=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvae.evidence.exponential_families import FAMILIES, is_constant_along, leaf_of, shared_log_prob
+from pvae.evidence.exponential_families import is_constant_along, is_family, leaf_of, shared_log_prob
 from pvae.evidence.pair_checks import check_names, latent_of, observed_of, plates_of
 from pvae.evidence.traces import Batch, Run, Runner
 from pvae.runtime import Program
@@ -34,7 +34,7 @@ def shares_draws(runner: Runner, model: Program, trial: Batch) -> bool:
     if len(observed) != 1 or not in_two_plates or not constant:
         return False
     (site,) = observed.values()
-    plain = type(leaf_of(site["fn"])) in FAMILIES and site["mask"] is None
+    plain = is_family(leaf_of(site["fn"])) and site["mask"] is None
     if not plain or site["value"].shape != (len(trial[0]), *site["fn"].event_shape):
         return False
     product = shared_log_prob(site["fn"], dim, site["value"]).double()

@@ -30,11 +30,29 @@ __all__ = [
 ]
 
 
+# What to do about data outside of a support, where it does not say so itself.
+_ADVICE: dict[constraints.Constraint, str] = {
+    constraints.boolean: (
+        "Binarize the data by name, pvae.datasets.mnist(binarization='threshold' | 'static' | 'dynamic') or "
+        "pvae.datasets.binarize(x, 'threshold'), or choose a likelihood for grey values, such as ContinuousBernoulli."
+    ),
+    constraints.nonnegative_integer: (
+        "It is for counts, 0, 1, 2 and so on: pass them as they were before any scaling (x.round() where they differ "
+        "from whole numbers by rounding alone), or choose a likelihood for real numbers, such as Gaussian."
+    ),
+    constraints.unit_interval: (
+        "Bring the data to [0, 1], as pixels of 8 bits by x / 255, or choose a likelihood for real numbers, such as "
+        "Gaussian."
+    ),
+}
+
+
 def check_support(site: str, distribution: Any, value: Tensor) -> None:
     """Raises `DataError` where ``value`` lies outside the support of an observed site's distribution.
 
     Looks at supports of single entries that do not depend on parameters (booleans, reals, positive numbers, ...),
-    below any ``to_event``, ``expand`` or ``mask``.
+    below any ``to_event``, ``expand`` or ``mask``. A support may have an attribute ``advice``: what to do about data
+    outside of it, for the error.
     """
     family = type(base_distribution(distribution))
     support = simple_support(distribution)
@@ -44,25 +62,42 @@ def check_support(site: str, distribution: Any, value: Tensor) -> None:
     if not bad.any():
         return
     example = value[bad][0].item()
-    advice = "Rescale the data, or choose a likelihood for such values."
-    if support is constraints.boolean:
-        advice = (
-            "Binarize the data by name, pvae.datasets.mnist(binarization='threshold' | 'static' | 'dynamic') or "
-            "pvae.datasets.binarize(x, 'threshold'), or choose a likelihood for grey values, such as Gaussian."
-        )
     raise DataError(
         f"site '{site}' is {family.__name__}, whose support is {support}, but {bad.double().mean().item():.3%} of its "
         f"data are outside (for example {example:g}; smallest {value.min().item():g}, "
-        f"largest {value.max().item():g}). {advice}"
+        f"largest {value.max().item():g}). {_advice(support)}"
     )
 
 
+def _advice(support: constraints.Constraint) -> str:
+    if isinstance(support, type(constraints.integer_interval(0, 1))):
+        return (
+            f"It is for whole numbers from {support.lower_bound} to {support.upper_bound}, as classes are: number them "
+            "from 0, and let the likelihood have as many as there are."
+        )
+    other = "Rescale the data, or choose a likelihood for such values."
+    return getattr(support, "advice", None) or _ADVICE.get(support, other)
+
+
 def simple_support(distribution: Any) -> constraints.Constraint | None:
-    """A distribution's support below any ``to_event``, if it is one of single entries that depends on no parameters."""
-    support = getattr(type(base_distribution(distribution)), "support", None)
-    if not isinstance(support, constraints.Constraint) or constraints.is_dependent(support) or support.event_dim:
+    """A distribution's support below any ``to_event``, if it is one of single entries that depends on no tensors."""
+    base = base_distribution(distribution)
+    support = getattr(type(base), "support", None)
+    if not isinstance(support, constraints.Constraint):
         return None
-    return support
+    if constraints.is_dependent(support):
+        support = _of_numbers(base)
+    return None if support is None or support.event_dim else support
+
+
+def _of_numbers(base: Any) -> constraints.Constraint | None:
+    """A support that belongs to an instance and is told by plain numbers: of classes, how many there are."""
+    try:
+        support = base.support
+    except NotImplementedError:
+        return None
+    plain = all(isinstance(v, int | float) for v in vars(support).values())
+    return support if plain and not constraints.is_dependent(support) else None
 
 
 def observed_data(sites: Mapping[str, Any], batch: tuple[Tensor, ...]) -> list[tuple[str, Any, list[int]]]:
