@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pvae import datasets, diagnostics, evidence, likelihoods, networks, plots, posteriors, priors, svi, testing
 from pvae.capture import use_onednn
+from pvae.conditional import ConditionalVAE
 from pvae.errors import (
     ArgumentError,
     CheckpointError,
@@ -16,6 +17,7 @@ from pvae.errors import (
     RankError,
 )
 from pvae.evidence import EvidenceEstimate, compare, log_evidence, log_weights
+from pvae.semi_supervised import SemiSupervisedVAE
 from pvae.svi import FitResult, fit
 from pvae.vae import VAE
 
@@ -28,6 +30,7 @@ __all__ = [
     "VAE",
     "ArgumentError",
     "CheckpointError",
+    "ConditionalVAE",
     "DataError",
     "DatasetError",
     "DeviceError",
@@ -37,6 +40,7 @@ __all__ = [
     "PVAEError",
     "ProgramError",
     "RankError",
+    "SemiSupervisedVAE",
     "compare",
     "datasets",
     "diagnostics",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any, Self, TypeVar
@@ -14,16 +14,27 @@ from weakref import WeakKeyDictionary
 
 import pyro
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import likelihoods, networks, posteriors, priors
 from pvae.data import Array, as_tensors, check_shape
-from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, folder_path
+from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, folder_path, one_of
 from pvae.networks import Units
 from pvae.persistence import check_free, pack_module, read_files, try_run, unpack_module, write_packed
 from pvae.runtime import check_real, in_turn, isolate
 
-__all__ = ["Composite", "check_latent", "draw", "run_part", "show_shapes", "units_argument"]
+__all__ = [
+    "Composite",
+    "check_latent",
+    "concatenate",
+    "draw",
+    "make_decoder",
+    "one_hot",
+    "run_part",
+    "show_shapes",
+    "units_argument",
+]
 
 _T = TypeVar("_T")
 
@@ -184,6 +195,78 @@ class Composite(nn.Module):
         if z.shape[-1:] != (latent_dim,):
             raise DataError(f"{name} must have shape (..., {latent_dim}), got {tuple(z.shape)}.")
         return z.to(next(self.parameters(), z))
+
+    def _as_labels(self, y: Array, num_classes: int, name: str = "y", *, unknown: bool = False) -> Tensor:
+        """Labels ``(...)``, whole numbers below ``num_classes``, on the parameters' device.
+
+        Values are looked at where Pyro's validation is on, as outside of training; `one_hot` gives nan for others.
+
+        Args:
+            y: The labels.
+            num_classes: How many classes there are.
+            name: What to call them in an error.
+            unknown: Whether -1 stands for a label that is not known.
+        """
+        y = _as_tensor(name, y)
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise DataError(f"{name} must be labels, whole numbers; got {y.dtype}. Pass {name}.long().")
+        least = -1 if unknown else 0
+        if is_validation_enabled() and y.numel() and not y.is_meta:
+            smallest, largest = int(y.min()), int(y.max())
+            if smallest < least or largest >= num_classes:
+                advice = "" if unknown else " Where labels are unknown, as -1, take pvae.SemiSupervisedVAE."
+                raise DataError(
+                    f"{name} must be labels from {least} to {num_classes - 1}, got labels from {smallest} to {largest}."
+                    f"{advice if smallest == -1 else ''}"
+                )
+        return y.to(next(self.parameters(), torch.empty(())).device, torch.int64)
+
+
+def one_hot(y: Tensor, num_classes: int, like: Tensor) -> Tensor:
+    """Labels ``(...)`` as ``(..., num_classes)``: 1 for the label, else 0; nan where there is no such class.
+
+    Args:
+        y: The labels.
+        num_classes: How many classes there are.
+        like: Of the dtype wanted.
+    """
+    # Not torch's own, which reads the labels; nan then tells of one that nobody could look at.
+    hot = (y[..., None] == torch.arange(num_classes, device=y.device)).to(like.dtype)
+    return torch.where(((y >= 0) & (y < num_classes))[..., None], hot, torch.nan)
+
+
+def concatenate(*vectors: Tensor) -> Tensor:
+    """Vectors ``(..., D_i)`` one after the other, ``(..., sum D_i)``; leading dimensions are broadcast."""
+    leading = torch.broadcast_shapes(*(v.shape[:-1] for v in vectors))
+    return torch.cat([v.expand(*leading, -1) for v in vectors], -1)
+
+
+def make_decoder(
+    in_features: int,
+    hidden: Sequence[int],
+    event_shape: tuple[int, ...],
+    likelihood: str,
+    *,
+    activation: Callable[[], nn.Module],
+    units: tuple[float, float] | None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A likelihood by its name, of a multilayer perceptron.
+
+    Args:
+        in_features: Numbers that the network takes.
+        hidden: Widths of the hidden layers.
+        event_shape: Shape of one datum.
+        likelihood: The name.
+        activation: Makes the module put after each hidden layer.
+        units: As for `units_argument`.
+
+    Returns:
+        The likelihood, and the keyword ``units`` for what sees data in the same ones.
+    """
+    named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
+    network = networks.mlp(in_features, hidden, (named.outputs, *event_shape), activation=activation)
+    made = named.make(network, event_shape=event_shape, **units_argument(named, likelihood, units))
+    return made, units_argument(named, likelihood, units)
 
 
 def units_argument(named: likelihoods.Named, likelihood: str, given: tuple[float, float] | None) -> dict[str, Any]:

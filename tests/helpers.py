@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import random
@@ -12,6 +13,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from torch import nn
@@ -316,3 +318,44 @@ def batches_of(data, **options):
     pair = pvae.VAE.mlp(1, 1, [4], "gaussian", units=(0, 1))
     fit_fresh(data, pair=lambda: pair, transform=transform, **{"epochs": 1, **options})
     return batches[1:]  # the first is a look at the pair
+
+
+# --- pairs made of parts --------------------------------------------------------------------------------------------
+
+
+def assert_fit_is_svi(pair, data, elbo=None, **options):
+    """``pyro.infer.SVI``, fed the batches and the noise of a short `fit`, ends at the same parameters."""
+    theirs = copy.deepcopy(pair)
+    result = fit(pair, data, **{"lr": 0.01, "seed": 5, "compile": False, **options})
+    loss = elbo or pyro.infer.Trace_ELBO()
+    svi = pyro.infer.SVI(theirs.model, theirs.guide, pyro.optim.Adam({"lr": 0.01}), loss)
+    tensors = data if isinstance(data, tuple) else (data,)
+    losses = []
+    with isolate([theirs], seed=5, training=True):
+        for epoch in (1, 2):
+            order = torch.from_numpy(np.random.default_rng((5, epoch)).permutation(len(tensors[0])))
+            losses.append(sum(svi.step(*(t[rows] for t in tensors)) for rows in order.split(64)) / len(order))
+    np.testing.assert_allclose(result.history["elbo"], -np.array(losses), rtol=1e-4)
+    for p, q in zip(pair.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)  # Adam divides small gradients by their size
+
+
+def assert_comes_back(pair, folder):
+    """What `load` gives has the type, the parts and the bits of what was saved."""
+    pair.save(folder)
+    other = type(pair).load(folder)
+    assert repr(other) == repr(pair)
+    ours, theirs = pair.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(same_bits(ours[name], theirs[name]) for name in ours)
+    return other
+
+
+def assert_captured(pair, data, monkeypatch, objective=lambda pair: None):
+    """A training that is captured, without a warning that it could not be, ends where plain Pyro's does."""
+    monkeypatch.setattr("pvae.capture.captured._no_compiler", [True])  # which would take seconds
+    theirs = copy.deepcopy(pair)
+    for one, compile in ((pair, True), (theirs, False)):
+        fit(one, data, compile=compile, lr=0.01, objective=objective(one))
+    for p, q in zip(pair.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
