@@ -18,7 +18,15 @@ from torch.types import _size
 
 from pvae.errors import ArgumentError, positive_int
 
-__all__ = ["Categorical", "ContinuousBernoulli", "DiscretizedLogistic", "Grid", "StudentT"]
+__all__ = [
+    "Categorical",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "Grid",
+    "NegativeBinomial",
+    "Poisson",
+    "StudentT",
+]
 
 _MAX_LEVELS = 2**16  # float32 tells these apart on [0, 1], and some more that rounding needs
 
@@ -210,12 +218,13 @@ class DiscretizedLogistic(_Entrywise):
     @property
     def mean(self) -> Tensor:
         """``E[x]``, by ``E[k] = sum_j P(k > j)``: exact, in about ``num_levels`` times the work of one density."""
-        return self._moments()[0]
+        return self._weighed(0, self.loc.dtype) / (self.num_levels - 1)
 
     @property
     def variance(self) -> Tensor:
-        """``Var[x]``, by the same sum."""
-        return self._moments()[1]
+        """``Var[x]``, by ``E[k^2] = sum_j (2 j + 1) P(k > j)``."""
+        first, second = (self._weighed(slope, torch.float64) for slope in (0, 2))
+        return ((second - first.square()).clamp(min=0) / (self.num_levels - 1) ** 2).to(self.loc.dtype)
 
     @torch.no_grad()
     def sample(self, sample_shape: _size = ()) -> Tensor:
@@ -224,21 +233,50 @@ class DiscretizedLogistic(_Entrywise):
         y = dist.Logistic(self.loc, self.scale, validate_args=False).sample(sample_shape)
         return (y * top).round().clamp(0, top) / top
 
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance."""
-        top, loc, scale = self.num_levels - 1, self.loc.double()[..., None], self.scale.double()[..., None]
-        levels = torch.arange(top, dtype=loc.dtype, device=loc.device)
-        first = second = torch.zeros_like(loc[..., 0])
-        for j in levels.split(max(1, _BLOCK // max(1, loc.numel()))):
+    def _weighed(self, slope: int, dtype: torch.dtype) -> Tensor:
+        """``sum_j (slope j + 1) P(k > j)`` over all levels but the last, a block of them at once."""
+        top, loc, scale = self.num_levels - 1, self.loc.to(dtype)[..., None], self.scale.to(dtype)[..., None]
+        total = torch.zeros_like(loc[..., 0])
+        for j in torch.arange(top, dtype=dtype, device=loc.device).split(max(1, _BLOCK // max(1, loc.numel()))):
             exceeds = ((loc - (j + 0.5) / top) / scale).sigmoid()
-            first = first + exceeds.sum(-1)
-            second = second + (exceeds * (2 * j + 1)).sum(-1)
-        variance = (second - first.square()).clamp(min=0)
-        return (first / top).to(self.loc.dtype), (variance / top**2).to(self.loc.dtype)
+            total = total + (exceeds * (slope * j + 1) if slope else exceeds).sum(-1)
+        return total
+
+
+def _log_prob_in_float64(distribution: dist.TorchDistribution, value: Tensor, *names: str) -> Tensor:
+    """What the parent class gives for parameters and data in float64, in the dtype that they are in.
+
+    Logarithms of factorials may be thousands where their difference is 1: in float32 that is off by 0.001 an entry.
+    """
+    if distribution._validate_args:
+        distribution._validate_sample(value)
+    parameters = {name: getattr(distribution, name) for name in names}
+    parent = type(distribution).__bases__[0]
+    wide = parent(**{name: p.double() for name, p in parameters.items()}, validate_args=False)
+    return wide.log_prob(value.double()).to(parameters[names[-1]].dtype)
+
+
+class Poisson(dist.Poisson):
+    """Poisson's, whose log-density is exact to rounding for large counts, too."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """``x log r - r - log x!``, nats per entry."""
+        return _log_prob_in_float64(self, value, "rate")
+
+
+class NegativeBinomial(dist.NegativeBinomial):
+    """The negative binomial, whose log-density is exact to rounding for a large ``total_count``, too.
+
+    There it is nearly Poisson's, and learned to be so where data are.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """``log p(x)``, nats per entry."""
+        return _log_prob_in_float64(self, value, "total_count", "logits")
 
 
 class StudentT(dist.StudentT):
-    """Student's t, whose ``mean`` is its location for any number of degrees of freedom.
+    """Student's t, exact to rounding for many degrees of freedom, whose ``mean`` is its location for any number.
 
     Up to one it has no expectation; the location is its median and its mode.
     """
@@ -247,6 +285,10 @@ class StudentT(dist.StudentT):
     def mean(self) -> Tensor:
         """The location."""
         return self.loc
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """``log p(x)``, nats per entry."""
+        return _log_prob_in_float64(self, value, "df", "loc", "scale")
 
 
 class Categorical(dist.Categorical):

@@ -256,7 +256,7 @@ class Poisson(_Likelihood):
 
     def _distribution(self, *parts: Tensor) -> dist.TorchDistribution:
         (log_rate,) = parts
-        return dist.Poisson(soft_clip(log_rate, _MAX_LOG_MEAN).exp())
+        return distributions.Poisson(soft_clip(log_rate, _MAX_LOG_MEAN).exp())
 
 
 class NegativeBinomial(_Likelihood):
@@ -287,7 +287,7 @@ class NegativeBinomial(_Likelihood):
         log_mean = soft_clip(parts[0], _MAX_LOG_MEAN)
         raw = parts[1] if self.total_count == "network" else self.log_total_count
         log_count = log_mean.new_tensor(self.total_count).log() if raw is None else soft_clip(raw, _MAX_LOG_SCALE)
-        return dist.NegativeBinomial(log_count.exp(), logits=log_mean - log_count)
+        return distributions.NegativeBinomial(log_count.exp(), logits=log_mean - log_count)
 
 
 class Categorical(_Likelihood):

@@ -12,7 +12,15 @@ from pyro import distributions as dist
 from scipy import integrate, stats
 from torch.autograd import gradcheck, gradgradcheck
 
-from pvae.distributions import Categorical, ContinuousBernoulli, DiscretizedLogistic, Grid, StudentT
+from pvae.distributions import (
+    Categorical,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    Grid,
+    NegativeBinomial,
+    Poisson,
+    StudentT,
+)
 from pvae.errors import ArgumentError
 
 LOGITS = [0.0, 1e-30, -1e-4, 0.01, 0.1, -0.3, 0.499, 0.5, -0.501, 1.0, -2.0, 5.0, 16.0, -17.0, 100.0, -1e3, 1e5]
@@ -174,6 +182,8 @@ def test_impossible_levels_are_refused(num_levels):
         lambda p: ContinuousBernoulli(p),
         lambda p: DiscretizedLogistic(p, 0.3, 5),
         lambda p: StudentT(0.5, p, 2.0),
+        lambda p: Poisson(p.exp()),
+        lambda p: NegativeBinomial(torch.tensor(3.0), logits=p),
         lambda p: Categorical(logits=torch.stack([p, -p], -1)),
     ],
 )
@@ -199,6 +209,26 @@ def test_expanded_ones_are_the_same(make, dtype):
 def test_values_outside_are_refused_where_they_are_validated(px, value):
     with pytest.raises(ValueError, match="support"):
         px.log_prob(torch.tensor(value))
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 1000.0])
+@pytest.mark.parametrize("mean", [0.1, 10.0, 1000.0])
+def test_counts_and_tails_are_exact_to_rounding_in_float32(mean, size):
+    """Against scipy's in float64, to rounding of what comes out; torch's own are off by up to 0.003."""
+    k = torch.cat([torch.arange(20.0), torch.tensor([100.0, 1000.0, 3000.0])])
+    mean, size = (torch.tensor(value).item() for value in (mean, size))  # as float32 has them
+    logits = torch.tensor(mean / size).log()
+    found = {
+        "poisson": (Poisson(torch.tensor(mean)), stats.poisson.logpmf(k.double(), mean)),
+        "negative binomial": (
+            NegativeBinomial(torch.tensor(size), logits=logits),
+            stats.nbinom.logpmf(k.double(), size, (-logits.double()).sigmoid().item()),
+        ),
+        "student": (StudentT(size, 0.0, torch.tensor(mean)), stats.t.logpdf(k.double(), size, scale=mean)),
+    }
+    for name, (px, exact) in found.items():
+        error = (px.log_prob(k).double() - torch.as_tensor(exact)).abs()
+        assert (error <= 1e-6 * (1 + torch.as_tensor(exact).abs())).all(), name
 
 
 def test_what_mean_is_where_there_is_no_expectation():

@@ -43,9 +43,11 @@ def families(k):
         "Exponential": dist.Exponential(positive(k, E)),
         "Gamma": dist.Gamma(positive(k, E), positive(k, E)),
         "NegativeBinomial": dist.NegativeBinomial(torch.tensor(1.5).double(), logits=real),
+        "NegativeBinomial, ours": distributions.NegativeBinomial(torch.tensor(2.0).double(), logits=real),
         "Normal": dist.Normal(real, positive(k, E)),
         "Normal, far": dist.Normal(100 + real, 0.01 * positive(k, E)),
         "Poisson": dist.Poisson(positive(k, E)),
+        "Poisson, ours": distributions.Poisson(positive(k, E)),
     }
 
 
@@ -77,8 +79,10 @@ def pair_of(family):
             dist.Exponential: lambda: dist.Exponential(y.exp()),
             dist.Gamma: lambda: dist.Gamma(y.exp(), 1.0 + 0 * y),
             dist.NegativeBinomial: lambda: dist.NegativeBinomial(torch.tensor(1.5), logits=y),
+            distributions.NegativeBinomial: lambda: distributions.NegativeBinomial(torch.tensor(1.5), logits=y),
             dist.Normal: lambda: dist.Normal(y, 0.8 + 0 * y),
             dist.Poisson: lambda: dist.Poisson(y.exp()),
+            distributions.Poisson: lambda: distributions.Poisson(y.exp()),
         }[family]()
 
     def model(x):

@@ -66,6 +66,15 @@ def _of_counts(x: Tensor, p: Any) -> Tensor:
 
 _CATEGORICAL = Family(lambda p: (p.logits,), lambda p: torch.zeros_like(p.logits[..., 0]), _one_hot, dtype=None)
 
+_NEGATIVE_BINOMIAL = Family(
+    lambda p: (logsigmoid(p.logits),),
+    lambda p: -p.total_count * logsigmoid(-p.logits),
+    _itself,
+    _of_counts,
+    fixed=("total_count",),
+)
+_POISSON = Family(lambda p: (p.rate.log(),), lambda p: p.rate, _itself, lambda x, _: -torch.lgamma(x + 1))
+
 
 FAMILIES: dict[type, Family] = {
     dist.Bernoulli: Family(lambda p: (p.logits,), lambda p: softplus(p.logits), _itself, dtype=None),
@@ -78,20 +87,16 @@ FAMILIES: dict[type, Family] = {
         lambda p: p.concentration.lgamma() - p.concentration * p.rate.log(),
         lambda x, _: (x.log(), x),
     ),
-    dist.NegativeBinomial: Family(
-        lambda p: (logsigmoid(p.logits),),
-        lambda p: -p.total_count * logsigmoid(-p.logits),
-        _itself,
-        _of_counts,
-        fixed=("total_count",),
-    ),
+    dist.NegativeBinomial: _NEGATIVE_BINOMIAL,
+    distributions.NegativeBinomial: _NEGATIVE_BINOMIAL,
     dist.Normal: Family(
         lambda p: (p.loc / p.scale.square(), -0.5 / p.scale.square()),
         lambda p: (p.loc / p.scale).square() / 2 + p.scale.log(),
         lambda x, _: (x, x.square()),
         lambda x, _: torch.full_like(x, -math.log(2 * math.pi) / 2),
     ),
-    dist.Poisson: Family(lambda p: (p.rate.log(),), lambda p: p.rate, _itself, lambda x, _: -torch.lgamma(x + 1)),
+    dist.Poisson: _POISSON,
+    distributions.Poisson: _POISSON,
 }
 """Univariate families whose parameters and data stand entry by entry."""
 
@@ -105,8 +110,10 @@ PARAMETERS = {
     dist.Gamma: ("concentration", "rate"),
     dist.Laplace: ("loc", "scale"),
     dist.NegativeBinomial: ("total_count", "logits"),
+    distributions.NegativeBinomial: ("total_count", "logits"),
     dist.Normal: ("loc", "scale"),
     dist.Poisson: ("rate",),
+    distributions.Poisson: ("rate",),
     dist.StudentT: ("df", "loc", "scale"),
     dist.Uniform: ("low", "high"),
 }
