@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pvae import datasets, diagnostics, evidence, likelihoods, networks, plots, posteriors, priors, svi, testing
+from pvae.autoencoder import Autoencoder
 from pvae.capture import use_onednn
 from pvae.conditional import ConditionalVAE
 from pvae.errors import (
@@ -17,6 +18,8 @@ from pvae.errors import (
     RankError,
 )
 from pvae.evidence import EvidenceEstimate, compare, log_evidence, log_weights
+from pvae.hierarchical import HierarchicalVAE
+from pvae.masked import MaskedVAE
 from pvae.semi_supervised import SemiSupervisedVAE
 from pvae.svi import FitResult, fit
 from pvae.vae import VAE
@@ -29,6 +32,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "VAE",
     "ArgumentError",
+    "Autoencoder",
     "CheckpointError",
     "ConditionalVAE",
     "DataError",
@@ -36,6 +40,8 @@ __all__ = [
     "DeviceError",
     "EvidenceEstimate",
     "FitResult",
+    "HierarchicalVAE",
+    "MaskedVAE",
     "NumericalError",
     "PVAEError",
     "ProgramError",

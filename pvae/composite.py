@@ -30,6 +30,7 @@ __all__ = [
     "concatenate",
     "draw",
     "make_decoder",
+    "make_view",
     "one_hot",
     "run_part",
     "show_shapes",
@@ -249,7 +250,7 @@ def make_decoder(
     *,
     activation: Callable[[], nn.Module],
     units: tuple[float, float] | None,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, nn.Module | None]:
     """A likelihood by its name, of a multilayer perceptron.
 
     Args:
@@ -261,12 +262,18 @@ def make_decoder(
         units: As for `units_argument`.
 
     Returns:
-        The likelihood, and the keyword ``units`` for what sees data in the same ones.
+        The likelihood, and the view that an encoder sees such data through, if any.
     """
     named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
     network = networks.mlp(in_features, hidden, (named.outputs, *event_shape), activation=activation)
     made = named.make(network, event_shape=event_shape, **units_argument(named, likelihood, units))
-    return made, units_argument(named, likelihood, units)
+    return made, make_view(likelihood, units)
+
+
+def make_view(likelihood: str, units: tuple[float, float] | None) -> nn.Module | None:
+    """The view that an encoder sees data through, of a likelihood by its name: units of its own, or another map."""
+    named = likelihoods.NAMED[likelihood]
+    return units_argument(named, likelihood, units).get("units") or (named.view() if named.view else None)
 
 
 def units_argument(named: likelihoods.Named, likelihood: str, given: tuple[float, float] | None) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from pvae import networks
 from pvae.composite import Composite, check_latent, concatenate, draw, make_decoder, one_hot, run_part, show_shapes
 from pvae.data import Array
 from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
-from pvae.networks import Units
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
 from pvae.runtime import check_support, resolve_seed
@@ -41,7 +40,7 @@ class ConditionalVAE(Composite):
         encoder: ``encoder([x, y])`` is q(z|x,y), with event shape ``(D,)``.
         num_classes: C, where y are labels, whole numbers from 0 to C - 1 of shape ``(N,)``.
         num_covariates: C, where y are real numbers of shape ``(N, C)``.
-        units: In which the encoder sees x; left out, it sees x itself.
+        view: A module that the encoder sees x through, such as `pvae.networks.Units`; left out, it sees x itself.
 
     Raises:
         ArgumentError: Not one of ``num_classes`` and ``num_covariates``.
@@ -59,7 +58,7 @@ class ConditionalVAE(Composite):
         *,
         num_classes: int | None = None,
         num_covariates: int | None = None,
-        units: Units | None = None,
+        view: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.prior = prior
@@ -67,7 +66,7 @@ class ConditionalVAE(Composite):
         self.encoder = encoder
         self.num_classes = num_classes
         self.num_covariates = num_covariates
-        self.units = units
+        self.view = view
         self._width = _width(num_classes, num_covariates)
         self.latent_dim, self.event_shape = self._try(self._infer_shapes)
 
@@ -102,14 +101,14 @@ class ConditionalVAE(Composite):
         event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
         width, size = _width(num_classes, num_covariates), math.prod(event_shape)
-        decoder, seen = make_decoder(
+        decoder, view = make_decoder(
             latent_dim + width, hidden[::-1], event_shape, likelihood, activation=activation, units=units
         )
         encoder = DiagonalNormal(networks.mlp(size + width, hidden, 2 * latent_dim, activation=activation))
         prior = StandardNormal(latent_dim)
         if has_conditional_prior:
             prior = DiagonalNormal(networks.mlp(width, [], 2 * latent_dim))
-        return cls(prior, decoder, encoder, num_classes=num_classes, num_covariates=num_covariates, **seen)
+        return cls(prior, decoder, encoder, num_classes=num_classes, num_covariates=num_covariates, view=view)
 
     def model(self, x: Tensor, y: Tensor) -> None:
         """The generative program: ``z ~ p(z)``, ``x ~ p(x|z,y)``, for each datum.
@@ -201,8 +200,8 @@ class ConditionalVAE(Composite):
         pyro.sample("x", px, obs=x)
 
     def _flatten(self, x: Tensor) -> Tensor:
-        """Data as the networks see them: in units, each a vector."""
-        return (x if self.units is None else self.units(x)).reshape(len(x), -1)
+        """Data as the encoder sees them, each a vector."""
+        return (x if self.view is None else self.view(x)).reshape(len(x), -1)
 
     def _as_pair(self, x: Array, y: Array) -> tuple[Tensor, Tensor]:
         x, condition = self._as_events(x), self._as_condition(y)
@@ -232,7 +231,7 @@ class ConditionalVAE(Composite):
                 f"decoder([z, y]) must have batch shape (2,) for an argument of shape (2, {latent_dim + self._width}), "
                 f"got {show_shapes(px)}. Does it miss .to_event(...)?"
             )
-        x = torch.zeros_like(px.mean).reshape(2, -1)
+        x = self._flatten(torch.zeros_like(px.mean))
         qz = run_part("encoder", self.encoder, concatenate(x, condition))
         if qz.batch_shape != (2,) or qz.event_shape != pz.event_shape:
             raise ProgramError(

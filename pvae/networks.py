@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pvae.errors import ArgumentError, positive_int
 
-__all__ = ["Batched", "Log1p", "OneHot", "Units", "conv_decoder", "conv_encoder", "mlp", "soft_clip"]
+__all__ = ["Batched", "GaussianNoise", "Log1p", "OneHot", "Units", "conv_decoder", "conv_encoder", "mlp", "soft_clip"]
 
 Shape = int | Sequence[int]
 
@@ -82,6 +82,24 @@ class Units(nn.Module):
     def back(self, y: Tensor) -> Tensor:
         """The inverse of `forward`."""
         return self.mean + self.scale * y
+
+
+class GaussianNoise(nn.Module):
+    """Adds independent normal noise in train mode, and nothing in eval mode, as ``nn.Dropout`` drops entries.
+
+    Args:
+        scale: Its standard deviation.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
+            raise ArgumentError(f"scale must be a positive number, got {scale!r}.")
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps data of any shape."""
+        return x + self.scale * torch.randn_like(x) if self.training else x
 
 
 class Log1p(nn.Module):

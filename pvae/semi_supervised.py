@@ -19,7 +19,6 @@ from pvae.composite import concatenate, make_decoder, one_hot, run_part
 from pvae.conditional import ConditionalVAE
 from pvae.data import Array
 from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
-from pvae.networks import Units
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
 
@@ -49,7 +48,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         classifier: ``(N, *event) -> (N, C)``, a network whose outputs are the logits of q(y|x).
         num_classes: C.
         class_weights: C positive numbers that p(y) is proportional to; left out, all classes are as likely.
-        units: In which encoder and classifier see x; left out, they see x itself.
+        view: A module that encoder and classifier see x through, as for `ConditionalVAE`.
 
     Raises:
         ArgumentError: ``class_weights`` are no C positive numbers.
@@ -69,9 +68,9 @@ class SemiSupervisedVAE(ConditionalVAE):
         *,
         num_classes: int,
         class_weights: Sequence[float] | None = None,
-        units: Units | None = None,
+        view: nn.Module | None = None,
     ) -> None:
-        super().__init__(prior, decoder, encoder, num_classes=num_classes, units=units)
+        super().__init__(prior, decoder, encoder, num_classes=num_classes, view=view)
         self.classifier = classifier
         self.class_weights = None if class_weights is None else [float(weight) for weight in class_weights]
         weights = self.class_weights or [1.0] * num_classes
@@ -108,13 +107,13 @@ class SemiSupervisedVAE(ConditionalVAE):
         event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
         width, size = positive_int("num_classes", num_classes), math.prod(event_shape)
-        decoder, seen = make_decoder(
+        decoder, view = make_decoder(
             latent_dim + width, hidden[::-1], event_shape, likelihood, activation=activation, units=units
         )
         encoder = DiagonalNormal(networks.mlp(size + width, hidden, 2 * latent_dim, activation=activation))
         classifier = networks.mlp(event_shape, hidden, width, activation=activation)
         prior = StandardNormal(latent_dim)
-        return cls(prior, decoder, encoder, classifier, num_classes=width, class_weights=class_weights, **seen)
+        return cls(prior, decoder, encoder, classifier, num_classes=width, class_weights=class_weights, view=view)
 
     def model(self, x: Tensor, y: Tensor) -> None:
         """The generative program: ``y ~ p(y)``, ``z ~ p(z)``, ``x ~ p(x|z,y)``, for each datum.
@@ -177,7 +176,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         return bound + alpha * errors
 
     def _classify(self, x: Tensor) -> Tensor:
-        return self.classifier(x if self.units is None else self.units(x))
+        return self.classifier(x if self.view is None else self.view(x))
 
     def _as_partly_labelled(self, x: Array, y: Array) -> tuple[Tensor, Tensor]:
         x, y = self._as_events(x), self._as_labels(y, self._width, unknown=True)

@@ -81,7 +81,7 @@ def test_real_data_are_seen_in_their_units():
     torch.manual_seed(0)
     cvae, (x, y) = made("labels", "gaussian"), data("labels")
     pvae.fit(cvae.model, cvae.guide, (1000 + 50 * x, y), epochs=1, progress=False)
-    assert cvae.units.mean.item() == cvae.decoder.units.mean.item() == pytest.approx((1000 + 50 * x).mean().item())
+    assert cvae.view.mean.item() == cvae.decoder.units.mean.item() == pytest.approx((1000 + 50 * x).mean().item())
 
 
 def test_a_class_is_learned():

@@ -128,6 +128,7 @@ def test_containers_come_back_in_order(container):
 
 PARTS = {
     networks.Batched: lambda: networks.conv_encoder((1, 4, 4), 3),
+    networks.GaussianNoise: lambda: networks.GaussianNoise(0.3),
     networks.Log1p: lambda: networks.Log1p(),
     networks.OneHot: lambda: networks.OneHot(3),
     networks.Units: lambda: networks.Units([2, 0.5]),

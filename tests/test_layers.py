@@ -53,7 +53,8 @@ def allowed(name: str) -> set[str]:
     if folder == "composite":
         return {"errors", "networks", *PARTS} | inside("persistence", "runtime", "data")
     if folder in MODELS:
-        return {"errors", "networks", "composite", "conditional", *PARTS} | inside("runtime", "data")
+        own = {"conditional"} if name == "semi_supervised" else set()
+        return {"errors", "networks", "composite", *PARTS, *own} | inside("runtime", "data")
     if folder == "svi":
         return {"errors"} | inside("svi", "capture", "data", "runtime", "persistence")
     if folder == "evidence":

@@ -141,9 +141,10 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     bad = ~torch.isfinite(tensor)
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
+        advice = "" if tensor.isinf().any() else ", or train a pvae.MaskedVAE on pvae.MaskedVAE.from_nan(x)"
         raise DataError(
             f"{name} holds {int(bad.sum())} nan or infinite entries, the first at index {first}. "
-            "Remove or impute them first."
+            f"Remove or impute them first{advice}."
         )
 
 
