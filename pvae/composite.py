@@ -295,7 +295,8 @@ def run_part(name: str, part: nn.Module, *arguments: Tensor) -> torch.distributi
         return part(*arguments)
     except (RuntimeError, ValueError) as error:
         shapes = ", ".join(str(tuple(argument.shape)) for argument in arguments)
-        raise ProgramError(f"the {name} cannot take an argument of shape {shapes}: {error}") from error
+        how = f"take an argument of shape {shapes}" if arguments else "be run"
+        raise ProgramError(f"the {name} cannot {how}: {error}") from error
 
 
 def check_latent(call: str, pz: torch.distributions.Distribution, batch_shape: tuple[int, ...] = ()) -> int:

@@ -185,7 +185,7 @@ class VAE(Composite):
 
     def _infer_shapes(self) -> tuple[int, tuple[int, ...]]:
         """Runs the three parts once; returns the latent dimension and the event shape that they agree on."""
-        pz = self.prior()
+        pz = run_part("prior", self.prior)
         latent_dim = check_latent("prior()", pz)
         px = run_part("decoder", self.decoder, pz.sample((2,)))
         if px.batch_shape != (2,):

@@ -92,7 +92,8 @@ def assert_same_vae(vae: pvae.VAE, other: pvae.VAE) -> None:
         z = vae.encode(x).sample()
         for ours, theirs in (
             (vae.encode(x).mean, other.encode(x).mean),
-            (vae.encode(x).stddev, other.encode(x).stddev),
+            (vae.encode(x).log_prob(z), other.encode(x).log_prob(z)),
+            (vae.prior().log_prob(z), other.prior().log_prob(z)),
             (vae.decode(z).mean, other.decode(z).mean),
             (vae.decode(z).log_prob(x.to(z)), other.decode(z).log_prob(x.to(z))),
         ):

@@ -92,7 +92,7 @@ LAYERS = [
 
 def again(module, own=()):
     """A module by way of JSON, with the weights of the first."""
-    built = build(json.loads(json.dumps(describe(module), allow_nan=False)), own)
+    built = build(json.loads(json.dumps(describe(module), allow_nan=False)), own, tensors=module.state_dict())
     built.load_state_dict(module.state_dict())
     return built
 
@@ -144,6 +144,16 @@ PARTS = {
     likelihoods.NegativeBinomial: lambda: likelihoods.NegativeBinomial(networks.mlp(3, [4], 6), total_count=2.5),
     likelihoods.Poisson: lambda: likelihoods.Poisson(networks.mlp(3, [4], 6), event_shape=(2, 3)),
     likelihoods.StudentT: lambda: likelihoods.StudentT(networks.mlp(3, [4], 6), df=3),
+    priors.GaussianMixture: lambda: priors.GaussianMixture(3, 4),
+    priors.VampPrior: lambda: priors.VampPrior(
+        posteriors.DiagonalNormal(networks.mlp(6, [4], 6)), torch.rand(2, 6), bounds=(0, 1), starts_from_data=True
+    ),
+    priors.Flow: lambda: priors.Flow(3, 1, hidden=[4]),
+    posteriors.LowRankNormal: lambda: posteriors.LowRankNormal(networks.mlp(6, [4], 9), 1, max_log_scale=3.0),
+    posteriors.FullNormal: lambda: posteriors.FullNormal(networks.mlp(6, [4], 9), max_log_scale=3.0),
+    posteriors.InverseAutoregressive: lambda: posteriors.InverseAutoregressive(
+        networks.mlp(6, [4], 8), 3, context_dim=2, num_steps=1, hidden=(4,)
+    ),
     posteriors.DiagonalNormal: lambda: posteriors.DiagonalNormal(networks.mlp(6, [4], 6), max_log_scale=3.0),
 }
 
@@ -158,6 +168,33 @@ def test_parts_come_back(part):
     built = again(module, _PARTS)
     assert repr(built) == repr(module)
     assert describe(built) == describe(module)
+
+
+def test_a_module_in_two_places_is_one_again():
+    shared = nn.Linear(3, 3)
+    module = nn.Sequential(shared, nn.Sequential(nn.Tanh(), shared), shared)
+    built = again(module)
+    assert built[0] is built[1][1] is built[2]
+    assert len(list(built.parameters())) == 2
+
+
+@pytest.mark.parametrize("first", ["", "0", "1.0", "2", "nowhere", None, 3, ["0"]])
+def test_a_module_is_only_the_same_as_one_that_was_built_before(first):
+    """Such as none inside of itself."""
+    inner = {"class": "torch.nn.Sequential", "children": {"0": {"same": first}}}
+    with pytest.raises(CheckpointError, match="none was built there"):
+        build({"class": "torch.nn.Sequential", "children": {"0": inner}})
+
+
+def test_repetitions_that_double_are_refused():
+    """Each level is the last one twice: 2^40 names in a few lines."""
+    relu = {"class": "torch.nn.ReLU", "arguments": {}}
+    children = {"0": relu}
+    for level in range(1, 40):
+        twice = {str(i): {"same": str(level - 1)} for i in range(2)}
+        children[str(level)] = {"class": "torch.nn.Sequential", "children": twice}
+    with pytest.raises(CheckpointError, match="same as others"):
+        build({"class": "torch.nn.Sequential", "children": children})
 
 
 class Own(nn.Module):

@@ -11,7 +11,7 @@ from helpers import lines_of, python
 import pvae
 
 ROOT = Path(pvae.__file__).parent
-GROUND = {"errors", "networks", "distributions", "datasets", "testing", "evidence.weights", "evidence.pareto"}
+GROUND = {"errors", "networks", "distributions", "flows", "datasets", "testing", "evidence.weights", "evidence.pareto"}
 PARTS = {"priors", "likelihoods", "posteriors"}
 MODELS = {"vae", "conditional", "semi_supervised", "hierarchical", "masked", "autoencoder"}
 REPORTS = {"diagnostics", "io_arviz", "plots", "estimator", "explorer"}
@@ -49,7 +49,7 @@ def allowed(name: str) -> set[str]:
     if folder in NEEDS:
         return {"errors"} | inside(folder, *NEEDS[folder])
     if folder in PARTS:
-        return {"errors", "networks", "distributions"} | inside("runtime")
+        return {"errors", "networks", "distributions", "flows"} | inside("runtime")
     if folder == "composite":
         return {"errors", "networks", *PARTS} | inside("persistence", "runtime", "data")
     if folder in MODELS:

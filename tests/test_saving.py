@@ -122,6 +122,25 @@ def own() -> pvae.VAE:
     )
 
 
+def vamp(posterior: str = "diagonal") -> pvae.VAE:
+    """Its encoder has two places."""
+    named = posteriors.NAMED[posterior]
+    encoder = named.make(networks.mlp(6, [5], named.count_outputs(2)), 2)
+    prior = priors.VampPrior(encoder, torch.randn(3, 6), bounds=(0, 1))
+    return pvae.VAE(prior, likelihoods.Bernoulli(networks.mlp(2, [5], 6)), encoder)
+
+
+def mixture() -> pvae.VAE:
+    vae = compose_vae()
+    return pvae.VAE(priors.GaussianMixture(2, 3), vae.decoder, vae.encoder)
+
+
+def flow(posterior: str) -> pvae.VAE:
+    named = posteriors.NAMED[posterior]
+    encoder = named.make(networks.mlp(6, [5], named.count_outputs(2)), 2)
+    return pvae.VAE(priors.Flow(2, 2), likelihoods.Bernoulli(networks.mlp(2, [5], 6)), encoder)
+
+
 OWN = [Scale, Cosine, WeightNormed, Tied, InDtype, MyVAE]
 
 VAES = {
@@ -141,6 +160,12 @@ VAES = {
     ),
     "conv": lambda: pvae.VAE.conv((1, 4, 6), 2, (4,), 8),
     "conv-per-pixel": lambda: pvae.VAE.conv((3, 4, 6), 2, (4, 4), 8, "gaussian-per-pixel"),
+    "vamp": vamp,
+    "vamp-float64": lambda: vamp("low-rank").double(),
+    "flow-full": lambda: flow("full"),
+    "flow-iaf": lambda: flow("iaf"),
+    "flow-iaf-float64": lambda: flow("iaf").double(),
+    "mixture": mixture,
     "layers": of_layers,
     "float64": lambda: of_layers().double(),
     "bfloat16": lambda: compose_vae().bfloat16(),

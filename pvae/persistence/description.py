@@ -1,7 +1,8 @@
 """Modules as data: a class's name and its constructor's arguments, and the modules that are built from them again.
 
 A module can be described whose constructor's arguments are kept as attributes of the same names. Those of torch.nn and
-of pvae do so, and containers have their children in place of arguments. Building calls the constructors of torch.nn's
+of pvae do so, and containers have their children in place of arguments. One that is met again is described by its first
+place, and is one again. Building calls the constructors of torch.nn's
 classes and of those that the caller hands over, and nothing else, so a file with a description can run no other code.
 """
 
@@ -11,6 +12,7 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -28,6 +30,7 @@ DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isin
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _SEQUENCES = {"tuple": tuple, "size": torch.Size}
 _DEVICE = "device"
+_MOST_REPEATED = 20_000  # modules in all that are described as the same as others
 # Arguments that torch's layers take for older callers' sake, and do not keep.
 _NO_ATTRIBUTES = {"min_value", "max_value", "_weight", "_freeze"}
 
@@ -36,8 +39,9 @@ def describe(module: nn.Module, seen: set[type] | None = None) -> dict[str, Any]
     """What a module is made of, as plain data for JSON.
 
     Numbers, strings, ``None``, lists, tuples, dtypes, module classes and modules are written down. Of a tensor the name
-    is, under which the module's ``state_dict`` has it. Where an argument is a yes or no and the attribute a parameter
-    or ``None`` (``bias``), it is written as yes or no. Devices are left out.
+    is, under which the module's ``state_dict`` has it, and of a module that was met before its first place. Where an
+    argument is a yes or no and the attribute a parameter or ``None`` (``bias``), it is written as yes or no. Devices
+    are left out.
 
     Args:
         module: What to describe.
@@ -85,9 +89,18 @@ class _Description:
     def __init__(self, saved: Collection[str], seen: set[type]) -> None:
         self.saved = saved
         self.seen = seen
+        self.places: dict[nn.Module, str] = {}
 
     def describe(self, module: nn.Module, place: str) -> dict[str, Any]:
         """The module at a place, such as ``"decoder.network"``: its class, with its arguments or its children."""
+        if module in self.places:
+            return {"same": self.places[module]}
+        description = self.describe_new(module, place)
+        self.places[module] = place  # not before: a module inside of itself would have no end
+        return description
+
+    def describe_new(self, module: nn.Module, place: str) -> dict[str, Any]:
+        """The same of a module that was not met before."""
         cls = type(module)
         self.seen.add(cls)
         if _is_container(cls):
@@ -164,10 +177,14 @@ class _Builder:
         self.own = set(own)
         self.tensors = tensors
         self.dtypes = dtypes
+        self.built: dict[str, nn.Module] = {}
+        self.repeated = 0
 
     def build(self, description: Any, place: str) -> nn.Module:
         """The module that a description is of, for a place such as ``"decoder.network"``."""
         where = place or "the model"
+        if isinstance(description, dict) and list(description) == ["same"]:
+            return self.repeat(description["same"], where)
         if not (isinstance(description, dict) and isinstance(description.get("class"), str)):
             raise CheckpointError(f"the description of {where} names no class.")
         cls = self.find_class(description["class"], where)
@@ -189,6 +206,18 @@ class _Builder:
             raise CheckpointError(
                 f"{where} cannot be built: {cls.__name__}({', '.join(given)}) raises {type(error).__name__}: {error}"
             ) from error
+        self.built[place] = module
+        return module
+
+    def repeat(self, first: Any, where: str) -> nn.Module:
+        """The module that was built for a place before."""
+        module = self.built.get(first) if isinstance(first, str) else None
+        if module is None:
+            raise CheckpointError(f"{where} is said to be the module at {str(first)[:80]!r}, and none was built there.")
+        # Each time doubles what a walk through all names meets, so a few lines could describe one without an end.
+        self.repeated += sum(1 for _ in islice(module.named_modules(remove_duplicate=False), _MOST_REPEATED + 1))
+        if self.repeated > _MOST_REPEATED:
+            raise BoundsError(f"it describes more than {_MOST_REPEATED} modules as the same as others.")
         return module
 
     def build_value(self, value: Any, place: str) -> Any:
@@ -197,7 +226,7 @@ class _Builder:
             return [self.build_value(entry, _join(place, i)) for i, entry in enumerate(value)]
         if not isinstance(value, dict):
             return value
-        if "class" in value:
+        if "class" in value or "same" in value:
             return self.build(value, place)
         match list(value.items()):
             case [["tuple" | "size" as kind, list(entries)]]:
