@@ -21,7 +21,7 @@ from pvae.evidence import EvidenceEstimate, compare, log_evidence, log_weights
 from pvae.hierarchical import HierarchicalVAE
 from pvae.masked import MaskedVAE
 from pvae.semi_supervised import SemiSupervisedVAE
-from pvae.svi import FitResult, fit
+from pvae.svi import FitResult, fit, objectives, schedules
 from pvae.vae import VAE
 
 try:
@@ -56,9 +56,11 @@ __all__ = [
     "log_evidence",
     "log_weights",
     "networks",
+    "objectives",
     "plots",
     "posteriors",
     "priors",
+    "schedules",
     "svi",
     "testing",
     "use_onednn",

@@ -141,3 +141,51 @@ def bernoulli_pair(
                 pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
     return Made
+
+
+class RowGaussian(nn.Module):
+    """A linear-Gaussian pair of latents ``a`` and ``b`` whose guide, ``q(a|x) q(b|a, x)``, can be the exact posterior.
+
+    Each row of the data has parameters of its own, so that one backward pass on equal rows gives independent draws of
+    the gradient. ``phi`` are the guide's: mean and scale of a, mean of b, its slope on a, and scale. ``theta`` is the
+    model's bias.
+    """
+
+    def __init__(self, num_rows: int, offset: float = 0.0) -> None:
+        super().__init__()
+        self.oracle = pvae.testing.linear_gaussian(latent_dim=2, event_dim=10, noise=1.0, seed=1)
+        self.row = self.oracle.sample(1, seed=2)
+        exact = self.oracle.posterior(self.row)
+        (s1, _), (low, s2) = exact.scale_tril.reshape(2, 2).tolist()
+        m1, m2 = exact.loc[0].tolist()
+        phi = torch.tensor([m1, s1, m2, low / s1, s2], dtype=torch.float64) + offset
+        self.phi = nn.Parameter(phi.repeat(num_rows, 1))
+        self.theta = nn.Parameter(self.oracle.bias.repeat(num_rows, 1))
+        self.x = self.row.repeat(num_rows, 1)
+
+    def model(self, x):
+        pyro.module("theta", self)
+        with pyro.plate("data", len(x)):
+            zero = x.new_zeros(len(x))
+            a, b = pyro.sample("a", dist.Normal(zero, 1.0)), pyro.sample("b", dist.Normal(zero, 1.0))
+            mean = torch.stack([a, b], -1) @ self.oracle.weight.T + self.theta
+            pyro.sample("x", dist.Normal(mean, self.oracle.noise).to_event(1), obs=x)
+
+    def guide(self, x):
+        m1, s1, m2, slope, s2 = self.phi.unbind(-1)
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(m1, s1))
+            pyro.sample("b", dist.Normal(m2 + slope * (a - m1), s2))
+
+    def elbo(self, phi, theta, beta=1.0):
+        """The ELBO of one row, with a weight on the KL divergence from the prior, in closed form."""
+        m1, s1, m2, slope, s2 = phi
+        low = torch.stack([torch.stack([s1, torch.zeros_like(s1)]), torch.stack([slope * s1, s2])])
+        q = dist.MultivariateNormal(torch.stack([m1, m2]), scale_tril=low)
+        prior = dist.MultivariateNormal(torch.zeros_like(q.loc), torch.eye(2).to(q.loc))
+        weight, error = self.oracle.weight, self.row[0] - theta - self.oracle.weight @ q.loc
+        spread = (weight @ q.covariance_matrix @ weight.T).diagonal()
+        likelihood = dist.Normal(torch.zeros_like(error), self.oracle.noise).log_prob(error) - spread / (
+            2 * self.oracle.noise**2
+        )
+        return likelihood.sum() - beta * torch.distributions.kl_divergence(q, prior)

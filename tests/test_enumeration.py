@@ -26,8 +26,8 @@ from torch import nn
 import pvae
 from pvae.runtime.isolation import isolate
 from pvae.svi import elbos as bounds
-from pvae.svi import objectives, validation
 from pvae.svi import step as engine
+from pvae.svi import validation, verification
 
 fit = partial(helpers.fit, epochs=5, batch_size=200, lr=0.05)
 
@@ -99,7 +99,7 @@ class Clusters(nn.Module):
 def test_latents_marked_for_enumeration_are_enumerated_by_default(marks, chosen, x):
     pair = Clusters(*marks)
     with isolate(seed=0):
-        verified = objectives.verify(pair.model, pair.guide, (x,), (x,))
+        verified = verification.verify(pair.model, pair.guide, (x,), (x,))
     assert type(bounds.resolve(None, verified)) is chosen
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 import pvae
-from pvae.svi import load_checkpoint, objectives
+from pvae.svi import load_checkpoint, losses, verification
 
 fit = partial(helpers.fit, epochs=3, lr=0.01)
 
@@ -34,7 +34,7 @@ def test_a_kl_weight_is_the_beta_vae(objective, beta, bits):
     """E_q[log p(x|z)] - beta KL(q || p), in the same noise; with TraceMeanField the KL is the closed one."""
     vae = pvae.VAE.mlp(6, 2, [8])
     torch.manual_seed(1)
-    loss, _ = objectives.loss_and_grads(objective, vae.model, vae.guide, (bits,), torch.tensor(beta))
+    loss, _ = losses.loss_and_grads(objective, vae.model, vae.guide, (bits,), torch.tensor(beta))
     torch.manual_seed(1)
     q = vae.encode(bits)
     z = q.rsample()
@@ -392,10 +392,10 @@ def test_activity_is_relative_to_the_prior_and_of_latents_of_each_datum():
 
         return model, guide, (x,)
 
-    assert not objectives.inactive(*pair(0.2, 1.0))  # 0.04
-    assert objectives.inactive(*pair(0.05, 1.0))  # 0.0025
-    assert objectives.inactive(*pair(0.5, 10.0))  # 0.25 / 100
-    assert not objectives.inactive(*pair(0.05, 0.1))  # 0.0025 / 0.01
+    assert not verification.inactive(*pair(0.2, 1.0))  # 0.04
+    assert verification.inactive(*pair(0.05, 1.0))  # 0.0025
+    assert verification.inactive(*pair(0.5, 10.0))  # 0.25 / 100
+    assert not verification.inactive(*pair(0.05, 0.1))  # 0.0025 / 0.01
 
 
 def test_pyros_own_loop_is_what_a_weight_of_one_and_no_options_give(bits):

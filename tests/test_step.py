@@ -23,13 +23,14 @@ from pyro.infer import (
 from torch import nn
 
 import pvae
+from pvae import objectives
 from pvae.data.batches import InMemory
 from pvae.errors import NumericalError
 from pvae.runtime import isolate, place_pair
 from pvae.svi import elbos as bounds
-from pvae.svi import objectives
 from pvae.svi import passes as passes_
 from pvae.svi import step as engine
+from pvae.svi import verification
 from pvae.svi.settings import Settings
 from pvae.svi.trainable import Trainable
 
@@ -101,6 +102,12 @@ CASES = {
     "IWAE": (vae, lambda: RenyiELBO(0.0, 4, vectorize_particles=True, max_plate_nesting=1)),
     "Enum": (Mixture, lambda: TraceEnum_ELBO(max_plate_nesting=1)),
     "own objective": (vae, lambda: own_objective),
+    "pvae's ELBO": (vae, lambda: objectives.ELBO(2)),
+    "free bits": (vae, lambda: objectives.MeanFieldELBO(2, 0.1)),
+    "pvae's IWAE": (vae, lambda: objectives.IWAE(3)),
+    "sticking the landing": (ModulePair, objectives.StickingTheLanding),
+    "doubly reparameterized": (TwoLatents, lambda: objectives.DReG(3, vectorize_particles=False)),
+    "score function": (vae, lambda: objectives.ScoreFunction(2, has_baseline=True)),
     "gaussian": (lambda: vae("gaussian"), Trace_ELBO),
     "gaussian-per-pixel": (lambda: vae("gaussian-per-pixel"), Trace_ELBO),
     "conv": (conv_vae, Trace_ELBO),
@@ -112,7 +119,7 @@ CASES = {
 def step_of(pair, x, *, capture, objective=None, transform=None, **options):
     batches = InMemory((x,), 64, torch.device("cpu"), transform)
     placed = place_pair(pair.model, pair.guide, device="cpu")
-    verified = objectives.verify(pair.model, pair.guide, batches.first(), None)
+    verified = verification.verify(pair.model, pair.guide, batches.first(), None)
     trainable = Trainable(placed, verified, bounds.resolve(objective), {}, batches, None)
     settings = Settings.checked(epochs=1, batch_size=64, **{"lr": 1e-2, **options})
     step = engine.Step(trainable, batches, replace(settings, capture=capture))

@@ -19,7 +19,8 @@ from pvae.capture import Captured
 from pvae.errors import NumericalError, warn, yes_no_or_auto
 from pvae.runtime import in_turn
 from pvae.svi.arguments import Arguments, most_varied, name_of
-from pvae.svi.objectives import ItemsStayTensors, inside_handlers, params_met
+from pvae.svi.losses import ItemsStayTensors
+from pvae.svi.traces import inside_handlers, params_met
 
 __all__ = ["CompiledSVI"]
 

@@ -28,12 +28,23 @@ from torch import Tensor
 
 from pvae.errors import ArgumentError, ProgramError, PVAEError, first_line, warn
 from pvae.runtime import Program
-from pvae.svi.objectives import Objective, Verified, loss_of
+from pvae.svi.losses import Objective, loss_of
+from pvae.svi.objectives import Bound
+from pvae.svi.traces import nested_plates
+from pvae.svi.verification import Verified
 
-__all__ = ["bound", "nest", "resolve", "try_out"]
+__all__ = ["bound", "is_elbo", "needs_trial", "nest", "resolve", "try_out"]
 
 _ENUMERATING = (TraceEnum_ELBO, TraceTMC_ELBO)
-_DRAWING = (Trace_ELBO, TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep, Trace_MMD)
+_DRAWING = (Trace_ELBO, TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep, Trace_MMD, Bound)
+
+
+def is_elbo(objective: Objective) -> bool:
+    """Whether minus the objective estimates the ELBO itself, not another bound or a weighted loss."""
+    if isinstance(objective, Bound):
+        return objective.is_elbo
+    estimators = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
+    return isinstance(objective, estimators) and not isinstance(objective, TraceTailAdaptive_ELBO)
 
 
 def resolve(objective: Objective | None, verified: Verified | None = None, *, weighted: bool = False) -> Objective:
@@ -54,9 +65,11 @@ def resolve(objective: Objective | None, verified: Verified | None = None, *, we
             objective = TraceEnum_ELBO(max_plate_nesting=verified.nesting)
     if not callable(objective):
         raise ArgumentError(
-            "objective must be one of Pyro's ELBO objects, a callable (model, guide, *batch) -> loss, or None for "
-            f"Trace_ELBO; got {objective!r}."
+            "objective must be one of pvae.objectives or of Pyro's ELBO objects, a callable (model, guide, *batch) -> "
+            f"loss, or None for Trace_ELBO; got {objective!r}."
         )
+    if isinstance(objective, type):
+        raise ArgumentError(f"objective is the class {objective.__name__}: make one, as {objective.__name__}(...).")
     if verified is None:
         return objective
     kind, summed, enumerated = type(objective).__name__, list(verified.summed), list(verified.enumerated)
@@ -80,21 +93,28 @@ def resolve(objective: Objective | None, verified: Verified | None = None, *, we
 
 
 def bound(objective: Objective, verified: Verified) -> Any:
-    """What held-out data are measured by: an ELBO object's own loss, which has no weights.
+    """What held-out data are measured by: an objective's own bound, which has no weights.
 
-    A callable may be no bound at all, and some objects give gradients alone; for those it is the ELBO.
+    One that changes the ELBO or its gradient for training alone says which bound it is meant for. Another callable may
+    be no bound at all, and some objects give gradients alone; for those it is the ELBO.
     """
+    if isinstance(objective, Bound):
+        return objective.measure
     without = not hasattr(objective, "loss") or isinstance(objective, TraceTailAdaptive_ELBO | TraceTMC_ELBO)
     return resolve(None, verified) if without or not isinstance(objective, ELBO) else objective
 
 
 @contextmanager
 def nest(objective: Objective, verified: Verified) -> Iterator[None]:
-    """A block in which an ELBO object knows how deep plates are nested, whatever it was told or remembers of others.
+    """A block in which an objective knows how deep plates are nested, whatever it was told or remembers of others.
 
-    Pyro's own guess would run the pair once more in a first step, with noise of its own, and stay in the object.
+    To guess it would be to run the pair once more in a first step, with noise of its own.
     """
-    vectorized = isinstance(objective, ELBO) and objective.vectorize_particles and objective.num_particles > 1
+    if not isinstance(objective, ELBO):
+        with nested_plates(verified.nesting):
+            yield
+        return
+    vectorized = objective.vectorize_particles and objective.num_particles > 1
     if not vectorized and not isinstance(objective, _ENUMERATING):
         yield
         return
@@ -107,24 +127,37 @@ def nest(objective: Objective, verified: Verified) -> Iterator[None]:
         elbo.max_plate_nesting = before
 
 
+def needs_trial(objective: Objective, verified: Verified) -> bool:
+    """Whether it is to be seen before training that an objective runs on a pair."""
+    return isinstance(objective, Bound) or (bool(verified.to_sum) and isinstance(objective, TraceEnum_ELBO))
+
+
 def try_out(
     objective: Objective, model: Program, guide: Program, batch: tuple[Tensor, ...], verified: Verified
 ) -> None:
-    """Takes an enumerating objective's loss once, with Pyro's checks of shapes, which are off in training.
+    """Takes an objective's loss once, with Pyro's checks of shapes, which are off in training.
 
     Raises:
         ProgramError: It does not run.
     """
-    if not verified.to_sum or not isinstance(objective, TraceEnum_ELBO):
-        return
     with torch.no_grad(), pyro.validation_enabled(True), nest(objective, verified):
         try:
             loss_of(objective, model, guide, batch)
         except PVAEError:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
-            said = first_line(error)
-            raise ProgramError(
-                f"{type(objective).__name__} cannot enumerate {verified.to_sum} in this pair: {said} Values of an "
-                "enumerated latent come in a dimension of their own, left of all plates, which programs broadcast over."
-            ) from error
+            if isinstance(error.__cause__, PVAEError):
+                raise
+            said, kind = first_line(error), type(objective).__name__
+            if isinstance(objective, Bound):
+                why = (
+                    f"{kind} does not run on this pair: {said} Its {objective.num_particles} particles come in a "
+                    "dimension of their own, left of all plates, which programs broadcast over. If this one cannot, "
+                    "pass vectorize_particles=False."
+                )
+            else:
+                why = (
+                    f"{kind} cannot enumerate {verified.to_sum} in this pair: {said} Values of an enumerated latent "
+                    "come in a dimension of their own, left of all plates, which programs broadcast over."
+                )
+            raise ProgramError(why) from error

@@ -14,7 +14,7 @@ from pvae.data import Data, Transform
 from pvae.runtime import Program, check_surroundings, graceful_stop, in_turn, resolve_processes
 from pvae.svi.assembly import start_run
 from pvae.svi.checkpointer import open_checkpointer
-from pvae.svi.objectives import Objective
+from pvae.svi.losses import Objective
 from pvae.svi.results import FitResult
 from pvae.svi.settings import Callback, Settings
 from pvae.svi.trainable import make_trainable
@@ -77,20 +77,22 @@ def fit(
         clip_norm: Gradients whose norm, all together, is larger are scaled down to it. They are those of the loss,
             summed over the batch.
         kl_weight: Multiplies the KL divergence of the guide from the prior: a number (beta), or a function of the
-            epoch, from 1 on, for a warm-up: ``lambda epoch: min(1.0, epoch / 10)``. The history then has
+            epoch, from 1 on, for a warm-up: ``pvae.schedules.linear_warmup(10)``. The history then has
             ``"objective"`` instead of ``"elbo"``; the validation bound has no weight. Latents that are summed out in
             the model cannot be weighed.
         patience: Ends training after so many epochs without a better validation bound, counted from where ``kl_weight``
             no longer changes.
         seed: Fixes shuffling and noise: same seed, same machine, same versions, same bits. ``None`` for a fresh one.
-        objective: One of Pyro's ELBO objects, a callable ``(model, guide, *batch) -> loss`` in nats summed over the
-            batch, or ``None`` for ``Trace_ELBO()``, and for ``TraceEnum_ELBO()`` where latents are marked for
-            enumeration. How deep plates are nested is found out; the object need not be told.
+        objective: One of `pvae.objectives`, such as ``pvae.objectives.IWAE(5)``, or of Pyro's ELBO objects, a callable
+            ``(model, guide, *batch) -> loss`` in nats summed over the batch, or ``None`` for ``Trace_ELBO()``, and for
+            ``TraceEnum_ELBO()`` where latents are marked for enumeration. How deep plates are nested is found out; the
+            object need not be told.
         device: ``"auto"`` (the GPU where there is one), ``"cpu"``, ``"cuda"`` or a ``torch.device``. Data are moved
             batch by batch, so put them there first if they fit.
         validation: Data as above, final (``transform`` is not applied). After each epoch their bound is taken, in eval
             mode, with the same noise each time: minus the loss of ``objective`` itself, so of ``RenyiELBO`` its own
-            bound and not the ELBO. A callable may be no bound; with one it is the ELBO, of one draw.
+            bound and not the ELBO. What changes a bound or its gradient for training alone, as free bits do, is
+            measured by that bound. A callable may be no bound; with one it is the ELBO, of one draw.
         start: An earlier result to go on from. It is needed only for parameters that ``pyro.param`` made, which
             otherwise start from their initial values; modules go on from where they are.
         checkpoint: A folder for this run's checkpoints, written after each epoch; the last two and the best are kept,

@@ -1,315 +1,365 @@
-"""What SVI minimises, and the look at a pair before it does: the only file that traces programs for training.
+"""Objectives: what `pvae.fit` minimises, as plain callables ``objective(model, guide, *batch) -> loss``.
 
-An objective is either one of Pyro's ELBO objects (`pyro.infer.Trace_ELBO`, `pyro.infer.RenyiELBO`, ...) or a plain
-callable ``objective(model, guide, *batch)`` that returns a scalar loss to differentiate. Either way the loss is in
-nats, summed over the batch, as Pyro's are: so every datum weighs the same in a ragged last batch as in a full one.
+Each returns minus a bound on log p(x), in nats summed over the batch, whose gradient is the estimator that it is named
+for. They take any Pyro pair with local latents in a plate over the data, also in `pvae.svi.CompiledSVI` and
+`pyro.infer.SVI`. log w is log p(x, z) - log q(z|x), and z_1, ..., z_K are draws of the guide.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+import math
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+from numbers import Real
+from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import am_i_wrapped
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from pyro.distributions import Independent
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+from torch.distributions import kl_divergence
 
-from pvae.data import kind
-from pvae.errors import ArgumentError, NumericalError, ProgramError, PVAEError, first_line
-from pvae.runtime import (
-    Program,
-    base_distribution,
-    check_pair,
-    check_signature,
-    check_supports,
-    density_sites,
-    observed_data,
-)
+from pvae.errors import ArgumentError, ProgramError, one_of, positive_int
+from pvae.runtime import Program
+from pvae.svi.traces import Particles, num_nested, run_particles
 
-__all__ = [
-    "ItemsStayTensors",
-    "Objective",
-    "Verified",
-    "inactive",
-    "inside_handlers",
-    "is_elbo",
-    "loss_and_grads",
-    "loss_of",
-    "not_finite",
-    "params_met",
-    "verify",
-]
-
-Objective = ELBO | Callable[..., Tensor]
+__all__ = ["ELBO", "IWAE", "Bound", "DReG", "MeanFieldELBO", "Renyi", "ScoreFunction", "StickingTheLanding"]
 
 
-class Verified(NamedTuple):
-    """What `verify` found out about a pair."""
+@dataclass(frozen=True)
+class Bound(ABC):
+    """A bound on log p(x) of a number of particles, and a way to its gradient.
 
-    params: list[Tensor]  # unconstrained, as an optimizer moves them
-    observed: list[Any]  # as `pvae.runtime.sites.observed_data` finds them
-    subsampled_from: int | None  # the size that a plate scales each batch up to; None where no plate does
-    batch: tuple[Tensor, ...]  # what it was run on
-    summed: tuple[str, ...] = ()  # latents that are enumerated in the model and are not in the guide
-    enumerated: tuple[str, ...] = ()  # latents that are enumerated in the guide
-    nesting: int = 0  # how many dimensions plates take
+    Args:
+        num_particles: ``K``, draws of the guide for each datum.
+        vectorize_particles: Whether they run together, in a plate outside of all others. Else the pair is run K times,
+            for programs that do not broadcast over one more dimension.
+    """
+
+    num_particles: int = 1
+    _: KW_ONLY
+    vectorize_particles: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_particles", positive_int("num_particles", self.num_particles))
+        if not isinstance(self.vectorize_particles, bool):
+            raise ArgumentError(f"vectorize_particles must be True or False, got {self.vectorize_particles!r}.")
+
+    @abstractmethod
+    def __call__(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss, a scalar in nats summed over the batch.
+
+        Args:
+            model: The generative program.
+            guide: The recognition program.
+            args: What both are called with.
+            kwargs: As ``args``.
+
+        Raises:
+            ProgramError: The pair has latents or plates that the objective is not for; the site is named.
+        """
 
     @property
-    def to_sum(self) -> list[str]:
-        """All latents that are to be enumerated."""
-        return [*self.summed, *self.enumerated]
+    def measure(self) -> Bound:
+        """What held-out data are measured by: a bound without changes that are for training alone."""
+        return self
 
-    def join(self, other: Verified) -> Verified:
-        """With what a run on other data, as held-out ones, has shown: a batch of all data does not show that a plate
-        would scale up a smaller one.
-        """
-        size = other.subsampled_from if self.subsampled_from is None else self.subsampled_from
-        return self._replace(subsampled_from=size, nesting=max(self.nesting, other.nesting))
+    @property
+    def is_elbo(self) -> bool:
+        """Whether minus its value estimates the ELBO itself."""
+        return isinstance(self.measure, ELBO)
 
-    def share(self, batch: tuple[Tensor, ...]) -> float:
-        """What to multiply a batch's loss by, to undo the scale of a plate that subsamples."""
-        return 1.0 if self.subsampled_from is None else len(batch[0]) / self.subsampled_from
+    def _run(self, model: Program, guide: Program, args: Any, kwargs: Any, cut: str | None = None) -> Particles:
+        together = self.vectorize_particles
+        return run_particles(model, guide, args, kwargs, self.num_particles, together=together, cut=cut)
 
-
-def is_elbo(objective: Objective) -> bool:
-    """Whether minus the objective estimates the ELBO itself, not another bound or a weighted loss."""
-    estimators = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO)
-    return isinstance(objective, estimators) and not isinstance(objective, TraceTailAdaptive_ELBO)
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
 
 
-def loss_and_grads(
-    objective: Objective, model: Program, guide: Program, batch: tuple[Tensor, ...], kl_weight: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """Runs forward and backward on one batch; gradients are left in the parameters' ``grad``.
+@dataclass(frozen=True)
+class ELBO(Bound):
+    """The evidence lower bound, ``E_q[log w]``: the mean over particles, by Pyro's ``Trace_ELBO``.
+
+    Gradients go through the guide's draws where these are reparameterized, and are score-function gradients elsewhere.
+
+    Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes.
+    """
+
+    def __call__(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss; see `Bound`."""
+        options: dict[str, Any] = {"num_particles": self.num_particles}
+        if self.num_particles > 1 and self.vectorize_particles:
+            depth = num_nested(model, guide, args, kwargs)
+            options |= {"vectorize_particles": True, "max_plate_nesting": depth}
+        return torch.as_tensor(Trace_ELBO(**options).differentiable_loss(model, guide, *args, **kwargs))
+
+
+@dataclass(frozen=True)
+class MeanFieldELBO(Bound):
+    """The ELBO as ``E_q[log p(x|z)] - KL(q(z|x) || p(z))``, with the KL divergence in closed form where there is one.
+
+    Where there is none it is estimated from the draws. As with Pyro's ``TraceMeanField_ELBO``, latents of the model
+    may depend on those alone that the guide's q of them depends on, too.
+
+    With free bits, each KL is replaced by ``max(free_bits, KL)``: what is below has no gradient, so that the guide may
+    use so many nats for nothing, and latents are not switched off early on. KL is averaged over the batch (and over
+    plates inside of it, and particles) before; over each process's shard, where there are several.
 
     Args:
-        objective: What to minimise.
-        model: The generative program.
-        guide: The recognition program.
-        batch: What they are called with.
-        kl_weight: A number to multiply the log-densities of latents by, in the model and in the guide; 1 if left out.
+        num_particles: As for `Bound`, as is ``vectorize_particles``.
+        free_bits: lambda, in nats per datum; 0 for the ELBO itself. Held-out data are measured by that.
+        free_bits_per: ``"dimension"`` of a latent's event, each of which has so many; or ``"site"``.
 
-    Returns:
-        The loss, in nats summed over the batch, and the unconstrained parameters that the programs met.
-    """
-    with params_met() as params, _WeightedLatents(kl_weight):
-        if isinstance(objective, ELBO):
-            pyro_elbo: Any = objective  # its subclasses have loss_and_grads, the base class does not
-            loss = pyro_elbo.loss_and_grads(model, guide, *batch)
-        else:
-            loss = objective(model, guide, *batch)
-            loss.backward()
-    if not isinstance(loss, int | float | Tensor) or (isinstance(loss, Tensor) and loss.dim()):
-        raise ArgumentError(f"objective must give one loss, got {loss!r} from {type(objective).__name__}.")
-    return torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device).detach(), params
-
-
-class _WeightedLatents(Messenger):
-    """Scales the log-densities of latents, and with them the KL divergence of the guide from the prior."""
-
-    def __init__(self, weight: Tensor | None) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if self.weight is not None and not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight
-
-
-@contextmanager
-def params_met() -> Iterator[list[Tensor]]:
-    """A block that yields a list, which after it holds the unconstrained parameters that programs met inside."""
-    params: list[Tensor] = []
-    with poutine.trace(param_only=True) as met:
-        yield params
-    params += _params(met.trace.nodes)
-
-
-def inside_handlers() -> bool:
-    """Whether the caller runs inside of Pyro's effect handlers, which a captured program would not feel."""
-    return am_i_wrapped()
-
-
-class ItemsStayTensors(TorchFunctionMode):
-    """Lets Pyro's objectives be captured: numbers that they only report or test for nan stay tensors.
-
-    Pyro takes ``.item()`` of every loss, asks whether any is nan, and looks for probabilities of zero to leave out;
-    each would tie a capture to the numbers of one batch. Reads by anybody else remain, and stop the capture.
+    Source: Kingma et al., 2016, Improved Variational Inference with Inverse Autoregressive Flow (section C.8).
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answers Pyro's own questions without looking at the numbers."""
-        if func in (Tensor.item, Tensor.__bool__, Tensor.register_hook):
-            frame = sys._getframe(1)
-            if func is Tensor.__bool__ and frame.f_code.co_filename == _VALIDATES:
-                return True  # a distribution that was made while validation was on
-            while frame.f_back and frame.f_code.co_filename.startswith(_TORCH):
-                frame = frame.f_back
-            caller = Path(frame.f_code.co_filename)
-            if func is Tensor.item and _PYRO in caller.parents:
-                return args[0].detach()
-            if caller == _PYRO / "util.py":
-                return False  # nothing is nan, and gradients need not be asked; both are looked at later
-            if caller == _PYRO / "infer" / "util.py":
-                return True  # all probabilities are positive
-        return func(*args, **(kwargs or {}))
+    free_bits: float = 0.0
+    free_bits_per: str = "dimension"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _is_number(self.free_bits) or self.free_bits < 0:
+            raise ArgumentError(f"free_bits must be a number of at least 0, in nats; got {self.free_bits!r}.")
+        one_of("free_bits_per", self.free_bits_per, ("dimension", "site"))
+
+    @property
+    def measure(self) -> Bound:
+        """The ELBO without free bits."""
+        return MeanFieldELBO(self.num_particles, vectorize_particles=self.vectorize_particles)
+
+    @property
+    def is_elbo(self) -> bool:
+        """Whether there are no free bits."""
+        return not self.free_bits
+
+    def __call__(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss; see `Bound`."""
+        particles = self._run(model, guide, args, kwargs)
+        particles.demand_reparameterized(self._name)
+        loss: Any = 0.0
+        spent: dict[str, tuple[Any, Any]] = {}  # by a latent's name: KL, and how many it is the sum of
+        for sites, proposed in zip(particles.models, particles.guides, strict=True):
+            for name, site in sites.items():
+                if site["is_observed"]:
+                    loss = loss - site["log_prob"].sum()
+                else:
+                    kl, count = self._kl(name, proposed[name], site)
+                    before = spent.get(name, (0.0, 0.0))
+                    spent[name] = before[0] + kl, before[1] + count
+            for name in proposed.keys() - sites.keys():  # auxiliary ones
+                loss = loss + proposed[name]["log_prob"].sum()
+        for kl, count in spent.values():
+            loss = loss + (torch.maximum(kl, self.free_bits * count) if self.free_bits else kl).sum()
+        return loss / self.num_particles
+
+    def _kl(self, name: str, proposed: Any, site: Any) -> tuple[Tensor, Tensor]:
+        """A latent's KL summed over all but the parts that have free bits of their own, and the sum of its weights."""
+        q, p = proposed["fn"], site["fn"]
+        by_dimension = self.free_bits > 0 and self.free_bits_per == "dimension"
+        if by_dimension:
+            while isinstance(q, Independent) and isinstance(p, Independent):
+                q, p = q.base_dist, p.base_dist
+            if q.event_shape or p.event_shape:
+                raise ProgramError(
+                    f"free bits for each dimension need q and p of site '{name}' to be products over them, such as "
+                    f"Normal(...).to_event(1); they are {type(q).__name__} and {type(p).__name__}. Take "
+                    "MeanFieldELBO(free_bits_per='site')."
+                )
+        weights = torch.ones(proposed["fn"].batch_shape, dtype=_dtype(proposed), device=proposed["value"].device)
+        weights = scale_and_mask(weights, scale=proposed["scale"], mask=proposed["mask"])
+        try:
+            kl = kl_divergence(q, p)
+        except NotImplementedError:
+            if not by_dimension:
+                return (proposed["log_prob"] - site["log_prob"]).sum(), weights.sum()
+            kl = q.log_prob(proposed["value"]) - p.log_prob(proposed["value"])
+        if not by_dimension:
+            return scale_and_mask(kl, scale=proposed["scale"], mask=proposed["mask"]).sum(), weights.sum()
+        events, batch = len(proposed["fn"].event_shape), tuple(range(weights.dim()))
+        masked = scale_and_mask(
+            kl, scale=_widen(proposed["scale"], events), mask=_widen(proposed["mask"], events)
+        ).expand(weights.shape + proposed["fn"].event_shape)
+        return masked.sum(batch) if batch else masked, weights.sum()
 
 
-_PYRO = Path(pyro.__file__).parent
-_TORCH = str(Path(torch.__file__).parent)
-_VALIDATES = torch.distributions.distribution.__file__
+@dataclass(frozen=True)
+class IWAE(Bound):
+    """The importance-weighted bound, ``log (1/K) sum_k w_k``, of each datum.
+
+    It rises with K from the ELBO to log p(x). Its gradient goes through the draws. With a ``kl_weight`` beta, weights
+    are ``p(x|z) (p(z) / q(z|x))^beta``: no bound on log p(x), but what is trained stays continuous in beta.
+
+    Source: Burda, Grosse and Salakhutdinov, 2015, Importance Weighted Autoencoders.
+    """
+
+    num_particles: int = 5
+
+    def __call__(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss; see `Bound`."""
+        particles = self._run(model, guide, args, kwargs)
+        particles.demand_reparameterized(self._name)
+        particles.demand_blocks(self._name)
+        return -particles.scale * _log_mean_exp(particles.log_pxz - particles.log_qz).sum()
 
 
-def loss_of(elbo: Any, model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Tensor:
-    """An ELBO object's loss of one batch, in nats summed over it."""
-    return torch.as_tensor(elbo.loss(model, guide, *batch), dtype=torch.float64, device=batch[0].device)
+@dataclass(frozen=True)
+class Renyi(Bound):
+    """Renyi's bound of order alpha, ``1 / (1 - alpha) * log (1/K) sum_k w_k^(1 - alpha)``, of each datum.
 
-
-def verify(
-    model: Program,
-    guide: Program,
-    batch: tuple[Tensor, ...],
-    data: tuple[Tensor, ...] | None,
-    *,
-    transforms: bool = False,
-) -> Verified:
-    """Runs the pair once without training it, and raises where it would go wrong.
+    0 is the IWAE's, towards 1 it is the ELBO, and larger orders make the guide seek single modes. Below 0 it may lie
+    above log p(x). With a ``kl_weight``, weights are as for `IWAE`.
 
     Args:
-        model: The model.
-        guide: The guide.
-        batch: One batch, as it would be trained on.
-        data: All the data that batches are drawn from, to check them against the observed sites' supports; ``None`` if
-            the batch was transformed.
-        transforms: Whether the caller takes a ``transform`` for them.
+        alpha: The order, other than 1.
+        num_particles: As for `Bound`, as is ``vectorize_particles``.
 
-    Raises:
-        ProgramError: The latent sites of the model and the guide differ, the model observes nothing or the guide
-            something, a parameter's name is used twice, or there is nothing to train.
-        DataError: Data outside the support of their site.
+    Source: Li and Turner, 2016, Renyi Divergence Variational Inference.
     """
-    for role, program in (("model", model), ("guide", guide)):
-        check_signature(role, program, batch, transforms=transforms)
-    with torch.no_grad(), pyro.validation_enabled(True):
-        try:
-            model_trace, guide_trace = _traces(model, guide, batch)
-        except PVAEError:
-            raise
-        except (RuntimeError, ValueError) as error:  # torch's, of shapes, and Pyro's, of values; both say much
-            if isinstance(error.__cause__, PVAEError):
-                raise
-            with pyro.validation_enabled(False):
-                found = not_finite(model, guide, batch)
-            if found:
-                raise NumericalError(
-                    f"before the first step, {found}. Bound what its parameters come from, such as a log-scale."
-                ) from None
-            shapes = ", ".join(map(kind, batch))
-            whole = f" All data are {', '.join(map(kind, data))}: if that is one, as X[0], pass X[:1]." if data else ""
-            raise ProgramError(
-                f"the model and the guide do not run on a batch of {shapes}: {first_line(error)} "
-                f"Do the data have the shape and the values that they expect?{whole}"
-            ) from error
-    sites: dict[str, Any] = {**guide_trace.nodes, **model_trace.nodes}
-    latent, proposed = density_sites(model_trace.nodes), density_sites(guide_trace.nodes)
-    check_pair(latent, proposed, strict=False)
-    _check_names(sites)
-    found = observed_data(model_trace.nodes, batch)
-    check_supports(found, batch if data is None else data)
-    params = _params(sites)
-    if not params:
-        raise ProgramError(
-            "neither the model nor the guide has parameters to train. Register modules with pyro.module, or make "
-            "parameters with pyro.param."
-        )
-    plates = {plate for site in model_trace.nodes.values() for plate in site.get("cond_indep_stack", ())}
-    subsampled = (p.full_size for p in plates if p.size == len(batch[0]) and p.full_size != p.size)
-    dims = [p.dim for site in sites.values() for p in site.get("cond_indep_stack", ()) if p.vectorized]
-    enumerated = tuple(name for name, site in proposed.items() if site["infer"].get("enumerate"))
-    depth = -min(dims, default=0)
-    return Verified(
-        params, found, next(subsampled, None), batch, _latents_to_sum_out(latent, proposed), enumerated, depth
-    )
+
+    alpha: float = 0.5
+    num_particles: int = 2
+
+    def __init__(self, alpha: float = 0.5, num_particles: int = 2, *, vectorize_particles: bool = True) -> None:
+        if not _is_number(alpha) or alpha == 1:
+            raise ArgumentError(f"alpha must be a number other than 1, where the bound is ELBO(); got {alpha!r}.")
+        for name, value in (
+            ("alpha", float(alpha)),
+            ("num_particles", num_particles),
+            ("vectorize_particles", vectorize_particles),
+        ):
+            object.__setattr__(self, name, value)
+        self.__post_init__()
+
+    def __call__(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss; see `Bound`."""
+        particles = self._run(model, guide, args, kwargs)
+        particles.demand_reparameterized(self._name)
+        particles.demand_blocks(self._name)
+        power = 1 - self.alpha
+        bound = _log_mean_exp(power * (particles.log_pxz - particles.log_qz)) / power
+        return -particles.scale * bound.sum()
 
 
-def _latents_to_sum_out(latent: Mapping[str, Any], proposed: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the latents that are to be summed out in the model."""
-    summed = [name for name, site in latent.items() if not site["is_observed"] and name not in proposed]
-    for name in summed:
-        if (mark := latent[name]["infer"]["enumerate"]) != "parallel":
-            raise ProgramError(
-                f"latent '{name}' is only in the model, and marked {mark!r} for enumeration: there Pyro sums out "
-                "'parallel' ones alone. Mark it infer={'enumerate': 'parallel'}, or draw it in the guide too."
-            )
-    return tuple(summed)
+@dataclass(frozen=True)
+class StickingTheLanding(Bound):
+    """The ELBO, with the gradient by way of the draws alone: log q is differentiated in z, not in its parameters.
 
+    What is left out, ``d log q(z; phi) / d phi`` at fixed z, has mean 0. Without it the gradient has no noise left once
+    q(z|x) is the posterior. Latents that depend on others are treated exactly: q(z2|z1) is differentiated in z1.
 
-def not_finite(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> str:
-    """Which sites' log-densities are not finite on a batch, in words; empty if all are, or the pair does not run."""
-    with torch.no_grad():
-        try:
-            model_trace, guide_trace = _traces(model, guide, batch)
-            wrong = []
-            for role, trace in (("guide", guide_trace), ("model", model_trace)):
-                for name, site in density_sites(trace.nodes).items():
-                    log_prob = site["fn"].log_prob(site["value"])
-                    if bad := int((~log_prob.isfinite()).sum()):
-                        family = type(base_distribution(site["fn"])).__name__
-                        wrong.append(f"'{name}' of the {role} ({family}; {bad} of {log_prob.numel()})")
-        except (RuntimeError, ValueError):  # as of torch and Pyro, given numbers that are not finite
-            return ""
-    return f"the log-density of {', '.join(wrong)} is not finite" if wrong else ""
-
-
-def inactive(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> bool:
-    """Whether no dimension of the latents follows the data: Var_x(E_q[z]) is below 0.01 of the prior's variance.
-
-    Source: for the measure and its threshold, Burda, Grosse and Salakhutdinov, 2015, Importance Weighted Autoencoders.
+    Source: Roeder, Wu and Duvenaud, 2017, Sticking the Landing.
     """
-    if len(batch[0]) < 2:
-        return False  # it cannot be told
-    with torch.no_grad():
-        model_trace, guide_trace = _traces(model, guide, batch)
-        shares = []
-        for name, site in density_sites(guide_trace.nodes).items():
-            dims = [f.dim for f in site["cond_indep_stack"] if f.vectorized and f.size == len(batch[0])]
-            try:
-                mean, spread = site["fn"].mean, model_trace.nodes[name]["fn"].variance
-            except (NotImplementedError, AttributeError, KeyError):
-                return False
-            if dims and mean.is_floating_point():
-                variance = mean.movedim(dims[0] - site["fn"].event_dim, 0).var(0)
-                shares.append((variance / spread.mean(dims[0] - site["fn"].event_dim)).max())
-    return bool(shares) and bool(torch.stack(shares).max() < 0.01)
+
+    @property
+    def measure(self) -> Bound:
+        """The ELBO."""
+        return ELBO(self.num_particles, vectorize_particles=self.vectorize_particles)
+
+    def __call__(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss; see `Bound`."""
+        particles = self._run(model, guide, args, kwargs, cut="differentiable")
+        particles.demand_reparameterized(self._name)
+        log_pxz = particles.log_pxz
+        bound = (log_pxz - particles.log_qz).mean(0).sum()
+        return -particles.scale * _with_gradient(bound, log_pxz.mean(0).sum() + particles.through_draws(bound))
 
 
-def _traces(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> tuple[Any, Any]:
-    """The model's trace on the guide's latents, and the guide's."""
-    guide_trace = poutine.trace(guide).get_trace(*batch)
-    return poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch), guide_trace
+@dataclass(frozen=True)
+class DReG(Bound):
+    """The importance-weighted bound of `IWAE`, with the doubly reparameterized gradient for the guide.
+
+    With normalized weights v_k it is ``sum_k v_k^2 * d log w_k / dz_k * dz_k / dphi``; of the model's parameters
+    ``sum_k v_k * d log p(x, z_k) / dtheta``, as of `IWAE`. The mean is the same; its signal does not drown in noise as
+    K grows, which that of `IWAE` does. With a ``kl_weight`` beta, ``v^2`` becomes ``(1 - beta) v + beta v^2``, which is
+    again the gradient of what `IWAE` trains.
+
+    Source: Tucker, Lawson, Gu and Maddison, 2019, Doubly Reparameterized Gradient Estimators for Monte Carlo
+    Objectives; for the noise, Rainforth et al., 2018, Tighter Variational Bounds are Not Necessarily Better.
+    """
+
+    num_particles: int = 5
+
+    @property
+    def measure(self) -> Bound:
+        """The bound of `IWAE`."""
+        return IWAE(self.num_particles, vectorize_particles=self.vectorize_particles)
+
+    def __call__(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss; see `Bound`."""
+        particles = self._run(model, guide, args, kwargs, cut="differentiable")
+        particles.demand_reparameterized(self._name)
+        particles.demand_blocks(self._name)
+        log_pxz = particles.log_pxz
+        log_w = log_pxz - particles.log_qz
+        shares, beta = log_w.detach().softmax(0), particles.latent_weight
+        twice = (1 - beta) * shares + beta * shares**2
+        surrogate = (shares * log_pxz).sum() + particles.through_draws((twice * log_w).sum())
+        return -particles.scale * _with_gradient(_log_mean_exp(log_w).sum(), surrogate)
 
 
-def _params(sites: Any) -> list[Tensor]:
-    values = [site["value"] for site in sites.values() if site["type"] == "param"]
-    # With Pyro's setting module_local_params, values are the modules' parameters themselves.
-    params = [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
-    return list({id(p): p for p in params}.values())
+@dataclass(frozen=True)
+class ScoreFunction(Bound):
+    """The ELBO, with the score-function gradient (REINFORCE): ``E_q[(log w - b) * d log q(z|x) / dphi]`` for the guide.
 
+    It asks nothing of the draws, which may be discrete, and it is very noisy: what reparameterization saves. Mass at
+    a single point, as an automatic guide's ``Delta``, is a function and no draw; gradients go through it.
 
-def _check_names(sites: Any) -> None:
-    """Pyro knows parameters by name alone: of two modules' parameters with one name, one would not be trained."""
-    for name, site in sites.items():
-        offered = site["args"][1] if site["type"] == "param" and len(site["args"]) > 1 else None
-        if isinstance(offered, nn.Parameter) and not any(offered is p for p in _params({name: site})):
-            raise ProgramError(
-                f"two modules register a parameter under the name '{name}', so that one of them would not be trained. "
-                "Give the modules, or their attributes, different names in the model and the guide."
+    Args:
+        num_particles: As for `Bound`, as is ``vectorize_particles``.
+        has_baseline: Whether b is the mean of the other particles' log w, which leaves the mean as it is and
+            takes much of the noise; else b is 0. It needs two particles.
+
+    Source: Ranganath, Gerrish and Blei, 2014, Black Box Variational Inference; for the baseline, Mnih and Rezende,
+    2016, Variational Inference for Monte Carlo Objectives.
+    """
+
+    has_baseline: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.has_baseline, bool) or (self.has_baseline and self.num_particles < 2):
+            raise ArgumentError(
+                f"has_baseline={self.has_baseline!r} with {self.num_particles} particle(s): it must be True or False, "
+                "and True needs num_particles of at least 2, as the baseline is the mean of the others."
             )
+
+    @property
+    def measure(self) -> Bound:
+        """The ELBO."""
+        return ELBO(self.num_particles, vectorize_particles=self.vectorize_particles)
+
+    def __call__(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss; see `Bound`."""
+        particles = self._run(model, guide, args, kwargs, cut="all")
+        log_pxz, log_w = particles.log_pxz, (particles.log_pxz - particles.log_qz).detach()
+        gain = log_w
+        if self.has_baseline:
+            gain = (log_w - log_w.mean(0)) * (self.num_particles / (self.num_particles - 1))
+        surrogate = (log_pxz + gain * particles.log_qz_unweighted).mean(0).sum()
+        return -particles.scale * _with_gradient(log_w.mean(0).sum(), surrogate)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _log_mean_exp(terms: Tensor) -> Tensor:
+    return terms.logsumexp(0) - math.log(len(terms))
+
+
+def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
+    """A number with another one's gradient."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def _widen(weight: Any, dims: int) -> Any:
+    """A scale or a mask of a batch, for numbers with so many dimensions of an event to the right of it."""
+    return weight[(..., *[None] * dims)] if isinstance(weight, Tensor) and weight.dim() else weight
+
+
+def _dtype(site: Any) -> torch.dtype:
+    value = site["value"]
+    return value.dtype if value.is_floating_point() else torch.get_default_dtype()

@@ -26,7 +26,7 @@ class FitResult:
         history: One-dimensional arrays with an entry for each epoch. ``"elbo"`` is the training ELBO in nats per datum,
             averaged over the epoch while the parameters moved (``"objective"`` in its place, minus the loss, where the
             objective is not an ELBO); ``"validation_elbo"`` is there where validation data were given: the bound that
-            the objective is, without weights, which is another than the ELBO for ``RenyiELBO``, say; ``"kl_weight"``
+            the objective is, without weights, which is another than the ELBO for ``IWAE``, say; ``"kl_weight"``
             and ``"lr"`` where they could change; ``"seconds"``.
         params: Trained values of parameters made by ``pyro.param``, by name, in their constrained space. They have
             no module to live in; see `trained`.

@@ -22,7 +22,8 @@ from pvae.errors import ArgumentError, folder_path, one_of, positive_int, yes_no
 from pvae.runtime import Processes, resolve_seed
 from pvae.svi import elbos
 from pvae.svi.checkpoints import check_plain
-from pvae.svi.objectives import Objective
+from pvae.svi.losses import Objective
+from pvae.svi.objectives import Bound
 from pvae.svi.results import FitResult
 
 __all__ = ["PRECISIONS", "Callback", "MakeScheduler", "Settings"]
@@ -196,6 +197,8 @@ def _describe(thing: Any) -> str | None:
     if isinstance(thing, partial):
         given = [*map(_plain, thing.args), *(f"{k}={_plain(v)}" for k, v in sorted(thing.keywords.items()))]
         return f"{_describe(thing.func)}({', '.join(given)})"
+    if isinstance(thing, Bound):
+        return f"{type(thing).__module__}.{thing!r}"
     if hasattr(thing, "__qualname__"):
         return f"{thing.__module__}.{thing.__qualname__}"
     name = f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -19,7 +19,7 @@ from pvae.capture import Captured
 from pvae.data import Batches, Rows
 from pvae.errors import NumericalError, ProgramError
 from pvae.runtime import NeverStop, Stop, in_precision
-from pvae.svi import objectives
+from pvae.svi import losses
 from pvae.svi.contents import FIXED
 from pvae.svi.settings import Settings
 from pvae.svi.trainable import Trainable
@@ -119,9 +119,7 @@ class Step:
         said = "the loss or a gradient is not finite"
         if grads is not None:
             said = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss:g}"
-        found = objectives.not_finite(
-            self.pair.placed.model, self.pair.placed.guide, self.batches.apply_transform(*rows)
-        )
+        found = self.pair.not_finite(self.batches.apply_transform(*rows))
         if not found and grads is not None and math.isfinite(loss):
             bad = {id(self.params[number]) for number, grad in grads.items() if not grad.isfinite().all()}
             found = (
@@ -226,8 +224,8 @@ class Step:
             with ExitStack() as stack:
                 stack.enter_context(in_precision(self.settings.precision, self.batches.device))
                 if self.is_captured:  # innermost, where it sees who calls
-                    stack.enter_context(objectives.ItemsStayTensors())
-                loss, params = objectives.loss_and_grads(
+                    stack.enter_context(losses.ItemsStayTensors())
+                loss, params = losses.loss_and_grads(
                     self.pair.objective, self.pair.placed.model, self.pair.placed.guide, batch, weight
                 )
             self._add_new(params)

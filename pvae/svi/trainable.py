@@ -18,7 +18,7 @@ from pvae.capture import worth_compiling
 from pvae.data import Batches, Data, as_source, make_batches, named_shape
 from pvae.errors import CheckpointError, warn
 from pvae.runtime import Pair, Processes, Program, Stop, base_distribution, isolate, place_pair
-from pvae.svi import elbos, objectives
+from pvae.svi import elbos, verification
 from pvae.svi.checkpoints import check_weights
 from pvae.svi.settings import Settings
 
@@ -39,8 +39,8 @@ class Trainable:
     """
 
     placed: Pair
-    verified: objectives.Verified
-    objective: objectives.Objective
+    verified: verification.Verified
+    objective: elbos.Objective
     state: Mapping[str, Any]
     batches: Batches
     held_out: Batches | None
@@ -53,7 +53,7 @@ class Trainable:
     @property
     def is_elbo(self) -> bool:
         """Whether minus the objective estimates the ELBO itself."""
-        return objectives.is_elbo(self.objective)
+        return elbos.is_elbo(self.objective)
 
     def check_names(self) -> None:
         """Raises `CheckpointError` where something is trained or held that a checkpoint cannot hold."""
@@ -88,6 +88,10 @@ class Trainable:
         operations = 6.0 * sum(p.numel() for p in self.verified.params) * seen
         return worth_compiling(settings.epochs * steps, operations, self.placed.device)
 
+    def not_finite(self, batch: tuple[Tensor, ...]) -> str:
+        """Which sites' log-densities are not finite on a batch, in words; empty if all are."""
+        return verification.not_finite(self.placed.model, self.placed.guide, batch)
+
     def nest(self) -> AbstractContextManager[None]:
         """A block in which the objective knows how deep plates are nested."""
         return elbos.nest(self.objective, self.verified)
@@ -114,11 +118,11 @@ class Trainable:
         """Says so where no latent dimension follows the data."""
         placed = self.placed
         with isolate(placed.modules, seed=0, device=placed.device, params=params):
-            if objectives.inactive(placed.model, placed.guide, (self.held_out or self.batches).first()):
+            if verification.inactive(placed.model, placed.guide, (self.held_out or self.batches).first()):
                 warn(
                     "the posterior has collapsed: no latent dimension follows x, since Var_x(E_q[z]) is below 0.01 of "
                     "the prior's variance for each, so that the model makes no use of its latents. Try a warm-up "
-                    "(kl_weight=lambda epoch: min(1.0, epoch / 10)), a smaller lr, or a less powerful decoder.",
+                    "(kl_weight=pvae.schedules.linear_warmup(10)), a smaller lr, or a less powerful decoder.",
                 )
 
 
@@ -171,7 +175,7 @@ def make_trainable(
             if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
                 param.data = param.data.contiguous()  # entries that share memory could not be moved one by one
         objective = elbos.resolve(settings.objective, verified, weighted=settings.kl_weights is not None)
-        if verified.to_sum:
+        if elbos.needs_trial(objective, verified):
             with isolate(pair.modules, seed=0, device=pair.device, params=state):
                 elbos.try_out(objective, model, guide, batches.first(), verified)
     return Trainable(pair, verified, objective, state, batches, held_out)
@@ -179,7 +183,7 @@ def make_trainable(
 
 def look_at(
     pair: Pair, name: str, batches: Batches, seed: int, params: Mapping[str, Any] | None, *, transforms: bool = True
-) -> tuple[objectives.Verified, Mapping[str, Any]]:
+) -> tuple[verification.Verified, Mapping[str, Any]]:
     """Runs a pair on a batch.
 
     Args:
@@ -194,11 +198,11 @@ def look_at(
         What was found, and the state of the param store after.
 
     Raises:
-        ProgramError, DataError: As `objectives.verify` does.
+        ProgramError, DataError: As `verification.verify` does.
     """
     whole = batches.whole
     with named_shape(name, whole), isolate(pair.modules, seed=seed, device=pair.device, params=params) as store:
-        verified = objectives.verify(pair.model, pair.guide, batches.first(), whole, transforms=transforms)
+        verified = verification.verify(pair.model, pair.guide, batches.first(), whole, transforms=transforms)
         return verified, store.get_state()
 
 

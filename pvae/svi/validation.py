@@ -13,7 +13,7 @@ from pvae.capture import Captured
 from pvae.data import Batches, Rows
 from pvae.errors import warn
 from pvae.runtime import Interrupted, NeverStop, Stop, isolate
-from pvae.svi import objectives
+from pvae.svi import losses
 from pvae.svi.settings import Settings
 from pvae.svi.trainable import Trainable
 
@@ -66,11 +66,11 @@ class Validation:
         return None if self.stop() else -total / seen  # the batches may have ended early, too
 
     def _loss(self, *batch: Tensor) -> Tensor:
-        with objectives.ItemsStayTensors() if self.captured is not None else nullcontext():
-            return objectives.loss_of(self.pair.bound, self.pair.placed.model, self.pair.placed.guide, batch)
+        with losses.ItemsStayTensors() if self.captured is not None else nullcontext():
+            return losses.loss_of(self.pair.bound, self.pair.placed.model, self.pair.placed.guide, batch)
 
     def _warn(self, epoch: int, loss: float, batch: Rows) -> None:
-        found = objectives.not_finite(self.pair.placed.model, self.pair.placed.guide, batch)
+        found = self.pair.not_finite(batch)
         warn(f"epoch {epoch}: the loss of a batch of validation data is {loss:g}{found and f': {found}'}.")
 
     def _isolate(self) -> AbstractContextManager[Any]:
