@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,20 @@ from torch import Tensor, nn
 
 from pvae.errors import ArgumentError, positive_int
 
-__all__ = ["Batched", "GaussianNoise", "Log1p", "OneHot", "Units", "conv_decoder", "conv_encoder", "mlp", "soft_clip"]
+__all__ = [
+    "Batched",
+    "GaussianNoise",
+    "Log1p",
+    "OneHot",
+    "Residual",
+    "Units",
+    "conv_decoder",
+    "conv_encoder",
+    "mlp",
+    "residual_decoder",
+    "residual_encoder",
+    "soft_clip",
+]
 
 Shape = int | Sequence[int]
 
@@ -192,12 +206,24 @@ def conv_encoder(
         hidden: Width of the dense layer between the last stage and the output.
         activation: Makes the module put after each stage and after the dense layer.
     """
+    return _encoder(in_shape, out_features, channels, hidden, activation, lambda _: [])
+
+
+def _encoder(
+    in_shape: Sequence[int],
+    out_features: int,
+    channels: Sequence[int],
+    hidden: int,
+    activation: Callable[[], nn.Module],
+    blocks: Callable[[int], list[nn.Module]],
+) -> Batched:
+    """The trunk of `conv_encoder`, with more layers for so many channels after each stage's convolution."""
     in_channels, height, width = _image_shape("in_shape", in_shape)
     sizes = _stages(height, width, len(channels))
     layers: list[nn.Module] = []
     for (h, w), (h_next, w_next), c_in, c_out in _pairs(sizes, [in_channels, *channels]):
         kernel, stride = _kernel_and_stride(h, h_next), _kernel_and_stride(w, w_next)
-        layers += [nn.Conv2d(c_in, c_out, *zip(kernel, stride, strict=True), padding=1), activation()]
+        layers += [nn.Conv2d(c_in, c_out, *zip(kernel, stride, strict=True), padding=1), *blocks(c_out), activation()]
     features = math.prod(sizes[-1]) * [in_channels, *channels][-1]
     layers += [nn.Flatten(), nn.Linear(features, hidden), activation(), nn.Linear(hidden, out_features)]
     return Batched(nn.Sequential(*layers), in_shape)
@@ -220,6 +246,18 @@ def conv_decoder(
         hidden: Width of the dense layer between the input and the first stage.
         activation: Makes the module put after the dense layers and between stages.
     """
+    return _decoder(in_features, out_shape, channels, hidden, activation, lambda _: [])
+
+
+def _decoder(
+    in_features: int,
+    out_shape: Sequence[int],
+    channels: Sequence[int],
+    hidden: int,
+    activation: Callable[[], nn.Module],
+    blocks: Callable[[int], list[nn.Module]],
+) -> Batched:
+    """The network of `conv_decoder`, with more layers for so many channels before each stage's convolution."""
     out_channels, height, width = _image_shape("out_shape", out_shape)
     sizes = _stages(height, width, len(channels))
     widths = [out_channels, *channels]
@@ -228,9 +266,53 @@ def conv_decoder(
     layers += [nn.Linear(hidden, math.prod(smallest)), activation(), nn.Unflatten(-1, smallest)]
     for (h, w), (h_next, w_next), c_in, c_out in _pairs(sizes[::-1], widths[::-1]):
         kernel, stride = _kernel_and_stride(h_next, h), _kernel_and_stride(w_next, w)
-        layers += [nn.ConvTranspose2d(c_in, c_out, *zip(kernel, stride, strict=True), padding=1), activation()]
+        convolution = nn.ConvTranspose2d(c_in, c_out, *zip(kernel, stride, strict=True), padding=1)
+        layers += [*blocks(c_in), convolution, activation()]
     # The last stage gives the output itself, so nothing is put after it.
     return Batched(nn.Sequential(*layers[:-1] if channels else layers), in_features)
+
+
+class Residual(nn.Sequential):
+    """Layers whose result is added to what they are given, ``x + layers(x)``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps ``(...)`` to the same shape."""
+        return input + super().forward(input)
+
+
+def residual_encoder(
+    in_shape: Sequence[int],
+    out_features: int,
+    *,
+    channels: Sequence[int] = (32, 64),
+    hidden: int = 256,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> Batched:
+    """`conv_encoder` with a residual block after each stage's convolution; the arguments are the same.
+
+    A block is ``x + conv(act(conv(act(x))))``, of two 3 x 3 convolutions. It has no normalization, so that a datum does
+    not depend on the others of its batch.
+
+    Source: He, Zhang, Ren and Sun, 2016, Identity Mappings in Deep Residual Networks.
+    """
+    return _encoder(in_shape, out_features, channels, hidden, activation, partial(_residual, activation=activation))
+
+
+def residual_decoder(
+    in_features: int,
+    out_shape: Sequence[int],
+    *,
+    channels: Sequence[int] = (32, 64),
+    hidden: int = 256,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> Batched:
+    """The mirror image of `residual_encoder`: `conv_decoder` with a block before each stage's convolution."""
+    return _decoder(in_features, out_shape, channels, hidden, activation, partial(_residual, activation=activation))
+
+
+def _residual(channels: int, activation: Callable[[], nn.Module]) -> list[nn.Module]:
+    convolutions = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+    return [Residual(*(layer for convolution in convolutions for layer in (activation(), convolution)))]
 
 
 def _stages(height: int, width: int, count: int) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
@@ -249,14 +250,29 @@ def _shift_and_scale(network: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
     return shift, soft_clip(raw, _MAX_STEP)
 
 
-def _vamp(latent_dim: int, encoder: nn.Module, event_shape: Sequence[int], bounds: Any) -> VampPrior:
+def _vamp(latent_dim: int, decoder: nn.Module, encoder: nn.Module, event_shape: Sequence[int]) -> VampPrior:
+    """Pseudo-inputs that are to begin at data, within the bounds of the data that a decoder gives."""
+    with torch.no_grad():
+        bounds = _bounds_of(decoder(torch.zeros(2, latent_dim)).support)
     units = getattr(encoder, "units", None) if bounds is None else None
     raw_inputs = torch.randn(_NUM_PSEUDO_INPUTS, *event_shape)
     return VampPrior(encoder, raw_inputs, bounds=bounds, units=units, starts_from_data=True)
 
 
-# (latent_dim, encoder, event_shape, bounds of the data) -> the prior that `pvae.VAE.mlp` makes from its name
-NAMED: dict[str, Callable[[int, nn.Module, Sequence[int], Any], nn.Module]] = {
+def _bounds_of(support: Any) -> tuple[float, float] | None:
+    """The lowest and the highest value in a support, if there is a lowest."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if support is constraints.boolean:
+        return 0.0, 1.0
+    if not hasattr(support, "lower_bound"):
+        return None
+    low, high = (torch.as_tensor(getattr(support, key, math.inf)) for key in ("lower_bound", "upper_bound"))
+    return low.min().item(), high.max().item()
+
+
+# (latent_dim, decoder, encoder, event_shape) -> the prior that `pvae.VAE.mlp` makes from its name
+NAMED: dict[str, Callable[[int, nn.Module, nn.Module, Sequence[int]], nn.Module]] = {
     "standard-normal": lambda latent_dim, *_: StandardNormal(latent_dim),
     "mixture": lambda latent_dim, *_: GaussianMixture(latent_dim),
     "vamp": _vamp,

@@ -9,12 +9,10 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
-from pvae import likelihoods, networks
+from pvae import likelihoods, networks, posteriors, priors
 from pvae.composite import Composite, check_latent, draw, run_part, show_shapes, units_argument
 from pvae.data import Array
 from pvae.errors import ProgramError, one_of, positive_int
-from pvae.posteriors import DiagonalNormal
-from pvae.priors import StandardNormal
 from pvae.runtime import check_support, resolve_seed
 
 __all__ = ["VAE"]
@@ -54,10 +52,12 @@ class VAE(Composite):
         hidden: Sequence[int] = (400,),
         likelihood: str = "bernoulli",
         *,
+        prior: str = "standard-normal",
+        posterior: str = "diagonal",
         activation: Callable[[], nn.Module] = nn.ReLU,
         units: tuple[float, float] | None = None,
     ) -> VAE:
-        """A VAE of two multilayer perceptrons, with a standard normal prior and a diagonal normal encoder.
+        """A VAE of two multilayer perceptrons, and of parts by their names.
 
         Weights are drawn by torch's own initialization, so ``torch.manual_seed`` before the call fixes them.
 
@@ -70,6 +70,10 @@ class VAE(Composite):
                 ``"discretized-logistic-per-pixel"``. Real numbers: ``"gaussian"`` (one learned scale),
                 ``"gaussian-per-pixel"``; with heavy tails ``"laplace"``, ``"student-t"``. Counts: ``"poisson"``,
                 ``"negative-binomial"``. For anything else put the parts together: ``VAE(prior, decoder, encoder)``.
+            prior: A name of `pvae.priors.NAMED`: ``"standard-normal"``; ``"mixture"`` of 50 normals; ``"vamp"``, of 100
+                pseudo-inputs that begin at data when `pvae.fit` sees some; ``"flow"``.
+            posterior: A name of `pvae.posteriors.NAMED`, for q(z|x): ``"diagonal"``; ``"low-rank"``, of rank 4 at most;
+                ``"full"``; ``"iaf"``.
             activation: Makes the module put after each hidden layer.
             units: For real numbers and levels, ``(mean, scale)`` of the data: networks see ``(x - mean) / scale`` and
                 give locations and scales in these units, so that a learned scale starts at ``scale``. Left out,
@@ -77,21 +81,12 @@ class VAE(Composite):
                 nothing to the parts.
         """
         event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        latent_dim = positive_int("latent_dim", latent_dim)
-        named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
-        hidden = list(hidden)
-        return cls(
-            StandardNormal(latent_dim),
-            named.make(
-                networks.mlp(latent_dim, hidden[::-1], (named.outputs, *event_shape), activation=activation),
-                event_shape=event_shape,
-                **units_argument(named, likelihood, units),
-            ),
-            DiagonalNormal(
-                named.show(networks.mlp(event_shape, hidden, 2 * latent_dim, activation=activation)),
-                **units_argument(named, likelihood, units),
-            ),
-        )
+        names = _Names(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
+        sizes = list(hidden)
+        out_shape = (names.likelihood_outputs, *event_shape)
+        decoder = networks.mlp(latent_dim, sizes[::-1], out_shape, activation=activation)
+        encoder = networks.mlp(event_shape, sizes, names.encoder_outputs, activation=activation)
+        return cls(*names.make(decoder, encoder, event_shape, units))
 
     @classmethod
     def conv(
@@ -102,6 +97,9 @@ class VAE(Composite):
         hidden: int = 256,
         likelihood: str = "bernoulli",
         *,
+        prior: str = "standard-normal",
+        posterior: str = "diagonal",
+        network: str = "plain",
         activation: Callable[[], nn.Module] = nn.ReLU,
         units: tuple[float, float] | None = None,
     ) -> VAE:
@@ -113,21 +111,20 @@ class VAE(Composite):
             channels: Channels after each stage of the encoder; the decoder has them in reverse order.
             hidden: Width of the dense layer between the stages and the latent.
             likelihood: As in `mlp`.
+            prior: As in `mlp`.
+            posterior: As in `mlp`.
+            network: ``"plain"``, or ``"residual"`` for `pvae.networks.residual_encoder` and its mirror image.
             activation: Makes the module put after each stage and dense layer.
             units: As in `mlp`.
         """
-        latent_dim = positive_int("latent_dim", latent_dim)
-        named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
-        channels, out_shape = tuple(channels), (named.outputs * event_shape[0], *event_shape[1:])
-        encoder = networks.conv_encoder(
-            event_shape, 2 * latent_dim, channels=channels, hidden=hidden, activation=activation
+        names = _Names(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
+        make_encoder, make_decoder = _CONVOLUTIONAL[one_of("network", network, _CONVOLUTIONAL)]
+        channels, out_shape = tuple(channels), (names.likelihood_outputs * event_shape[0], *event_shape[1:])
+        encoder = make_encoder(
+            event_shape, names.encoder_outputs, channels=channels, hidden=hidden, activation=activation
         )
-        decoder = networks.conv_decoder(latent_dim, out_shape, channels=channels, hidden=hidden, activation=activation)
-        return cls(
-            StandardNormal(latent_dim),
-            named.make(decoder, event_shape=event_shape, **units_argument(named, likelihood, units)),
-            DiagonalNormal(named.show(encoder), **units_argument(named, likelihood, units)),
-        )
+        decoder = make_decoder(latent_dim, out_shape, channels=channels, hidden=hidden, activation=activation)
+        return cls(*names.make(decoder, encoder, tuple(event_shape), units))
 
     def model(self, x: Tensor) -> None:
         """The generative program: ``z ~ p(z)``, ``x ~ p(x|z)``, for each datum of ``x``, shape ``(N, *event)``.
@@ -212,3 +209,39 @@ class VAE(Composite):
             "decoder": self.decoder(z).log_prob(x),
             "encoder": self.encoder(x).log_prob(z),
         }
+
+
+_CONVOLUTIONAL = {
+    "plain": (networks.conv_encoder, networks.conv_decoder),
+    "residual": (networks.residual_encoder, networks.residual_decoder),
+}
+
+
+class _Names:
+    """The parts of a VAE by their names, and what their networks are to give.
+
+    Raises:
+        ArgumentError: A name that there is not.
+    """
+
+    def __init__(self, latent_dim: int, likelihood: str, prior: str, posterior: str) -> None:
+        self.latent_dim = latent_dim
+        self.likelihood = one_of("likelihood", likelihood, likelihoods.NAMED)
+        self.prior = one_of("prior", prior, priors.NAMED)
+        self.posterior = one_of("posterior", posterior, posteriors.NAMED)
+        self.likelihood_outputs = likelihoods.NAMED[likelihood].outputs
+        self.encoder_outputs = posteriors.NAMED[posterior].count_outputs(latent_dim)
+
+    def make(
+        self,
+        decoder: nn.Module,
+        encoder: nn.Module,
+        event_shape: tuple[int, ...],
+        units: tuple[float, float] | None,
+    ) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Prior, likelihood and posterior, of two networks."""
+        named = likelihoods.NAMED[self.likelihood]
+        px = named.make(decoder, event_shape=event_shape, **units_argument(named, self.likelihood, units))
+        own_units = units_argument(named, self.likelihood, units)
+        qz = posteriors.NAMED[self.posterior].make(named.show(encoder), self.latent_dim, **own_units)
+        return priors.NAMED[self.prior](self.latent_dim, px, qz, event_shape), px, qz

@@ -131,6 +131,7 @@ PARTS = {
     networks.GaussianNoise: lambda: networks.GaussianNoise(0.3),
     networks.Log1p: lambda: networks.Log1p(),
     networks.OneHot: lambda: networks.OneHot(3),
+    networks.Residual: lambda: networks.Residual(nn.Linear(3, 3), nn.Tanh()),
     networks.Units: lambda: networks.Units([2, 0.5]),
     priors.StandardNormal: lambda: priors.StandardNormal(3),
     likelihoods.Bernoulli: lambda: likelihoods.Bernoulli(networks.mlp(3, [4], 6), event_shape=(2, 3)),

@@ -18,9 +18,10 @@ def test_mlp_takes_any_leading_dimensions(leading, in_shape, out_shape):
 
 @pytest.mark.parametrize("size", [(28, 28), (8, 8), (10, 10), (2, 2), (6, 12), (7, 9), (1, 1)])
 @pytest.mark.parametrize("channels", [(4,), (4, 6), (4, 6, 8)])
-def test_conv_trunks_mirror_each_other_at_any_size(size, channels):
-    encoder = networks.conv_encoder((3, *size), 5, channels=channels, hidden=8)
-    decoder = networks.conv_decoder(5, (3, *size), channels=channels, hidden=8)
+@pytest.mark.parametrize("kind", ["conv", "residual"])
+def test_conv_trunks_mirror_each_other_at_any_size(size, channels, kind):
+    encoder = getattr(networks, f"{kind}_encoder")((3, *size), 5, channels=channels, hidden=8)
+    decoder = getattr(networks, f"{kind}_decoder")(5, (3, *size), channels=channels, hidden=8)
     x = torch.randn(2, 4, 3, *size)
     assert encoder(x).shape == (2, 4, 5)
     assert decoder(encoder(x)).shape == x.shape
@@ -42,6 +43,12 @@ def test_folding_leading_dimensions_changes_nothing(make):
 
 def test_conv_decoder_without_stages_is_dense():
     assert networks.conv_decoder(3, (1, 4, 4), channels=(), hidden=5)(torch.randn(2, 3)).shape == (2, 1, 4, 4)
+
+
+def test_residual_blocks_add_to_what_they_are_given():
+    block = networks.Residual(torch.nn.Linear(2, 2), torch.nn.Tanh())
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(block(x), x + block[0](x).tanh())
 
 
 def test_soft_clip_is_the_identity_near_zero_and_bounded():

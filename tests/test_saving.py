@@ -161,6 +161,8 @@ VAES = {
     "conv": lambda: pvae.VAE.conv((1, 4, 6), 2, (4,), 8),
     "conv-per-pixel": lambda: pvae.VAE.conv((3, 4, 6), 2, (4, 4), 8, "gaussian-per-pixel"),
     "vamp": vamp,
+    "named": lambda: pvae.VAE.mlp(6, 2, [8], "gaussian", prior="vamp", posterior="low-rank"),
+    "residual": lambda: pvae.VAE.conv((1, 4, 6), 2, (4,), 8, prior="mixture", posterior="full", network="residual"),
     "vamp-float64": lambda: vamp("low-rank").double(),
     "flow-full": lambda: flow("full"),
     "flow-iaf": lambda: flow("iaf"),

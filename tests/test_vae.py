@@ -175,3 +175,22 @@ def test_state_dict_round_trip(vae):
     other.load_state_dict(vae.state_dict())
     x = data(vae)
     assert torch.equal(other.reconstruct(x), vae.reconstruct(x))
+
+
+@pytest.mark.parametrize("make", [pvae.VAE.mlp, pvae.VAE.conv])
+@pytest.mark.parametrize("argument", ["likelihood", "prior", "posterior"])
+def test_unknown_names_are_answered_by_the_known_ones(make, argument):
+    with pytest.raises(pvae.ArgumentError, match=f"{argument} must be one of '.*got 'nonsense'"):
+        make((1, 4, 4), 2, **{argument: "nonsense"})
+
+
+@pytest.mark.parametrize("likelihood", pvae.likelihoods.NAMED)
+def test_vamp_prior_by_name_begins_at_data_of_any_likelihood(likelihood):
+    """Draws of the model itself, which are in the likelihood's support."""
+    vae = pvae.VAE.mlp(4, 2, [8], likelihood, prior="vamp")
+    x = vae.sample(50, seed=0)
+    pvae.fit(vae.model, vae.guide, x, epochs=1, batch_size=50, lr=1e-6, compile=False, progress=False)
+    u = vae.prior.pseudo_inputs().detach()
+    assert not vae.prior.wants_units(x)
+    assert (torch.cdist(u[:50], x).min(1).values <= 0.1 * (x.max() - x.min()) + 0.1).all()
+    assert vae.prior().log_prob(torch.zeros(2)).isfinite()
