@@ -8,7 +8,7 @@ import torch
 from pyro import distributions as dist
 
 import pvae
-from pvae.diagnostics import gaps
+from pvae.diagnostics import Coverage, classification, coverage, gaps, interpolate, retrieval, side_by_side
 from pvae.evidence.proposals import Refined
 from pvae.testing import linear_gaussian
 
@@ -66,3 +66,51 @@ def test_gaps_describe_themselves(small_vae, bits):
     assert [line.split()[0] for line in lines[1:5]] == ["log", "approximation", "amortization", "ELBO"]
     with pytest.raises(pvae.ArgumentError, match="num_samples"):
         gaps(small_vae.model, small_vae.guide, bits, num_samples=0)
+
+
+def test_interpolations_are_straight():
+    start, end = torch.zeros(3, 2), torch.arange(6.0).reshape(3, 2)
+    steps = interpolate(start, end, 5)
+    assert steps.shape == (5, 3, 2)
+    torch.testing.assert_close(steps, torch.linspace(0, 1, 5)[:, None, None] * end)
+    with pytest.raises(pvae.DataError, match="same shape"):
+        interpolate(start, end[:2])
+
+
+def test_coverage_tells_precision_from_recall():
+    torch.manual_seed(0)
+    data = torch.cat([torch.randn(200, 2), torch.randn(200, 2) + 20])
+    assert coverage(data, data) == Coverage(1.0, 1.0)
+    one_mode = coverage(torch.randn(200, 2), data)  # like data, but of half of them
+    assert one_mode.precision > 0.9
+    assert 0.4 < one_mode.recall <= 0.5
+    assert coverage(data + 100, data) == Coverage(0.0, 0.0)
+
+
+def test_neighbours_with_a_label_are_counted():
+    codes = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]])
+    labels = torch.tensor([0, 0, 1, 1, 1, 1])
+    # Two neighbours each: of the first three 1, 1 and 0 are right, of the others all.
+    assert retrieval(codes, labels, num_neighbors=2) == pytest.approx((1 + 1 + 0 + 6) / 12)
+    assert retrieval(torch.zeros(4, 2), torch.zeros(4), num_neighbors=2) == 1.0
+    tests = torch.tensor([[0.05], [5.05], [5.0]])
+    right = classification(codes, labels, tests, torch.tensor([0, 1, 0]), num_neighbors=3)
+    assert right == pytest.approx(2 / 3)
+    with pytest.raises(pvae.DataError, match="7 neighbours"):
+        retrieval(codes, labels, num_neighbors=6)
+
+
+def test_an_autoencoder_and_a_vae_side_by_side(caller_state):
+    digits = pvae.datasets.digits()
+    torch.manual_seed(0)
+    models = {"autoencoder": pvae.Autoencoder.mlp((8, 8), 4, [32]), "vae": pvae.VAE.mlp((8, 8), 4, [32])}
+    for model in models.values():
+        pvae.fit(model.model, model.guide, digits.train_x, epochs=6, lr=5e-3, compile=False, progress=False)
+    before = caller_state()
+    found = side_by_side(models, (digits.train_x, digits.train_y), (digits.test_x, digits.test_y))
+    before.assert_unchanged()
+    assert found.rows["autoencoder"]["error"] < found.rows["vae"]["error"]  # it spends nothing on the prior
+    for row in found.rows.values():
+        assert all(0 <= value <= 1 for value in row.values())
+        assert row["classification"] > 0.3  # 10 classes
+    assert repr(found).count("\n") == 2
