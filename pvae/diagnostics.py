@@ -248,9 +248,9 @@ def side_by_side(
             codes, train_codes = _codes(model, x), _codes(model, train_x)
             halfway = interpolate(codes, codes[torch.randperm(len(codes))], 3)[1]
             if hasattr(model, "sample"):
-                drawn = model.sample(len(x), seed=seed, mean=True)
+                drawn = model.sample(len(x), seed=seed)
             else:
-                drawn = model.decode(_draw_like(train_codes, len(x))).mean
+                drawn = model.decode(_draw_like(train_codes, len(x))).sample()
             samples = coverage(drawn, x)
             rows[name] = {
                 "error": (model.reconstruct(x) - x.to(drawn)).square().mean().item(),

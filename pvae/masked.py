@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro
@@ -279,13 +280,11 @@ def _of_observed(px: Any, mask: Tensor) -> dist.TorchDistribution:
 
 def _fill(px: Any, x: Tensor, mask: Tensor) -> Tensor:
     """X with a value that p(x|z) can take where it is missing, so that its density, which is left out, is finite."""
-    support: Any = type(_entries(px)).support
+    support: Any = _entries(px).support
     if support is constraints.real:
         return x
     for value in (0.0, 1.0, 0.5):
-        try:
+        with suppress(NotImplementedError, RuntimeError, TypeError, ValueError):  # a support that depends on parameters
             if bool(support.check(torch.tensor(value, device="cpu"))):
                 return torch.where(mask, x, value)
-        except (NotImplementedError, AttributeError, TypeError, RuntimeError):  # a support that depends on parameters
-            break
     return torch.where(mask, x, 0.0)

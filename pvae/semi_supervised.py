@@ -129,13 +129,14 @@ class SemiSupervisedVAE(ConditionalVAE):
                 take.
         """
         x, labels = self._as_partly_labelled(x, y)
+        known = one_hot(labels.where(labels != -1, 0), self._width, x)
         self._register("prior", "decoder")
         with pyro.plate("data", x.shape[0]):
             y = pyro.sample("y", dist.Categorical(logits=self.weights.log()), infer={"enumerate": "parallel"})
             condition = one_hot(y, self._width, x)
-            is_label = dist.Categorical(logits=_EXCLUDED * (1 - condition))
-            observed = labels.clamp(0, self._width - 1)
-            pyro.sample("label", is_label.mask(labels != -1), obs=observed)
+            # The sum is nan for a label of no class, which nobody has looked at.
+            is_label = dist.OneHotCategorical(logits=_EXCLUDED * (1 - condition) + 0 * known)
+            pyro.sample("label", is_label.mask(labels != -1), obs=known)
             z = pyro.sample("z", self._prior(condition))
             self._observe(x, concatenate(z, condition))
 
@@ -143,7 +144,8 @@ class SemiSupervisedVAE(ConditionalVAE):
         """The recognition program: y is the label or, if unknown, ``y ~ q(y|x)``; then ``z ~ q(z|x,y)``."""
         x, labels = self._as_partly_labelled(x, y)
         self._register("encoder", "classifier")
-        known = one_hot(labels.where(labels != -1, 0), self._width, x)
+        # From nan nothing could be drawn; the model tells of it.
+        known = one_hot(labels.where(labels != -1, 0), self._width, x).nan_to_num()
         with pyro.plate("data", x.shape[0]):
             logits = torch.where((labels != -1)[:, None], _EXCLUDED * (1 - known), self._classify(x))
             y = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
@@ -185,7 +187,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         return x, y
 
     def _check_classifier(self) -> None:
-        x = self.weights.new_zeros((2, *self.event_shape))
+        x = next(self.parameters(), self.weights).new_zeros((2, *self.event_shape))
         logits: Any = run_part("classifier", self.classifier, x)
         if logits.shape != (2, self._width):
             raise ProgramError(

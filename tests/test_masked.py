@@ -82,7 +82,9 @@ def test_imputation_is_the_exact_conditional_mean():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -999.0])
-@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian", "poisson"])
+@pytest.mark.parametrize(
+    "likelihood", ["bernoulli", "gaussian", "poisson", "discretized-logistic", "continuous-bernoulli"]
+)
 def test_what_is_missing_is_never_used(value, likelihood):
     vae, (x, mask) = made(likelihood), data()
     gradients, imputed = [], []

@@ -47,6 +47,13 @@ def test_log_evidence_is_that_of_what_is_known(proposal):
     assert ((estimate.corrected - exact).abs() < 6 * estimate.std_error + 1e-6).all()
 
 
+def test_data_whose_first_ones_have_labels_are_measured_like_others():
+    vae, (x, y) = made(1).double(), data()
+    x, y = x.double().flip(0), torch.tensor([1, 2, 0, 1, -1, -1])
+    estimate = evidence(vae, (x, y), num_samples=300)
+    assert ((estimate.corrected - enumerated(vae, x, y)).abs() < 6 * estimate.std_error + 1e-6).all()
+
+
 def test_the_evidence_of_all_labels_adds_up():
     vae, (x, _) = made(1).double(), data()
     known = torch.stack([enumerated(vae, x.double(), torch.full((6,), k)) for k in range(3)])
@@ -125,8 +132,9 @@ def test_few_labels_go_further_with_the_digits_that_have_none():
     assert accuracies[1] > max(0.8, accuracies[0] + 0.03)
 
 
-def test_it_comes_back_from_disk(tmp_path):
-    vae, (x, _) = made(likelihood="gaussian", class_weights=[1, 2, 5]), data()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_comes_back_from_disk(dtype, tmp_path):
+    vae, (x, _) = made(likelihood="gaussian", class_weights=[1, 2, 5]).to(dtype), data()
     other = assert_comes_back(vae, tmp_path / "saved")
     assert torch.equal(other.predict(x), vae.predict(x))
     assert torch.equal(other.weights, vae.weights)
@@ -157,6 +165,16 @@ def test_wrong_labels_are_named(y, match):
             call(x, y)
     with pytest.raises(pvae.DataError):
         pvae.fit(vae.model, vae.guide, (x, y), progress=False)
+
+
+@pytest.mark.parametrize("proposal", ["guide", "prior"])
+def test_a_wrong_label_that_nobody_looked_at_gives_no_number(proposal):
+    vae, (x, y) = made(), data(132)
+    y[-1] = 7
+    with pytest.raises((pvae.NumericalError, pvae.DataError)):
+        evidence(vae, (x, y), proposal=proposal)
+    with pytest.raises((pvae.NumericalError, pvae.DataError)):
+        pvae.fit(vae.model, vae.guide, (x, y), batch_size=4, compile=False, progress=False)
 
 
 def test_wrong_arguments_are_named():
