@@ -24,6 +24,7 @@ from pyro.infer import (
 from torch import nn
 
 import pvae
+from pvae import objectives
 from pvae.runtime.isolation import isolate
 from pvae.svi import elbos as bounds
 from pvae.svi import step as engine
@@ -138,7 +139,17 @@ def test_a_mixture_of_global_parameters_with_an_autoguide(x):
     assert sorted(guide.centres.tolist()) == pytest.approx(CENTRES, abs=0.18)
 
 
-@pytest.mark.parametrize("objective", [Trace_ELBO(), TraceMeanField_ELBO(), TraceGraph_ELBO(), RenyiELBO(0.0, 2)])
+DRAWING = [
+    Trace_ELBO(),
+    TraceMeanField_ELBO(),
+    TraceGraph_ELBO(),
+    RenyiELBO(0.0, 2),
+    objectives.ELBO(),
+    objectives.IWAE(2),
+]
+
+
+@pytest.mark.parametrize("objective", DRAWING)
 def test_an_objective_that_would_draw_from_the_prior_is_refused(objective, x):
     pair = Clusters()
     before = pair.centres.clone()

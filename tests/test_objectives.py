@@ -406,3 +406,9 @@ def test_nothing_warns(bits, small_vae):
         warnings.simplefilter("error")
         for objective in (objectives.MeanFieldELBO(2, 0.1), objectives.DReG(2), objectives.ScoreFunction(2)):
             fit(small_vae, bits, objective=objective, epochs=1, validation=bits[:50])
+
+
+def test_a_latent_that_the_guide_lacks_is_not_drawn_from_the_prior(bits, module_pair):
+    for objective in (objectives.IWAE(2), objectives.ScoreFunction()):
+        with pytest.raises(pvae.ProgramError, match=r"\['latent'\] of the model are not in the guide"):
+            objective(module_pair.model, lambda x: None, bits)

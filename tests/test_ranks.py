@@ -36,6 +36,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one batch": {"compile": False, "batch_size": 400, "whole": 301, "kl_weight": 1.0},
     # Without a kl_weight, which is in float32, and so then is the plate's scale.
     "subsampled": {"compile": False, "batch_size": 51, "whole": 301, "kl_weight": 1.0},
+    "importance weighted": {
+        "compile": False,
+        "batch_size": 51,
+        "whole": 301,
+        "kl_weight": 1.0,
+        "objective": pvae.objectives.DReG(2, vectorize_particles=False),
+    },
 }
 
 

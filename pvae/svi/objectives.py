@@ -250,6 +250,9 @@ class StickingTheLanding(Bound):
     What is left out, ``d log q(z; phi) / d phi`` at fixed z, has mean 0. Without it the gradient has no noise left once
     q(z|x) is the posterior. Latents that depend on others are treated exactly: q(z2|z1) is differentiated in z1.
 
+    As in `DReG`, log q is taken at the draws as such, so a flow is run backwards, too: an inverse autoregressive one
+    takes as many passes for that as z has entries.
+
     Source: Roeder, Wu and Duvenaud, 2017, Sticking the Landing.
     """
 

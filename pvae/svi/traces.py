@@ -320,6 +320,17 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
 
 
+def _demand_in_guide(model_trace: Any, guide_trace: Any) -> None:
+    latents = [n for n, site in density_sites(model_trace.nodes).items() if not site["is_observed"]]
+    missing = sorted(name for name in latents if name not in guide_trace.nodes)
+    if missing:
+        raise ProgramError(
+            f"latents {missing} of the model are not in the guide: they would be drawn from the prior, which trains "
+            "another model. Draw them in the guide, or mark discrete ones infer={'enumerate': 'parallel'} and take "
+            "pyro.infer.TraceEnum_ELBO."
+        )
+
+
 def run_particles(
     model: Program,
     guide: Program,
@@ -355,6 +366,7 @@ def run_particles(
         with handler if cut else nullcontext():
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        _demand_in_guide(model_trace, guide_trace)
         depth: Any = float("inf") if dim is None else -dim
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, depth)
@@ -366,11 +378,4 @@ def run_particles(
         models.append(density_sites(model_trace.nodes))
         guides.append(density_sites(guide_trace.nodes))
         draws.append(handler.draws)
-    missing = sorted(n for n, site in models[0].items() if not site["is_observed"] and n not in guides[0])
-    if missing:
-        raise ProgramError(
-            f"latents {missing} of the model are not in the guide: they would be drawn from the prior, which trains "
-            "another model. Draw them in the guide, or mark discrete ones infer={'enumerate': 'parallel'} and take "
-            "pyro.infer.TraceEnum_ELBO."
-        )
     return Particles(models, guides, draws, dim)
