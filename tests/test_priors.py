@@ -13,6 +13,8 @@ from torch import nn
 import pvae
 from pvae import likelihoods, networks, posteriors, priors
 from pvae.errors import ArgumentError, DataError, ProgramError
+from pvae.evidence.densities import Densities
+from pvae.runtime import place_pair
 from pvae.svi import step
 
 MAKERS = {
@@ -283,3 +285,12 @@ def test_log_evidence_agrees_with_quadrature(name, posterior, x):
             vae.model, vae.guide, x[:3], num_samples=1000, proposal=proposal, seed=0, compile=False, progress=False
         )
         assert abs(estimate.mean - exact.item()) < 6 * estimate.mean_std_error + 2e-3, proposal
+
+
+@pytest.mark.parametrize("name", ["mixture", "vamp"])
+def test_draws_from_a_mixture_serve_all_data(name, x):
+    """They are decoded once for all, as those of a standard normal."""
+    vae = vae_of(name)
+    pair = place_pair(vae.model, vae.guide, device="cpu")
+    with pvae.runtime.isolate([vae], seed=0):
+        assert Densities.of(pair, (x[:5],)).shares_prior

@@ -173,8 +173,11 @@ def is_constant_along(distribution: Any, dim: int) -> bool:
     """Whether a distribution is the same all along a plate, which stands at ``dim`` of its batch shape.
 
     A plate expands what does not depend on its data without copying, so that the stride of every parameter along it is
-    0. Univariate families below ``to_event`` show all of their parameters in this way.
+    0. Univariate families below ``to_event`` show all of their parameters in this way, and so do mixtures of them.
     """
+    if isinstance(distribution, dist.MixtureSameFamily):
+        components = distribution.component_distribution  # along one more dimension
+        return is_constant_along(distribution.mixture_distribution, dim) and is_constant_along(components, dim - 1)
     leaf = leaf_of(distribution)
     if type(leaf) not in PARAMETERS:
         return False
