@@ -23,6 +23,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
 FIRST = os.environ.get("RANK", "0") == "0"  # the one that prints and writes
 PRIOR_FACTOR = 100  # how many times the guide's samples the prior gets for its second try
 REPETITIONS = 20  # of the estimates in the last figure
+COUNTS = ("poisson", "negative-binomial")
+PARTS = ("likelihood", "prior", "posterior")
 FIGURES = ("learning_curve", "reconstructions", "samples", "guide_and_prior")
 ROWS = {
     "auto": "log p(x)",
@@ -101,6 +104,8 @@ def arguments() -> argparse.ArgumentParser:
         help="how bits are made of grey levels (default: dynamic for MNIST, threshold for digits, none for Gaussians)",
     )
     add("--likelihood", choices=list(pvae.likelihoods.NAMED), default="bernoulli", help="p(x|z) (default: bernoulli)")
+    add("--prior", choices=list(pvae.priors.NAMED), default="standard-normal", help="p(z) (default: standard-normal)")
+    add("--posterior", choices=list(pvae.posteriors.NAMED), default="diagonal", help="q(z|x) (default: diagonal)")
     add("--network", choices=["mlp", "conv"], default="mlp", help="kind of both networks (default: mlp)")
     add("--latent-dim", type=width, default=50, metavar="D", help="dimensions of z (default: 50)")
     add("--hidden", type=width, nargs="+", metavar="H", help="widths of hidden layers (default: 400, for conv 256)")
@@ -143,24 +148,33 @@ def load(args: argparse.Namespace) -> pvae.datasets.Dataset:
     def binarization(default: str) -> str:
         return args.binarization or (default if args.likelihood == "bernoulli" else "none")
 
+    def suited(data: pvae.datasets.Dataset) -> pvae.datasets.Dataset:
+        """The data as the likelihood takes them: pixels as levels of 8 bits, or as counts of 0 to 255."""
+        if args.likelihood.startswith("discretized"):
+            return replace(data, train_x=(255 * data.train_x).round() / 255, test_x=(255 * data.test_x).round() / 255)
+        if args.likelihood in COUNTS:
+            return replace(data, train_x=(255 * data.train_x).round(), test_x=(255 * data.test_x).round())
+        return data
+
     if args.dataset != "digits":
         try:
-            return pvae.datasets.mnist(args.data_dir, binarization("dynamic"), seed=args.seed)
+            return suited(pvae.datasets.mnist(args.data_dir, binarization("dynamic"), seed=args.seed))
         except pvae.DatasetError as error:
             if args.dataset == "mnist":
                 raise
             print(f"*** NO MNIST: USING SCIKIT-LEARN'S 8 x 8 DIGITS INSTEAD. {error} ***", flush=True)
-    return pvae.datasets.digits(binarization("threshold"), seed=args.seed)
+    return suited(pvae.datasets.digits(binarization("threshold"), seed=args.seed))
 
 
 def build(args: argparse.Namespace, image_shape: tuple[int, ...]) -> pvae.VAE:
     """The VAE asked for, for images of shape ``(H, W)``; the convolutional one sees them as ``(1, H, W)``."""
+    parts = {name: getattr(args, name) for name in PARTS}
     if args.network == "conv":
         hidden = args.hidden or [256]
         if len(hidden) != 1:
             raise pvae.ArgumentError(f"--hidden takes one width with --network conv, got {hidden}.")
-        return pvae.VAE.conv((1, *image_shape), args.latent_dim, hidden=hidden[0], likelihood=args.likelihood)
-    return pvae.VAE.mlp(image_shape, args.latent_dim, args.hidden or [400], args.likelihood)
+        return pvae.VAE.conv((1, *image_shape), args.latent_dim, hidden=hidden[0], **parts)
+    return pvae.VAE.mlp(image_shape, args.latent_dim, args.hidden or [400], **parts)
 
 
 def above(estimate: pvae.EvidenceEstimate) -> float:
@@ -342,9 +356,8 @@ def latent_samples(
     """Draws of z from prior and guide in the two dimensions where the guide is narrowest: where x says most."""
     with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed)
-        qz = vae.encode(x)
-        dims = qz.stddev[0].argsort()[[0, min(1, vae.latent_dim - 1)]]  # the same one twice if there is only one
-        prior, guide = vae.prior().sample((num_samples,)), qz.sample((num_samples,))[:, 0]
+        prior, guide = vae.prior().sample((num_samples,)), vae.encode(x).sample((num_samples,))[:, 0]
+        dims = guide.std(0).argsort()[[0, min(1, vae.latent_dim - 1)]]  # the same one twice if there is only one
     return {"prior": prior[:, dims], "guide": guide[:, dims]}, dims.tolist()
 
 
@@ -426,7 +439,7 @@ def run(args: argparse.Namespace) -> int:
     if not FIRST:
         return 0
 
-    as_asked = ("batch_size", "lr", "network", "latent_dim", "likelihood", "seed", "precision")
+    as_asked = ("batch_size", "lr", "network", "latent_dim", *PARTS, "seed", "precision")
     report = {
         "dataset": data.name,
         "binarization": data.binarization,
