@@ -225,10 +225,14 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [head, "-" * len(head)]
     every = estimates(report)
     elbo, elbo_std_error = report["elbo_of_evaluated"], report["elbo_of_evaluated_std_error"]
-    lines.append(f"{'ELBO':28}{every['guide']['num_samples']:9}{elbo:9.2f}{elbo_std_error:11.3f}")
+
+    def nats(number: float) -> str:
+        return f" {number:.2f}".rjust(9)
+
+    lines.append(f"{'ELBO':28}{every['guide']['num_samples']:9}{nats(elbo)}{elbo_std_error:11.3f}")
     for name, e in every.items():
         lines.append(
-            f"{ROWS[name]:28}{e['samples_median']:9}{e['mean']:9.2f}{e['std_error']:11.3f}{e['ess_median']:9.1f}"
+            f"{ROWS[name]:28}{e['samples_median']:9}{nats(e['mean'])}{e['std_error']:11.3f}{e['ess_median']:9.1f}"
             f"{e['khat_median']:8.2f}{e['khat_above_0.7']:13.0%}{e['seconds']:9.1f}{note(e)}"
         )
     return "\n".join(lines)
