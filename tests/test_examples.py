@@ -412,7 +412,7 @@ def test_cuda_without_a_gpu_is_one_line_and_exit_2(main, tmp_path):
         (["--num-eval", "1" + "0" * 30], "--num-eval"),
         (["--latent-dim", "1" + "0" * 12], "--latent-dim: must be a whole number of at most 16384"),
         (["--hidden", "8", "1" + "0" * 12], "--hidden: must be a whole number of at most 16384"),
-        (["--likelihood", "poisson"], "--likelihood"),
+        (["--likelihood", "cauchy"], "--likelihood"),
         (["--lr", "0"], "--lr: must be a positive number"),
         (["--seed", "-1"], "--seed"),
         (["--seed", 2**63], "--seed: must be a whole number of at most 9223372036854775807"),
