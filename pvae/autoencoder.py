@@ -11,9 +11,10 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import likelihoods, networks
-from pvae.composite import Composite, draw, make_decoder, make_view, run_part, show_shapes, units_argument
+from pvae.composite import Composite, draw, run_part, show_shapes
 from pvae.data import Array
 from pvae.errors import ProgramError, one_of, positive_int
+from pvae.parts import make_decoder, make_view, units_argument
 from pvae.runtime import check_support
 
 __all__ = ["Autoencoder"]

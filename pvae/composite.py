@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from itertools import count
 from typing import Any, Self, TypeVar
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pvae import likelihoods, networks, posteriors, priors
 from pvae.data import Array, as_tensors, check_shape
-from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, folder_path, one_of
+from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, folder_path
 from pvae.networks import Units
 from pvae.persistence import check_free, pack_module, read_files, try_run, unpack_module, write_packed
 from pvae.runtime import check_real, in_turn, isolate
@@ -29,12 +29,9 @@ __all__ = [
     "check_latent",
     "concatenate",
     "draw",
-    "make_decoder",
-    "make_view",
     "one_hot",
     "run_part",
     "show_shapes",
-    "units_argument",
 ]
 
 _T = TypeVar("_T")
@@ -240,53 +237,6 @@ def concatenate(*vectors: Tensor) -> Tensor:
     """Vectors ``(..., D_i)`` one after the other, ``(..., sum D_i)``; leading dimensions are broadcast."""
     leading = torch.broadcast_shapes(*(v.shape[:-1] for v in vectors))
     return torch.cat([v.expand(*leading, -1) for v in vectors], -1)
-
-
-def make_decoder(
-    in_features: int,
-    hidden: Sequence[int],
-    event_shape: tuple[int, ...],
-    likelihood: str,
-    *,
-    activation: Callable[[], nn.Module],
-    units: tuple[float, float] | None,
-) -> tuple[nn.Module, nn.Module | None]:
-    """A likelihood by its name, of a multilayer perceptron.
-
-    Args:
-        in_features: Numbers that the network takes.
-        hidden: Widths of the hidden layers.
-        event_shape: Shape of one datum.
-        likelihood: The name.
-        activation: Makes the module put after each hidden layer.
-        units: As for `units_argument`.
-
-    Returns:
-        The likelihood, and the view that an encoder sees such data through, if any.
-    """
-    named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
-    network = networks.mlp(in_features, hidden, (named.outputs, *event_shape), activation=activation)
-    made = named.make(network, event_shape=event_shape, **units_argument(named, likelihood, units))
-    return made, make_view(likelihood, units)
-
-
-def make_view(likelihood: str, units: tuple[float, float] | None) -> nn.Module | None:
-    """The view that an encoder sees data through, of a likelihood by its name: units of its own, or another map."""
-    named = likelihoods.NAMED[likelihood]
-    return units_argument(named, likelihood, units).get("units") or (named.view() if named.view else None)
-
-
-def units_argument(named: likelihoods.Named, likelihood: str, given: tuple[float, float] | None) -> dict[str, Any]:
-    """Keyword of a part that has units: units of its own.
-
-    Args:
-        named: The likelihood.
-        likelihood: Its name.
-        given: ``(mean, scale)`` where a user gave them.
-    """
-    if not named.has_units and given is not None:
-        raise ArgumentError(f"units={given!r}: likelihood={likelihood!r} has none. They are for data of real numbers.")
-    return {"units": Units(given)} if named.has_units and given != (0, 1) else {}
 
 
 def run_part(name: str, part: nn.Module, *arguments: Tensor) -> torch.distributions.Distribution:

@@ -13,11 +13,11 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import networks
-from pvae.composite import Composite, check_latent, concatenate, draw, make_decoder, one_hot, run_part, show_shapes
+from pvae.composite import Composite, check_latent, concatenate, draw, one_hot, run_part, show_shapes
 from pvae.data import Array
 from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
+from pvae.parts import make_decoder, make_encoder, make_prior
 from pvae.posteriors import DiagonalNormal
-from pvae.priors import StandardNormal
 from pvae.runtime import check_support, resolve_seed
 
 __all__ = ["ConditionalVAE"]
@@ -80,6 +80,8 @@ class ConditionalVAE(Composite):
         *,
         num_classes: int | None = None,
         num_covariates: int | None = None,
+        prior: str = "standard-normal",
+        posterior: str = "diagonal",
         has_conditional_prior: bool = False,
         activation: Callable[[], nn.Module] = nn.ReLU,
         units: tuple[float, float] | None = None,
@@ -93,8 +95,10 @@ class ConditionalVAE(Composite):
             likelihood: As for `VAE.mlp`.
             num_classes: As for the class.
             num_covariates: As for the class.
+            prior: As for `VAE.mlp`, but not ``"vamp"``.
+            posterior: As for `VAE.mlp`.
             has_conditional_prior: Learn a diagonal normal p(z|y), whose mean and log-scale are linear in y: so each
-                class has a Gaussian of its own. Otherwise p(z) is the standard normal, and z is what y does not tell.
+                class has a Gaussian of its own. Otherwise p(z) is ``prior``, and z is what y does not tell.
             activation: Makes the module put after each hidden layer.
             units: As for `VAE.mlp`.
         """
@@ -104,11 +108,13 @@ class ConditionalVAE(Composite):
         decoder, view = make_decoder(
             latent_dim + width, hidden[::-1], event_shape, likelihood, activation=activation, units=units
         )
-        encoder = DiagonalNormal(networks.mlp(size + width, hidden, 2 * latent_dim, activation=activation))
-        prior = StandardNormal(latent_dim)
+        encoder = make_encoder(size + width, hidden, latent_dim, posterior, activation=activation)
+        pz = make_prior(latent_dim, prior, decoder, encoder)
         if has_conditional_prior:
-            prior = DiagonalNormal(networks.mlp(width, [], 2 * latent_dim))
-        return cls(prior, decoder, encoder, num_classes=num_classes, num_covariates=num_covariates, view=view)
+            if prior != "standard-normal":
+                raise ArgumentError(f"pass prior={prior!r} or has_conditional_prior=True: either says what p(z) is.")
+            pz = DiagonalNormal(networks.mlp(width, [], 2 * latent_dim))
+        return cls(pz, decoder, encoder, num_classes=num_classes, num_covariates=num_covariates, view=view)
 
     def model(self, x: Tensor, y: Tensor) -> None:
         """The generative program: ``z ~ p(z)``, ``x ~ p(x|z,y)``, for each datum.

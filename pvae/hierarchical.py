@@ -11,9 +11,10 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import networks
-from pvae.composite import Composite, check_latent, draw, make_decoder, run_part, show_shapes
+from pvae.composite import Composite, check_latent, draw, run_part, show_shapes
 from pvae.data import Array
 from pvae.errors import ArgumentError, ProgramError, positive_int
+from pvae.parts import make_decoder
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
 from pvae.runtime import check_support, resolve_seed

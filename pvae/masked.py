@@ -14,12 +14,10 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae import networks
-from pvae.composite import Composite, check_latent, concatenate, draw, make_decoder, run_part, show_shapes
+from pvae.composite import Composite, check_latent, concatenate, draw, run_part, show_shapes
 from pvae.data import Array
 from pvae.errors import DataError, ProgramError, positive_int
-from pvae.posteriors import DiagonalNormal
-from pvae.priors import StandardNormal
+from pvae.parts import make_decoder, make_encoder, make_prior
 from pvae.runtime import check_support, resolve_seed
 
 __all__ = ["MaskedVAE"]
@@ -71,6 +69,8 @@ class MaskedVAE(Composite):
         hidden: Sequence[int] = (400,),
         likelihood: str = "bernoulli",
         *,
+        prior: str = "standard-normal",
+        posterior: str = "diagonal",
         activation: Callable[[], nn.Module] = nn.ReLU,
         units: tuple[float, float] | None = None,
     ) -> MaskedVAE:
@@ -81,6 +81,8 @@ class MaskedVAE(Composite):
             latent_dim: ``D``, the number of latent dimensions.
             hidden: Widths of the encoder's hidden layers; the decoder has them in reverse order.
             likelihood: As for `VAE.mlp`.
+            prior: As for `VAE.mlp`, but not ``"vamp"``.
+            posterior: As for `VAE.mlp`.
             activation: Makes the module put after each hidden layer.
             units: As for `VAE.mlp`.
         """
@@ -89,8 +91,9 @@ class MaskedVAE(Composite):
         decoder, view = make_decoder(
             latent_dim, hidden[::-1], event_shape, likelihood, activation=activation, units=units
         )
-        encoder = networks.mlp(2 * math.prod(event_shape), hidden, 2 * latent_dim, activation=activation)
-        return cls(StandardNormal(latent_dim), decoder, DiagonalNormal(encoder), view=view)
+        in_features = 2 * math.prod(event_shape)
+        encoder = make_encoder(in_features, hidden, latent_dim, posterior, activation=activation)
+        return cls(make_prior(latent_dim, prior, decoder, encoder), decoder, encoder, view=view)
 
     @staticmethod
     def from_nan(x: Array) -> tuple[Tensor, Tensor]:

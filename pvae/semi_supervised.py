@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pvae import networks
-from pvae.composite import concatenate, make_decoder, one_hot, run_part
+from pvae.composite import concatenate, one_hot, run_part
 from pvae.conditional import ConditionalVAE
 from pvae.data import Array
 from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
-from pvae.posteriors import DiagonalNormal
-from pvae.priors import StandardNormal
+from pvae.parts import make_decoder, make_encoder, make_prior
 
 __all__ = ["SemiSupervisedVAE"]
 
@@ -89,6 +88,8 @@ class SemiSupervisedVAE(ConditionalVAE):
         *,
         num_classes: int = 10,
         class_weights: Sequence[float] | None = None,
+        prior: str = "standard-normal",
+        posterior: str = "diagonal",
         activation: Callable[[], nn.Module] = nn.ReLU,
         units: tuple[float, float] | None = None,
     ) -> SemiSupervisedVAE:
@@ -101,6 +102,8 @@ class SemiSupervisedVAE(ConditionalVAE):
             likelihood: As for `VAE.mlp`.
             num_classes: C.
             class_weights: As for the class.
+            prior: As for `VAE.mlp`, but not ``"vamp"``.
+            posterior: As for `VAE.mlp`.
             activation: Makes the module put after each hidden layer.
             units: As for `VAE.mlp`.
         """
@@ -110,10 +113,10 @@ class SemiSupervisedVAE(ConditionalVAE):
         decoder, view = make_decoder(
             latent_dim + width, hidden[::-1], event_shape, likelihood, activation=activation, units=units
         )
-        encoder = DiagonalNormal(networks.mlp(size + width, hidden, 2 * latent_dim, activation=activation))
+        encoder = make_encoder(size + width, hidden, latent_dim, posterior, activation=activation)
         classifier = networks.mlp(event_shape, hidden, width, activation=activation)
-        prior = StandardNormal(latent_dim)
-        return cls(prior, decoder, encoder, classifier, num_classes=width, class_weights=class_weights, view=view)
+        pz = make_prior(latent_dim, prior, decoder, encoder)
+        return cls(pz, decoder, encoder, classifier, num_classes=width, class_weights=class_weights, view=view)
 
     def model(self, x: Tensor, y: Tensor) -> None:
         """The generative program: ``y ~ p(y)``, ``z ~ p(z)``, ``x ~ p(x|z,y)``, for each datum.

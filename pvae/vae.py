@@ -9,10 +9,11 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
-from pvae import likelihoods, networks, posteriors, priors
-from pvae.composite import Composite, check_latent, draw, run_part, show_shapes, units_argument
+from pvae import networks
+from pvae.composite import Composite, check_latent, draw, run_part, show_shapes
 from pvae.data import Array
 from pvae.errors import ProgramError, one_of, positive_int
+from pvae.parts import PartNames
 from pvae.runtime import check_support, resolve_seed
 
 __all__ = ["VAE"]
@@ -81,7 +82,7 @@ class VAE(Composite):
                 nothing to the parts.
         """
         event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        names = _Names(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
+        names = PartNames(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
         sizes = list(hidden)
         out_shape = (names.likelihood_outputs, *event_shape)
         decoder = networks.mlp(latent_dim, sizes[::-1], out_shape, activation=activation)
@@ -117,7 +118,7 @@ class VAE(Composite):
             activation: Makes the module put after each stage and dense layer.
             units: As in `mlp`.
         """
-        names = _Names(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
+        names = PartNames(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
         make_encoder, make_decoder = _CONVOLUTIONAL[one_of("network", network, _CONVOLUTIONAL)]
         channels, out_shape = tuple(channels), (names.likelihood_outputs * event_shape[0], *event_shape[1:])
         encoder = make_encoder(
@@ -215,33 +216,3 @@ _CONVOLUTIONAL = {
     "plain": (networks.conv_encoder, networks.conv_decoder),
     "residual": (networks.residual_encoder, networks.residual_decoder),
 }
-
-
-class _Names:
-    """The parts of a VAE by their names, and what their networks are to give.
-
-    Raises:
-        ArgumentError: A name that there is not.
-    """
-
-    def __init__(self, latent_dim: int, likelihood: str, prior: str, posterior: str) -> None:
-        self.latent_dim = latent_dim
-        self.likelihood = one_of("likelihood", likelihood, likelihoods.NAMED)
-        self.prior = one_of("prior", prior, priors.NAMED)
-        self.posterior = one_of("posterior", posterior, posteriors.NAMED)
-        self.likelihood_outputs = likelihoods.NAMED[likelihood].outputs
-        self.encoder_outputs = posteriors.NAMED[posterior].count_outputs(latent_dim)
-
-    def make(
-        self,
-        decoder: nn.Module,
-        encoder: nn.Module,
-        event_shape: tuple[int, ...],
-        units: tuple[float, float] | None,
-    ) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Prior, likelihood and posterior, of two networks."""
-        named = likelihoods.NAMED[self.likelihood]
-        px = named.make(decoder, event_shape=event_shape, **units_argument(named, self.likelihood, units))
-        own_units = units_argument(named, self.likelihood, units)
-        qz = posteriors.NAMED[self.posterior].make(named.show(encoder), self.latent_dim, **own_units)
-        return priors.NAMED[self.prior](self.latent_dim, px, qz, event_shape), px, qz

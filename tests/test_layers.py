@@ -52,9 +52,11 @@ def allowed(name: str) -> set[str]:
         return {"errors", "networks", "distributions", "flows"} | inside("runtime")
     if folder == "composite":
         return {"errors", "networks", *PARTS} | inside("persistence", "runtime", "data")
+    if folder == "parts":
+        return {"errors", "networks", *PARTS}
     if folder in MODELS:
         own = {"conditional"} if name == "semi_supervised" else set()
-        return {"errors", "networks", "composite", *PARTS, *own} | inside("runtime", "data")
+        return {"errors", "networks", "composite", "parts", *PARTS, *own} | inside("runtime", "data")
     if folder == "svi":
         return {"errors"} | inside("svi", "capture", "data", "runtime", "persistence")
     if folder == "evidence":
