@@ -39,11 +39,13 @@ types: $(VENV)/.dev  ## check types
 docs: $(VENV)/.docs  ## build the site into docs/_build/html, running its tutorials
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-bench: $(VENV)/.bench  ## measure training and evidence beside Pyro, and estimators side by side
+bench: $(VENV)/.bench  ## measure training and evidence beside Pyro, estimators and families side by side
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/evidence.py
 	$(BIN)/python benchmarks/estimators.py
 	$(BIN)/python benchmarks/default_call.py
+	$(BIN)/python benchmarks/families.py
+	$(BIN)/python benchmarks/burda2015.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) results docs/_build docs/jupyter_execute .pytest_cache .ruff_cache
