@@ -7,15 +7,13 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import likelihoods, networks
-from pvae.composite import Composite, draw, run_part, show_shapes
+from pvae.composite import Composite, draw, observe, run_decoder, run_part
 from pvae.data import Array
 from pvae.errors import ProgramError, one_of, positive_int
-from pvae.parts import make_decoder, make_view, units_argument
-from pvae.runtime import check_support
+from pvae.parts import make_decoder, make_likelihood, make_shape, make_view
 
 __all__ = ["Autoencoder"]
 
@@ -85,7 +83,7 @@ class Autoencoder(Composite):
             activation: Makes the module put after each hidden layer.
             units: As for `VAE.mlp`.
         """
-        event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        event_shape = make_shape(event_shape)
         latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
         decoder, view = make_decoder(
             latent_dim, hidden[::-1], event_shape, likelihood, activation=activation, units=units
@@ -119,11 +117,11 @@ class Autoencoder(Composite):
             units: As for `VAE.mlp`.
         """
         latent_dim, layers = positive_int("latent_dim", latent_dim), tuple(channels)
-        named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
-        out_shape = (named.outputs * event_shape[0], *event_shape[1:])
+        outputs = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)].outputs
+        out_shape = (outputs * event_shape[0], *event_shape[1:])
         encoder = networks.conv_encoder(event_shape, latent_dim, channels=layers, hidden=hidden, activation=activation)
         network = networks.conv_decoder(latent_dim, out_shape, channels=layers, hidden=hidden, activation=activation)
-        decoder = named.make(network, event_shape=event_shape, **units_argument(named, likelihood, units))
+        decoder = make_likelihood(network, event_shape, likelihood, units)
         return cls(decoder, encoder, latent_dim, noise=noise, view=make_view(likelihood, units))
 
     def model(self, x: Tensor) -> None:
@@ -137,9 +135,7 @@ class Autoencoder(Composite):
         seen = self._see(x)
         px = self.decoder(self.encoder(seen if self.noise is None else self.noise(seen)))
         with pyro.plate("data", x.shape[0]):
-            if is_validation_enabled():
-                check_support("x", px, x)
-            pyro.sample("x", px, obs=x)
+            observe(px, x)
 
     def guide(self, x: Tensor) -> None:
         """Draws nothing: there are no latents."""
@@ -159,18 +155,10 @@ class Autoencoder(Composite):
         with self._isolate(0):
             return self.decode(self.encode(x)).mean
 
-    def _see(self, x: Tensor) -> Tensor:
-        return x if self.view is None else self.view(x)
-
     def _infer_shapes(self) -> tuple[int, ...]:
         """Runs the two parts once; returns the event shape that they agree on."""
         like = next(self.parameters(), torch.empty(()))
-        px = run_part("decoder", self.decoder, like.new_zeros((2, self.latent_dim)))
-        if px.batch_shape != (2,):
-            raise ProgramError(
-                f"decoder(z) must have batch shape (2,) for z of shape (2, {self.latent_dim}), got {show_shapes(px)}. "
-                "Does it miss .to_event(...)?"
-            )
+        px = run_decoder(self.decoder, like.new_zeros((2, self.latent_dim)))
         x = torch.zeros_like(px.mean)
         code: Any = run_part("encoder", self.encoder, self._see(x))
         if not isinstance(code, Tensor) or code.shape != (2, self.latent_dim):

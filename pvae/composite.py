@@ -22,14 +22,17 @@ from pvae.data import Array, as_tensors, check_shape
 from pvae.errors import ArgumentError, CheckpointError, DataError, ProgramError, folder_path
 from pvae.networks import Units
 from pvae.persistence import check_free, pack_module, read_files, try_run, unpack_module, write_packed
-from pvae.runtime import check_real, in_turn, isolate
+from pvae.runtime import check_real, check_support, in_turn, isolate, resolve_seed
 
 __all__ = [
     "Composite",
     "check_latent",
+    "check_posterior",
     "concatenate",
     "draw",
+    "observe",
     "one_hot",
+    "run_decoder",
     "run_part",
     "show_shapes",
 ]
@@ -51,6 +54,7 @@ class Composite(nn.Module):
     """
 
     decoder: nn.Module
+    view: nn.Module | None
     latent_dim: int
     event_shape: tuple[int, ...]
 
@@ -179,6 +183,16 @@ class Composite(nn.Module):
 
         return try_run(run)
 
+    def _see(self, x: Tensor) -> Tensor:
+        """Data as an encoder sees them, of a pair with a ``view``."""
+        return x if self.view is None else self.view(x)
+
+    def _draw(self, decode: Callable[[], Any], seed: int | None, *, mean: bool) -> Tensor:
+        """A draw of what ``decode`` returns in a block of `_isolate`, or its mean."""
+        with self._isolate(resolve_seed(seed)):
+            px = decode()
+            return px.mean if mean else px.sample()
+
     def _as_events(self, x: Array, name: str = "x") -> Tensor:
         """Data ``(N, *event)``, in the parameters' dtype and on their device."""
         x = _as_tensor(name, x)
@@ -239,6 +253,13 @@ def concatenate(*vectors: Tensor) -> Tensor:
     return torch.cat([v.expand(*leading, -1) for v in vectors], -1)
 
 
+def observe(px: Any, x: Tensor) -> None:
+    """The site ``"x"``. Where Pyro's validation is on, raises `DataError` for values that p(x|z) cannot take."""
+    if is_validation_enabled():
+        check_support("x", px, x)
+    pyro.sample("x", px, obs=x)
+
+
 def run_part(name: str, part: nn.Module, *arguments: Tensor) -> torch.distributions.Distribution:
     """A part's result; `ProgramError` where it cannot take what it is given."""
     try:
@@ -247,6 +268,43 @@ def run_part(name: str, part: nn.Module, *arguments: Tensor) -> torch.distributi
         shapes = ", ".join(str(tuple(argument.shape)) for argument in arguments)
         how = f"take an argument of shape {shapes}" if arguments else "be run"
         raise ProgramError(f"the {name} cannot {how}: {error}") from error
+
+
+def run_decoder(decoder: nn.Module, z: Tensor, call: str = "decoder(z)", of: str = "z") -> Any:
+    """p(x|z) of two latents.
+
+    Args:
+        decoder: The part.
+        z: What it is called with, shape ``(2, D)``.
+        call: How an error writes that.
+        of: What an error calls its argument.
+
+    Raises:
+        ProgramError: It cannot take that, or gives something else than two distributions.
+    """
+    px = run_part("decoder", decoder, z)
+    if px.batch_shape != (2,):
+        raise ProgramError(
+            f"{call} must have batch shape (2,) for {of} of shape {tuple(z.shape)}, got {show_shapes(px)}. "
+            "Does it miss .to_event(...)?"
+        )
+    return px
+
+
+def check_posterior(call: str, qz: Any, event_shape: torch.Size, of: str) -> None:
+    """Raises `ProgramError` where q(z|x) of two data is not over what the prior is over.
+
+    Args:
+        call: How an error writes the encoder's call.
+        qz: What it gave.
+        event_shape: The prior's.
+        of: What an error calls its argument, with the shape.
+    """
+    if qz.batch_shape != (2,) or qz.event_shape != event_shape:
+        raise ProgramError(
+            f"{call} must have batch shape (2,) and the prior's event shape {tuple(event_shape)} for {of}, "
+            f"got {show_shapes(qz)}."
+        )
 
 
 def check_latent(call: str, pz: torch.distributions.Distribution, batch_shape: tuple[int, ...] = ()) -> int:

@@ -9,16 +9,24 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import networks
-from pvae.composite import Composite, check_latent, concatenate, draw, one_hot, run_part, show_shapes
+from pvae.composite import (
+    Composite,
+    check_latent,
+    check_posterior,
+    concatenate,
+    draw,
+    observe,
+    one_hot,
+    run_decoder,
+    run_part,
+)
 from pvae.data import Array
-from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
-from pvae.parts import make_decoder, make_encoder, make_prior
+from pvae.errors import ArgumentError, DataError, positive_int
+from pvae.parts import make_decoder, make_encoder, make_prior, make_shape
 from pvae.posteriors import DiagonalNormal
-from pvae.runtime import check_support, resolve_seed
 
 __all__ = ["ConditionalVAE"]
 
@@ -102,7 +110,7 @@ class ConditionalVAE(Composite):
             activation: Makes the module put after each hidden layer.
             units: As for `VAE.mlp`.
         """
-        event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        event_shape = make_shape(event_shape)
         latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
         width, size = _width(num_classes, num_covariates), math.prod(event_shape)
         decoder, view = make_decoder(
@@ -130,7 +138,7 @@ class ConditionalVAE(Composite):
         self._register("prior", "decoder")
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self._prior(condition))
-            self._observe(x, concatenate(z, condition))
+            observe(self.decoder(concatenate(z, condition)), x)
 
     def guide(self, x: Tensor, y: Tensor) -> None:
         """The recognition program: ``z ~ q(z|x,y)`` for each datum; arguments as for `model`."""
@@ -166,11 +174,13 @@ class ConditionalVAE(Composite):
         condition = self._as_condition(y)
         if condition.dim() != 2:
             raise DataError(f"y must have one leading dimension, of the draws wanted; got shape {tuple(y.shape)}.")
-        with self._isolate(resolve_seed(seed)):
+
+        def decode() -> Any:
             pz = self._prior(condition)
             z = pz.sample() if pz.batch_shape else pz.sample((len(condition),))
-            px = self.decoder(concatenate(z, condition))
-            return px.mean if mean else px.sample()
+            return self.decoder(concatenate(z, condition))
+
+        return self._draw(decode, seed, mean=mean)
 
     def reconstruct(self, x: Array, y: Array, target: Array | None = None) -> Tensor:
         """Returns ``E[x' | z, y]`` at ``z = E[z | x, y]`` under the encoder, shape ``(N, *event)`` like ``x``.
@@ -199,15 +209,9 @@ class ConditionalVAE(Composite):
     def _encode(self, x: Tensor, condition: Tensor) -> Any:
         return self.encoder(concatenate(self._flatten(x), condition))
 
-    def _observe(self, x: Tensor, vectors: Tensor) -> None:
-        px = self.decoder(vectors)
-        if is_validation_enabled():
-            check_support("x", px, x)
-        pyro.sample("x", px, obs=x)
-
     def _flatten(self, x: Tensor) -> Tensor:
         """Data as the encoder sees them, each a vector."""
-        return (x if self.view is None else self.view(x)).reshape(len(x), -1)
+        return self._see(x).reshape(len(x), -1)
 
     def _as_pair(self, x: Array, y: Array) -> tuple[Tensor, Tensor]:
         x, condition = self._as_events(x), self._as_condition(y)
@@ -231,19 +235,11 @@ class ConditionalVAE(Composite):
             pz = self.prior()
             latent_dim = check_latent("prior()", pz)
         z = pz.sample() if pz.batch_shape else pz.sample((2,))
-        px = run_part("decoder", self.decoder, concatenate(z, condition))
-        if px.batch_shape != (2,):
-            raise ProgramError(
-                f"decoder([z, y]) must have batch shape (2,) for an argument of shape (2, {latent_dim + self._width}), "
-                f"got {show_shapes(px)}. Does it miss .to_event(...)?"
-            )
+        px = run_decoder(self.decoder, concatenate(z, condition), "decoder([z, y])", "an argument")
         x = self._flatten(torch.zeros_like(px.mean))
         qz = run_part("encoder", self.encoder, concatenate(x, condition))
-        if qz.batch_shape != (2,) or qz.event_shape != pz.event_shape:
-            raise ProgramError(
-                f"encoder([x, y]) must have batch shape (2,) and the prior's event shape {tuple(pz.event_shape)} for "
-                f"an argument of shape (2, {x.shape[-1] + self._width}), got {show_shapes(qz)}."
-            )
+        of = f"an argument of shape (2, {x.shape[-1] + self._width})"
+        check_posterior("encoder([x, y])", qz, pz.event_shape, of)
         return latent_dim, tuple(px.event_shape)
 
     def _draw_example(self) -> tuple[Tensor, ...]:

@@ -7,17 +7,15 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import networks
-from pvae.composite import Composite, check_latent, draw, run_part, show_shapes
+from pvae.composite import Composite, check_latent, draw, observe, run_decoder, run_part, show_shapes
 from pvae.data import Array
 from pvae.errors import ArgumentError, ProgramError, positive_int
-from pvae.parts import make_decoder
+from pvae.parts import make_decoder, make_shape
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
-from pvae.runtime import check_support, resolve_seed
 
 __all__ = ["HierarchicalVAE"]
 
@@ -89,7 +87,7 @@ class HierarchicalVAE(Composite):
         Raises:
             ArgumentError: ``latent_dims`` and ``hidden`` are not as many, or fewer than two.
         """
-        event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        event_shape = make_shape(event_shape)
         dims, widths = [positive_int("latent_dims", d) for d in latent_dims], [list(h) for h in hidden]
         if len(dims) < 2 or len(widths) != len(dims):
             raise ArgumentError(
@@ -125,10 +123,7 @@ class HierarchicalVAE(Composite):
             for layer in self.layers:
                 level -= 1
                 z = pyro.sample(f"z{level}", layer(z))
-            px = self.decoder(z)
-            if is_validation_enabled():
-                check_support("x", px, x)
-            pyro.sample("x", px, obs=x)
+            observe(self.decoder(z), x)
 
     def guide(self, x: Tensor) -> None:
         """The recognition program, from x to the top."""
@@ -158,9 +153,7 @@ class HierarchicalVAE(Composite):
             Shape ``(num_samples, *event)``.
         """
         num_samples = positive_int("num_samples", num_samples)
-        with self._isolate(resolve_seed(seed)):
-            px = self.decoder(self._draw_latents(num_samples)[0])
-            return px.mean if mean else px.sample()
+        return self._draw(lambda: self.decoder(self._draw_latents(num_samples)[0]), seed, mean=mean)
 
     def reconstruct(self, x: Array) -> Tensor:
         """Returns ``E[x' | z_1]`` at ``z_1 = E[z_1 | x]`` under the guide, shape ``(N, *event)`` like ``x``."""
@@ -186,12 +179,7 @@ class HierarchicalVAE(Composite):
             pz = run_part(f"layers[{place}]", layer, z)
             dims.append(check_latent(f"layers[{place}](z)", pz, (2,)))
             z = pz.sample()
-        px = run_part("decoder", self.decoder, z)
-        if px.batch_shape != (2,):
-            raise ProgramError(
-                f"decoder(z) must have batch shape (2,) for z of shape {tuple(z.shape)}, got {show_shapes(px)}. "
-                "Does it miss .to_event(...)?"
-            )
+        px = run_decoder(self.decoder, z)
         below = torch.zeros_like(px.mean)
         for place, (encoder, dim) in enumerate(zip(self.encoders, dims[::-1], strict=True)):
             qz: Any = run_part(f"encoders[{place}]", encoder, below)

@@ -14,11 +14,11 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.composite import Composite, check_latent, concatenate, draw, run_part, show_shapes
+from pvae.composite import Composite, check_latent, check_posterior, concatenate, draw, observe, run_decoder
 from pvae.data import Array
 from pvae.errors import DataError, ProgramError, positive_int
-from pvae.parts import make_decoder, make_encoder, make_prior
-from pvae.runtime import check_support, resolve_seed
+from pvae.parts import make_decoder, make_encoder, make_prior, make_shape
+from pvae.runtime import resolve_seed
 
 __all__ = ["MaskedVAE"]
 
@@ -86,7 +86,7 @@ class MaskedVAE(Composite):
             activation: Makes the module put after each hidden layer.
             units: As for `VAE.mlp`.
         """
-        event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        event_shape = make_shape(event_shape)
         latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
         decoder, view = make_decoder(
             latent_dim, hidden[::-1], event_shape, likelihood, activation=activation, units=units
@@ -133,10 +133,7 @@ class MaskedVAE(Composite):
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", self.prior())
             px = self.decoder(z)
-            filled = _fill(px, x, mask)
-            if is_validation_enabled():
-                check_support("x", px, filled)
-            pyro.sample("x", _of_observed(px, mask), obs=filled)
+            observe(_of_observed(px, mask), _fill(px, x, mask))
 
     def guide(self, x: Tensor, mask: Tensor) -> None:
         """The recognition program: ``z ~ q(z|x_o)`` for each datum; arguments as for `model`."""
@@ -156,9 +153,7 @@ class MaskedVAE(Composite):
     def sample(self, num_samples: int = 1, *, seed: int | None = None, mean: bool = False) -> Tensor:
         """Draws whole data, ``z ~ p(z)``, ``x ~ p(x|z)``, as `VAE.sample` does; shape ``(num_samples, *event)``."""
         num_samples = positive_int("num_samples", num_samples)
-        with self._isolate(resolve_seed(seed)):
-            px = self.decoder(self.prior().sample((num_samples,)))
-            return px.mean if mean else px.sample()
+        return self._draw(lambda: self.decoder(self.prior().sample((num_samples,))), seed, mean=mean)
 
     def reconstruct(self, x: Array, mask: Array) -> Tensor:
         """Returns ``E[x' | z]`` of all entries at ``z = E[z | x_o]`` under the encoder, shape ``(N, *event)``."""
@@ -211,7 +206,7 @@ class MaskedVAE(Composite):
 
     def _encode(self, x: Tensor, mask: Tensor) -> Any:
         x = torch.where(mask, x, 0.0)
-        seen = torch.where(mask, x if self.view is None else self.view(x), 0.0)
+        seen = torch.where(mask, self._see(x), 0.0)
         return self.encoder(concatenate(seen.reshape(len(x), -1), mask.to(x.dtype).reshape(len(x), -1)))
 
     def _as_pair(self, x: Array, mask: Array) -> tuple[Tensor, Tensor]:
@@ -230,12 +225,7 @@ class MaskedVAE(Composite):
         """Runs the parts once; returns the latent dimension and the event shape that they agree on."""
         pz = self.prior()
         latent_dim = check_latent("prior()", pz)
-        px = run_part("decoder", self.decoder, pz.sample((2,)))
-        if px.batch_shape != (2,):
-            raise ProgramError(
-                f"decoder(z) must have batch shape (2,) for z of shape (2, {latent_dim}), got {show_shapes(px)}. "
-                "Does it miss .to_event(...)?"
-            )
+        px = run_decoder(self.decoder, pz.sample((2,)))
         _entries(px)
         size = px.event_shape.numel()
         x = torch.zeros_like(px.mean)
@@ -243,11 +233,7 @@ class MaskedVAE(Composite):
             qz = self._encode(x, x == 0)
         except (RuntimeError, ValueError) as error:
             raise ProgramError(f"the encoder cannot take an argument of shape (2, {2 * size}): {error}") from error
-        if qz.batch_shape != (2,) or qz.event_shape != pz.event_shape:
-            raise ProgramError(
-                f"encoder([x, mask]) must have batch shape (2,) and the prior's event shape {tuple(pz.event_shape)} "
-                f"for an argument of shape (2, {2 * size}), got {show_shapes(qz)}."
-            )
+        check_posterior("encoder([x, mask])", qz, pz.event_shape, f"an argument of shape (2, {2 * size})")
         return latent_dim, tuple(px.event_shape)
 
     def _draw_example(self) -> tuple[Tensor, ...]:

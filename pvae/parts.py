@@ -11,7 +11,12 @@ from pvae import likelihoods, networks, posteriors, priors
 from pvae.errors import ArgumentError, one_of
 from pvae.networks import Units
 
-__all__ = ["PartNames", "make_decoder", "make_encoder", "make_prior", "make_view", "units_argument"]
+__all__ = ["PartNames", "make_decoder", "make_encoder", "make_likelihood", "make_prior", "make_shape", "make_view"]
+
+
+def make_shape(event_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of one datum, of which an int is a vector's."""
+    return (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
 
 
 def make_decoder(
@@ -31,24 +36,31 @@ def make_decoder(
         event_shape: Shape of one datum.
         likelihood: The name.
         activation: Makes the module put after each hidden layer.
-        units: As for `units_argument`.
+        units: ``(mean, scale)`` where a user gave them.
 
     Returns:
         The likelihood, and the view that an encoder sees such data through, if any.
     """
-    named = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)]
-    network = networks.mlp(in_features, hidden, (named.outputs, *event_shape), activation=activation)
-    made = named.make(network, event_shape=event_shape, **units_argument(named, likelihood, units))
-    return made, make_view(likelihood, units)
+    outputs = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)].outputs
+    network = networks.mlp(in_features, hidden, (outputs, *event_shape), activation=activation)
+    return make_likelihood(network, event_shape, likelihood, units), make_view(likelihood, units)
+
+
+def make_likelihood(
+    network: nn.Module, event_shape: Sequence[int], likelihood: str, units: tuple[float, float] | None
+) -> nn.Module:
+    """A likelihood by its name, of a network."""
+    named = likelihoods.NAMED[likelihood]
+    return named.make(network, event_shape=event_shape, **_units_argument(named, likelihood, units))
 
 
 def make_view(likelihood: str, units: tuple[float, float] | None) -> nn.Module | None:
     """The view that an encoder sees data through, of a likelihood by its name: units of its own, or another map."""
     named = likelihoods.NAMED[likelihood]
-    return units_argument(named, likelihood, units).get("units") or (named.view() if named.view else None)
+    return _units_argument(named, likelihood, units).get("units") or (named.view() if named.view else None)
 
 
-def units_argument(named: likelihoods.Named, likelihood: str, given: tuple[float, float] | None) -> dict[str, Any]:
+def _units_argument(named: likelihoods.Named, likelihood: str, given: tuple[float, float] | None) -> dict[str, Any]:
     """Keyword of a part that has units: units of its own.
 
     Args:
@@ -112,7 +124,7 @@ class PartNames:
     ) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Prior, likelihood and posterior, of two networks."""
         named = likelihoods.NAMED[self.likelihood]
-        px = named.make(decoder, event_shape=event_shape, **units_argument(named, self.likelihood, units))
-        own_units = units_argument(named, self.likelihood, units)
+        px = make_likelihood(decoder, event_shape, self.likelihood, units)
+        own_units = _units_argument(named, self.likelihood, units)
         qz = posteriors.NAMED[self.posterior].make(named.show(encoder), self.latent_dim, **own_units)
         return priors.NAMED[self.prior](self.latent_dim, px, qz, event_shape), px, qz

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pvae import networks
-from pvae.composite import concatenate, one_hot, run_part
+from pvae.composite import concatenate, observe, one_hot, run_part
 from pvae.conditional import ConditionalVAE
 from pvae.data import Array
 from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
-from pvae.parts import make_decoder, make_encoder, make_prior
+from pvae.parts import make_decoder, make_encoder, make_prior, make_shape
 
 __all__ = ["SemiSupervisedVAE"]
 
@@ -107,7 +107,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             activation: Makes the module put after each hidden layer.
             units: As for `VAE.mlp`.
         """
-        event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        event_shape = make_shape(event_shape)
         latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
         width, size = positive_int("num_classes", num_classes), math.prod(event_shape)
         decoder, view = make_decoder(
@@ -141,7 +141,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             is_label = dist.OneHotCategorical(logits=_EXCLUDED * (1 - condition) + 0 * known)
             pyro.sample("label", is_label.mask(labels != -1), obs=known)
             z = pyro.sample("z", self._prior(condition))
-            self._observe(x, concatenate(z, condition))
+            observe(self.decoder(concatenate(z, condition)), x)
 
     def guide(self, x: Tensor, y: Tensor) -> None:
         """The recognition program: y is the label or, if unknown, ``y ~ q(y|x)``; then ``z ~ q(z|x,y)``."""
@@ -181,7 +181,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         return bound + alpha * errors
 
     def _classify(self, x: Tensor) -> Tensor:
-        return self.classifier(x if self.view is None else self.view(x))
+        return self.classifier(self._see(x))
 
     def _as_partly_labelled(self, x: Array, y: Array) -> tuple[Tensor, Tensor]:
         x, y = self._as_events(x), self._as_labels(y, self._width, unknown=True)

@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 
 import pyro
 import torch
-from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pvae import networks
-from pvae.composite import Composite, check_latent, draw, run_part, show_shapes
+from pvae.composite import Composite, check_latent, check_posterior, draw, observe, run_decoder, run_part
 from pvae.data import Array
-from pvae.errors import ProgramError, one_of, positive_int
-from pvae.parts import PartNames
-from pvae.runtime import check_support, resolve_seed
+from pvae.errors import one_of, positive_int
+from pvae.parts import PartNames, make_shape
 
 __all__ = ["VAE"]
 
@@ -81,7 +79,7 @@ class VAE(Composite):
                 `pvae.fit` finds them in the data, and so does `find_units`; ``(0, 1)`` leaves x as it is, and adds
                 nothing to the parts.
         """
-        event_shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        event_shape = make_shape(event_shape)
         names = PartNames(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
         sizes = list(hidden)
         out_shape = (names.likelihood_outputs, *event_shape)
@@ -139,11 +137,7 @@ class VAE(Composite):
         x = self._as_events(x)
         self._register("prior", "decoder")
         with pyro.plate("data", x.shape[0]):
-            z = pyro.sample("z", self.prior())
-            px = self.decoder(z)
-            if is_validation_enabled():
-                check_support("x", px, x)
-            pyro.sample("x", px, obs=x)
+            observe(self.decoder(pyro.sample("z", self.prior())), x)
 
     def guide(self, x: Tensor) -> None:
         """The recognition program: ``z ~ q(z|x)`` for each datum of ``x``, shape ``(N, *event)``."""
@@ -172,9 +166,7 @@ class VAE(Composite):
             Shape ``(num_samples, *event)``.
         """
         num_samples = positive_int("num_samples", num_samples)
-        with self._isolate(resolve_seed(seed)):
-            px = self.decoder(self.prior().sample((num_samples,)))
-            return px.mean if mean else px.sample()
+        return self._draw(lambda: self.decoder(self.prior().sample((num_samples,))), seed, mean=mean)
 
     def reconstruct(self, x: Array) -> Tensor:
         """Returns ``E[x' | z]`` at ``z = E[z | x]`` under the encoder, shape ``(N, *event)`` like ``x``."""
@@ -185,18 +177,9 @@ class VAE(Composite):
         """Runs the three parts once; returns the latent dimension and the event shape that they agree on."""
         pz = run_part("prior", self.prior)
         latent_dim = check_latent("prior()", pz)
-        px = run_part("decoder", self.decoder, pz.sample((2,)))
-        if px.batch_shape != (2,):
-            raise ProgramError(
-                f"decoder(z) must have batch shape (2,) for z of shape (2, {latent_dim}), got {show_shapes(px)}. "
-                "Does it miss .to_event(...)?"
-            )
+        px = run_decoder(self.decoder, pz.sample((2,)))
         qz = run_part("encoder", self.encoder, torch.zeros_like(px.mean))
-        if qz.batch_shape != (2,) or qz.event_shape != pz.event_shape:
-            raise ProgramError(
-                f"encoder(x) must have batch shape (2,) and the prior's event shape {tuple(pz.event_shape)} for x of "
-                f"shape {(2, *px.event_shape)}, got {show_shapes(qz)}."
-            )
+        check_posterior("encoder(x)", qz, pz.event_shape, f"x of shape {(2, *px.event_shape)}")
         return latent_dim, tuple(px.event_shape)
 
     def _draw_example(self) -> tuple[Tensor, ...]:
