@@ -142,7 +142,6 @@ class Grid(constraints.Constraint):
 
     Attributes:
         num_levels: How many.
-        advice: What to do about data that are none of them.
     """
 
     is_discrete = True
@@ -153,7 +152,7 @@ class Grid(constraints.Constraint):
 
     @property
     def advice(self) -> str:
-        """For an error."""
+        """What to do about data that are none of them, for an error."""
         top = self.num_levels - 1
         return (
             f"Bring the data to [0, 1] (whole numbers up to {top} by x / {top}) and there to these levels, by "
