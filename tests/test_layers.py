@@ -101,9 +101,9 @@ def test_every_module_says_what_it_exports(name):
     assert ast.get_docstring(tree)
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"__init__"}))
+@pytest.mark.parametrize("name", sorted(n for n, path in MODULES.items() if path.name != "__init__.py"))
 def test_a_module_needs_at_most_eight_others(name):
-    """A folder's face counts as one; so does what is imported from it."""
+    """A folder's face counts as one; so does what is imported from it. Faces themselves only hand on."""
     modules = imported(MODULES[name])
     assert len(modules - {m.rpartition(".")[0] for m in modules if "." in m}) <= 8
 

@@ -7,6 +7,7 @@ from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
 from pvae.evidence.importance import log_evidence, log_weights
 from pvae.evidence.quadrature import QuadratureEstimate, gauss_hermite
 from pvae.evidence.references import Reference, reference
+from pvae.evidence.weighted import WeightedDraws, map_batches, weighted_draws
 from pvae.evidence.weights import iwae_bounds
 
 __all__ = [
@@ -16,12 +17,15 @@ __all__ = [
     "EvidenceEstimate",
     "QuadratureEstimate",
     "Reference",
+    "WeightedDraws",
     "bidirectional_monte_carlo",
     "compare",
     "gauss_hermite",
     "iwae_bounds",
     "log_evidence",
     "log_weights",
+    "map_batches",
     "proposals",
     "reference",
+    "weighted_draws",
 ]
