@@ -1,13 +1,13 @@
 """log p(x) of any Pyro pair, with the error of each number."""
 
 from pvae.evidence import proposals
+from pvae.evidence.batchwise import map_batches
 from pvae.evidence.bidirectional import Bracket, bidirectional_monte_carlo
 from pvae.evidence.comparison import Comparison, compare
 from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
 from pvae.evidence.importance import log_evidence, log_weights
 from pvae.evidence.quadrature import QuadratureEstimate, gauss_hermite
 from pvae.evidence.references import Reference, reference
-from pvae.evidence.weighted import WeightedDraws, map_batches, weighted_draws
 from pvae.evidence.weights import iwae_bounds
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "EvidenceEstimate",
     "QuadratureEstimate",
     "Reference",
-    "WeightedDraws",
     "bidirectional_monte_carlo",
     "compare",
     "gauss_hermite",
@@ -27,5 +26,4 @@ __all__ = [
     "map_batches",
     "proposals",
     "reference",
-    "weighted_draws",
 ]
