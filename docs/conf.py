@@ -3,6 +3,7 @@
 import os
 import re
 from importlib.metadata import version as version_of
+from pathlib import Path
 
 import matplotlib.font_manager  # noqa: F401  (makes its font cache now; a page's kernel would print that it does)
 from docutils import nodes
@@ -30,6 +31,7 @@ nb_merge_streams = True
 nb_output_stderr = "remove-warn"  # a page that warns is a page to mend: with -W it fails the build
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same pages on every machine
 os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing by threads, which wait for each other
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)  # figures for light and dark pages
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, imported by Pyro, where ipywidgets is missing
 
 # --- The API from docstrings ------------------------------------------------------------------------------------------
