@@ -1,6 +1,8 @@
 """Variational autoencoders as Pyro programs: trained by SVI, and measured by log p(x) with its error."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
 from pvae import datasets, diagnostics, evidence, likelihoods, networks, plots, posteriors, priors, svi, testing
 from pvae.autoencoder import Autoencoder
@@ -65,3 +67,10 @@ __all__ = [
     "testing",
     "use_onednn",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports ``pvae.estimator`` where it is asked for: it takes scikit-learn."""
+    if name == "estimator":
+        return import_module("pvae.estimator")
+    raise AttributeError(f"module 'pvae' has no attribute {name!r}")
