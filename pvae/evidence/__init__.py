@@ -6,8 +6,11 @@ from pvae.evidence.bidirectional import Bracket, bidirectional_monte_carlo
 from pvae.evidence.comparison import Comparison, compare
 from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
 from pvae.evidence.importance import log_evidence, log_weights
+from pvae.evidence.posterior import WeightedDraws
+from pvae.evidence.predictive import Predictive, posterior_predictive, prior_predictive
 from pvae.evidence.quadrature import QuadratureEstimate, gauss_hermite
 from pvae.evidence.references import Reference, reference
+from pvae.evidence.weighted_draws import weighted_draws
 from pvae.evidence.weights import iwae_bounds
 
 __all__ = [
@@ -15,8 +18,10 @@ __all__ = [
     "Bracket",
     "Comparison",
     "EvidenceEstimate",
+    "Predictive",
     "QuadratureEstimate",
     "Reference",
+    "WeightedDraws",
     "bidirectional_monte_carlo",
     "compare",
     "gauss_hermite",
@@ -24,6 +29,9 @@ __all__ = [
     "log_evidence",
     "log_weights",
     "map_batches",
+    "posterior_predictive",
+    "prior_predictive",
     "proposals",
     "reference",
+    "weighted_draws",
 ]

@@ -11,6 +11,7 @@ from pvae.data import Batches, Data
 from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.evaluation import name_batch, open_evaluation, place_evaluation
 from pvae.evidence.planning import Settings, chunk_shape, halve_chunks_until_they_fit
+from pvae.evidence.proposals import Proposal
 from pvae.runtime import Pair, Program, in_turn, resolve_seed
 
 __all__ = ["map_batches"]
@@ -26,6 +27,7 @@ def map_batches(
     data: Data,
     *,
     num_samples: int,
+    proposal: str | Proposal | Program = "guide",
     seed: int | None = 0,
     device: str | torch.device = "auto",
     chunk_size: int | None = None,
@@ -43,6 +45,7 @@ def map_batches(
         guide: The recognition program.
         data: As for `pvae.log_evidence`.
         num_samples: ``K``, draws for each datum.
+        proposal: Where they will come from, which says how much is done at once; modules in it are placed, too.
         seed: As for `pvae.log_evidence`; by the same draws from the guide, in the same order, weights are the same.
         device: As for `pvae.log_evidence`.
         chunk_size: As for `pvae.log_evidence`.
@@ -54,7 +57,7 @@ def map_batches(
         PVAEError: As by `pvae.log_evidence`.
     """
     settings = Settings.of(
-        proposal="guide",
+        proposal=proposal,
         num_samples=num_samples,
         seed=resolve_seed(seed),
         chunk_size=chunk_size,
@@ -62,7 +65,8 @@ def map_batches(
         progress=False,
         precision="float32",
     )
-    pair, batches = place_evaluation(model, guide, data, seed=settings.seed, device=device)
+    settings.check_one_proposal()
+    pair, batches = place_evaluation(model, guide, data, settings.proposal, seed=settings.seed, device=device)
 
     @halve_chunks_until_they_fit
     def run(pair: Pair, batches: Batches, settings: Settings) -> list[T]:

@@ -180,7 +180,7 @@ class Densities:
     def check_data(self, batch: Batch) -> None:
         """Raises `DataError` where observed data lie outside of their support, where `has_other_supports`."""
         latents, _ = self.draw_guide(batch, 1)
-        for name, site in observed_of(self._run_model(batch, latents, sums=False).sites).items():
+        for name, site in observed_of(self.run_model(batch, latents, sums=False).sites).items():
             support = other_support(site)
             bad = torch.zeros(1) if support is None else ~support.check(site["value"])
             if bad.any():
@@ -212,7 +212,7 @@ class Densities:
             return Latents({}, num_samples)
         run = self.runner.run(self.model, batch, num_samples)
         latents = self._latents(run, num_samples)
-        latents.densities = None if self.runner.summed else self._densities(run)
+        latents.densities = None if self.runner.summed else self.densities_of(run)
         return latents
 
     @property
@@ -232,7 +232,7 @@ class Densities:
     def densities(self, batch: Batch, latents: Latents) -> tuple[Tensor, Tensor]:
         """Returns log p(z) and log p(x|z) at some latents, each of shape ``(K, N)``; they are kept with the latents."""
         if latents.densities is None:
-            parts = self._densities(self._run_model(batch, latents, sums=True))
+            parts = self.densities_of(self.run_model(batch, latents, sums=True))
             latents.densities = parts[0].expand(latents.num_samples, -1), parts[1].expand(latents.num_samples, -1)
         return latents.densities
 
@@ -313,7 +313,7 @@ class Densities:
             )
         return data, Latents({name: drawn[name] for name in self.tried.names}, 1)
 
-    def _run_model(self, batch: Batch, latents: Latents, *, sums: bool) -> Run:
+    def run_model(self, batch: Batch, latents: Latents, *, sums: bool) -> Run:
         """Runs the model with given latents; once, where there are none."""
         run = self.runner.run(
             self.model, batch, latents.num_samples if latents.values else 1, self._known(latents), sums=sums
@@ -321,7 +321,7 @@ class Densities:
         self._check_names(run)
         return run
 
-    def _densities(self, run: Run) -> tuple[Tensor, Tensor]:
+    def densities_of(self, run: Run) -> tuple[Tensor, Tensor]:
         """Log p(z) and log p(x|z) of a run of the model."""
         latent, observed = latent_of(run.sites), observed_of(run.sites)
         log_pz = run.log_prob(latent)

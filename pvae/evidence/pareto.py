@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MIN_SAMPLES_FOR_KHAT", "Tail", "fit_tail", "pareto_khat", "tail_length"]
+__all__ = ["MIN_SAMPLES_FOR_KHAT", "Tail", "fit_tail", "pareto_khat", "smooth_tail", "tail_length"]
 
 MIN_SAMPLES_FOR_KHAT = 25
 """With fewer draws the tail has fewer than 5 weights, and nothing can be said about it."""
@@ -64,6 +64,35 @@ def fit_tail(largest: Tensor, num_samples: int) -> Tail:
     if num_samples < MIN_SAMPLES_FOR_KHAT:
         unknown = torch.full_like(largest[0], torch.nan)
         return Tail(unknown, largest.logsumexp(0), unknown)
+    khat, smoothed = _fit_tail(largest, num_samples)
+    return Tail(khat, largest[: len(smoothed)].logsumexp(0), smoothed.logsumexp(0))
+
+
+def smooth_tail(log_weights: Tensor) -> Tensor:
+    """Log-weights with the largest ones of each datum replaced by the quantiles of the tail that was fitted to them.
+
+    Each keeps its rank. Where there is no fit (see `pareto_khat`), weights stay as they are.
+
+    Args:
+        log_weights: Shape ``(K, N)``; of all K draws, in any order.
+
+    Returns:
+        Shape ``(K, N)``, float64.
+
+    Source: as for `pareto_khat`.
+    """
+    log_weights = log_weights.double()
+    num_samples = len(log_weights)
+    if num_samples < MIN_SAMPLES_FOR_KHAT:
+        return log_weights
+    largest, draws = log_weights.topk(min(num_samples, tail_length(num_samples) + 1), 0)
+    smoothed = _fit_tail(largest, num_samples)[1]
+    smoothed = torch.where(smoothed.isnan(), largest[: len(smoothed)], smoothed)
+    return log_weights.scatter(0, draws[: len(smoothed)], smoothed)
+
+
+def _fit_tail(largest: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    """k-hat, and the smoothed log-weights of the tail, largest first, ``(M, N)``; nan where there is no fit."""
     m = min(tail_length(num_samples), len(largest) - 1)  # fewer are known after a merge
     # Weights relative to the largest; below the smallest positive float64 they are zero in effect.
     top = largest[0].nan_to_num(neginf=0.0)
@@ -82,8 +111,7 @@ def fit_tail(largest: Tensor, num_samples: int) -> Tail:
     minus_log = -torch.log1p(-processes)
     quantiles = torch.where(flat[:, None], minus_log, torch.expm1(k * minus_log) / k) * scale[:, None]
     smooth = (quantiles + threshold[:, None]).clamp(max=1.0)  # never above the largest weight that was drawn
-    log_smoothed = torch.where(khat.isfinite(), smooth.sum(1).log() + top, torch.nan)
-    return Tail(khat, tail.sum(0).log() + top, log_smoothed)
+    return khat, torch.where(khat.isfinite(), smooth.log().T.flip(0) + top, torch.nan)
 
 
 def _fit(excess: Tensor) -> tuple[Tensor, Tensor]:

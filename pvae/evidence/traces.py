@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer import infer_discrete
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -73,6 +74,10 @@ class Run:
         """The log-density of some sites together, shape ``(K, N)``, summed over what is enumerated."""
         parts = [self._log_prob(trace, names) for trace in self.traces]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).expand(self.shape)
+
+    def along(self, dim: int, size: int) -> Run:
+        """The same run where all data are one datum, with densities for each entry of a plate of so many instead."""
+        return replace(self, layout=replace(self.layout, data_dim=dim), shape=(self.shape[0], size))
 
     def _log_prob(self, trace: Any, names: Collection[str]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -167,14 +172,56 @@ class Runner:
                 f"the guide cannot give the density of latents that it did not draw: {error}"
             ) from error
 
+    def draw_summed(
+        self, model: Program, batch: Batch, num_samples: int, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Draws what is summed out, ``d ~ p(d | z, x)``, for each particle; ``(K, N, *plates, *event)`` each.
+
+        Args:
+            model: The model.
+            batch: The data.
+            num_samples: ``K``.
+            values: All other latents.
+
+        Raises:
+            ProgramError: Pyro cannot draw them.
+        """
+        marked = _Marks(self.summed)(model)
+        together = 1 if self.layout.one_by_one else num_samples
+        traces = []
+        for first in range(0, num_samples, together):
+            # Observed, not replayed: sites that are done would not be told what they depend on.
+            given = self._laid_out({name: value[first : first + together] for name, value in values.items()})
+            program, plate = poutine.condition(marked, data=given), None
+            if not self.layout.folded:
+                plate = pyro.plate("pvae_particles", together, dim=self.layout.particle_dim)
+
+            def run(*arguments: Tensor, program: Program = program, plate: Any = plate) -> None:
+                with plate or nullcontext(), in_precision(self.precision, batch[0].device):
+                    program(*arguments)
+
+            draw = infer_discrete(run, first_available_dim=self.layout.particle_dim - 1, temperature=1)
+            try:
+                traces.append(poutine.trace(draw).get_trace(*self.layout.arguments(batch, together)))
+            except (ValueError, NotImplementedError) as error:
+                raise ProgramError(
+                    f"the latents {sorted(self.summed)} are summed out, and cannot be drawn given the others: {error} "
+                    "Let the guide draw them, without the mark infer={'enumerate': ...}."
+                ) from error
+        whole = Run(self.layout, tuple(traces), (num_samples, len(batch[0])), batch[0].device)
+        return whole.values(sorted(self.summed))
+
+    def _laid_out(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Latents as programs see them."""
+        return {name: self.layout.lay_out(value, *self.dims[name]) for name, value in values.items()}
+
     def _trace(
         self, program: Program, batch: Batch, num_samples: int, values: Mapping[str, Tensor] | None, sums: bool
     ) -> Any:
         if sums and self.summed:  # before latents are given: these depend on what is enumerated, too
             program = poutine.enum(program, first_available_dim=self.layout.particle_dim - 1)
         if values:
-            laid_out = {name: self.layout.lay_out(v, *self.dims[name]) for name, v in values.items()}
-            program = poutine.replay(program, trace=_as_trace(laid_out))
+            program = poutine.replay(program, trace=_as_trace(self._laid_out(values)))
         plate = nullcontext()
         if not self.layout.folded:
             plate = pyro.plate("pvae_particles", num_samples, dim=self.layout.particle_dim)
