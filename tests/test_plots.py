@@ -17,8 +17,14 @@ plt = pytest.importorskip("matplotlib.pyplot")
 
 @pytest.fixture(autouse=True)
 def _close():
+    style = matplotlib.rcParams.copy()
     yield
     plt.close("all")
+    assert matplotlib.rcParams == style, "the global style is the caller's"
+
+
+def words(ax):
+    return [text.get_text() for text in ax.texts]
 
 
 def test_learning_curve_draws_what_the_history_has():
@@ -26,8 +32,23 @@ def test_learning_curve_draws_what_the_history_has():
     ax = plots.learning_curve(history)
     assert [line.get_ydata().tolist() for line in ax.lines] == [[-3.0, -2.0], [-2.5, -2.1]]
     assert "nats per datum" in ax.get_ylabel()
+    assert words(ax) == ["validation", "training"], "the lower one first"
     one = plots.learning_curve({"objective": np.array([-1.0])})
     assert len(one.lines) == 1
+
+
+def test_learning_curve_shows_the_rate_between_distortion_and_elbo():
+    ax = plots.learning_curve({"rate": [1.0, 3.0], "distortion": [20.0, 15.0], "elbo": [-21.0, -18.0]})
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [-20, -15])
+    corners = ax.collections[0].get_paths()[0].vertices
+    assert {-21.0, -20.0, -18.0, -15.0} == set(corners[:, 1])
+    assert "rate" in words(ax)
+
+
+def test_learning_curve_of_nothing_is_refused():
+    for history in ({}, {"elbo": []}, {"seconds": [1.0]}):
+        with pytest.raises(DataError, match="must have an epoch"):
+            plots.learning_curve(history)
 
 
 def test_learning_curve_of_several_runs_goes_on_given_axes():
@@ -41,7 +62,8 @@ def test_images_are_placed_row_by_row(shape):
     canvas = plots.images(x, columns=2).images[0].get_array()
     assert canvas.shape == (3 * 5 - 1, 2 * 4 - 1)
     np.testing.assert_allclose(canvas[5:9, 4:7], 1 - x.reshape(5, 4, 3)[3])
-    assert (canvas[10:, 4:] == 1).all()
+    assert canvas.mask[10:, 4:].all(), "places without an image are transparent"
+    assert canvas.mask[4].all(), "and so are lines between images"
 
 
 def test_reconstructions_stand_below_their_images():
@@ -52,7 +74,7 @@ def test_reconstructions_stand_below_their_images():
     assert canvas[3, 0] == 0
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4, 4), (0, 4, 4)])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 2, 4, 4), (0, 4, 4), (4, 4, 3, 3, 3)])
 def test_what_is_no_image_is_refused(shape):
     with pytest.raises(DataError, match="images must have shape"):
         plots.images(torch.zeros(shape))
@@ -65,6 +87,7 @@ def test_running_estimate_is_the_log_mean_of_the_first_weights():
     assert curve[0] == pytest.approx(w[0].item())
     assert curve[-1] == pytest.approx(w.double().exp().mean().log().item())
     assert ax.get_legend_handles_labels()[1] == [f"guide: {curve[-1]:.1f} at K = 50", "ELBO: -1.0"]
+    assert words(ax)[1].replace("\N{MINUS SIGN}", "-") in ("ELBO\n-1.0", f"guide\n{curve[-1]:.1f}")
     assert not ax.collections, "one run has no band"
 
 
@@ -84,6 +107,31 @@ def test_running_estimate_where_the_first_draws_explain_nothing():
     ax = plots.running_estimate({"prior": w, "guide": w[:, 1]})
     assert np.isfinite(ax.lines[0].get_ydata()[1:]).all()
     ax.figure.canvas.draw()  # without a warning, which would fail
+
+
+def test_running_estimate_beside_the_truth():
+    ax = plots.running_estimate({"guide": torch.zeros(10), "prior": torch.zeros(10) - 4}, truth=0.5, elbo=-0.5)
+    level = next(line for line in ax.lines if line.get_label() == "truth: 0.5")
+    assert list(level.get_ydata()) == [0.5, 0.5]
+    heights = [text.xy[1] for text in ax.texts]
+    assert len(heights) == 4
+    assert min(np.diff(sorted(heights))) > 0.12, "names are not written on one another"
+    assert {text.get_color() for text in ax.texts[:2]} <= {ax.xaxis.label.get_color(), *plots.COLORS.values()}
+
+
+def test_other_names_have_colours_of_their_own():
+    w = {name: torch.zeros(5) for name in ("guide", "AIS", "prior", "Laplace")}
+    colors = [line.get_color() for line in plots.running_estimate(w).lines]
+    assert len(set(colors)) == 4
+    assert colors[0] == plots.COLORS["guide"]
+    assert colors[2] == plots.COLORS["prior"]
+
+
+@pytest.mark.parametrize("draw", [plots.running_estimate, plots.weight_histogram])
+@pytest.mark.parametrize("weights", [{}, {"guide": torch.empty(0)}])
+def test_no_weights_are_refused(draw, weights):
+    with pytest.raises(DataError, match="log_weights must name a proposal"):
+        draw(weights)
 
 
 def test_weight_histogram_counts_every_weight():
@@ -125,3 +173,68 @@ def test_without_matplotlib_a_figure_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(PVAEError, match="to draw takes matplotlib, which cannot be imported"):
         plots.learning_curve({"elbo": [-1.0]})
+
+
+def test_figures_stand_on_light_and_on_dark_pages():
+    ax = plots.images(torch.rand(3, 4, 4))
+    assert ax.figure.get_facecolor()[3] == 0
+    assert ax.get_facecolor()[3] == 0
+    ink = plots.learning_curve({"elbo": [-1.0]}).xaxis.label.get_color()
+    for page, least in (("#ffffff", 4.5), ("#131416", 4.0)):  # white, and the dark page of the documentation
+        assert contrast(ink, page) > least
+        assert all(contrast(color, page) > 3 for color in plots.COLORS.values())
+    brighter = matplotlib.colors.to_hex([min(1, 1.35 * part) for part in matplotlib.colors.to_rgb(ink)])
+    assert contrast(brighter, "#131416") > 4.5, "as docs/_static/site.css makes it there"
+
+
+def contrast(one, other):
+    """That of WCAG 2.1, from 1 to 21."""
+    lights = []
+    for color in (one, other):
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(color)]
+        lights.append(np.dot([0.2126, 0.7152, 0.0722], parts) + 0.05)
+    return max(lights) / min(lights)
+
+
+def test_given_axes_keep_their_looks():
+    _, ax = plt.subplots()
+    plots.running_estimate({"guide": torch.randn(9)}, ax, truth=0.0)
+    assert ax.get_facecolor() == matplotlib.colors.to_rgba("white")
+    assert ax.lines[-1].get_color() == ax.xaxis.label.get_color() == "black"
+
+
+def test_subplots_are_an_array_of_axes_as_elsewhere():
+    _, axes = plots.subplots(2, 3, sharex=True)
+    assert axes.shape == (2, 3)
+    assert all(ax.get_facecolor()[3] == 0 for ax in axes.flat)
+
+
+def test_coloured_images_are_as_they_are():
+    x = torch.rand(2, 3, 4, 5)
+    canvas = plots.images(x).images[0].get_array()
+    assert canvas.shape == (4, 11, 4)
+    np.testing.assert_allclose(canvas[:, 6:, :3], x[1].permute(1, 2, 0))
+    assert (canvas[:, 5, 3] == 0).all(), "transparent between images"
+
+
+def test_found_images_stand_beside_their_query():
+    queries, found = torch.rand(2, 3, 3), torch.rand(2, 4, 3, 3)
+    ax = plots.neighbors(queries, found, labels=torch.tensor([7, 8]), found_labels=[[7, 7, 1, 7], [8, 8, 8, 8]])
+    canvas = ax.images[0].get_array()
+    np.testing.assert_allclose(canvas[4:7, :3], 1 - queries[1])
+    assert canvas.mask[:, 3:8].all(), "a gap"
+    np.testing.assert_allclose(canvas[:3, 16:19], 1 - found[0, 2])
+    assert [list(line.get_xdata()) for line in ax.lines] == [[15.5, 18.5]], "what has another label is crossed out"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["7", "8"]
+
+
+def test_neighbors_that_fit_no_query_are_refused():
+    queries = torch.rand(2, 3, 3)
+    for found in (torch.rand(2, 3, 3), torch.rand(3, 4, 3, 3), torch.rand(2, 0, 3, 3)):
+        with pytest.raises(DataError, match=r"found must have shape \(Q, k"):
+            plots.neighbors(queries, found)
+    with pytest.raises(DataError, match="go together"):
+        plots.neighbors(queries, torch.rand(2, 4, 3, 3), labels=[1, 2])
+    with pytest.raises(DataError, match="labels must have shape"):
+        plots.neighbors(queries, torch.rand(2, 4, 3, 3), labels=[1, 2], found_labels=[1, 2])
+    plots.neighbors(queries[:1], torch.rand(1, 1, 3, 3))  # one neighbour of one

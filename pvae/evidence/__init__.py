@@ -10,11 +10,13 @@ from pvae.evidence.posterior import WeightedDraws
 from pvae.evidence.predictive import Predictive, posterior_predictive, prior_predictive
 from pvae.evidence.quadrature import QuadratureEstimate, gauss_hermite
 from pvae.evidence.references import Reference, reference
+from pvae.evidence.verdicts import MIN_ESS
 from pvae.evidence.weighted_draws import weighted_draws
 from pvae.evidence.weights import iwae_bounds
 
 __all__ = [
     "KHAT_LIMIT",
+    "MIN_ESS",
     "Bracket",
     "Comparison",
     "EvidenceEstimate",
