@@ -1,0 +1,103 @@
+"""What the page knows of log p(x): draws of prior and guide with their weights, a longer run, and a reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.errors import ProgramError
+from pvae.evidence import log_evidence, log_weights
+from pvae.explorer.packing import pack, pack_coarsely, pack_depths
+from pvae.explorer.planes import Plane, spread
+from pvae.runtime import isolate
+
+__all__ = ["weigh"]
+
+_LATER = 60  # points of the longer run's curve
+
+
+def weigh(vae: Any, x: Tensor, plane: Plane, *, num_samples: int, num_prior_samples: int, seed: int, device: Any) -> Any:
+    """Parts of the page's contents: ``"guide"``, ``"prior"``, ``"later"`` and ``"reference"``.
+
+    Args:
+        vae: A pair.
+        x: Data, all of which can be chosen.
+        plane: On which the draws are shown.
+        num_samples: Draws that are shown, for each datum and proposal.
+        num_prior_samples: How many of the prior's the curve goes on to.
+        seed: Of the draws.
+        device: Where to compute.
+    """
+    found = {}
+    options: dict[str, Any] = {"seed": seed, "device": device}
+    for name in ("guide", "prior"):
+        z, weights = _draw(vae, x, name, num_samples, seed)
+        found[name] = _pack_draws(name, plane, z, weights)
+        khat = log_evidence(vae.model, vae.guide, x, num_samples=num_samples, proposal=name, **options).khat
+        found[name]["khat"] = [_show_khat(k) for k in khat.tolist()]
+        if name == "prior":
+            found["later"] = _go_on(vae, x, weights, num_prior_samples - num_samples, {**options, "seed": seed + 1})
+    estimate = log_evidence(vae.model, vae.guide, x, **{**options, "seed": seed + 2})
+    low, high = estimate.interval()
+    numbers = {"value": estimate.corrected, "low": low, "high": high}
+    found["reference"] = {key: [_number(v) for v in value.tolist()] for key, value in numbers.items()}
+    found["reference"] |= {"stage": estimate.stage, "withheld": estimate.withheld}
+    return found
+
+
+def _pack_draws(name: str, plane: Plane, z: Tensor, weights: Tensor) -> dict[str, Any]:
+    """Draws ``(N, K, D)``, or ``(1, K, D)`` where data share them, with their log-weights ``(K, N)``."""
+    points = plane.project(z)
+    if plane.has_heights:
+        points[..., 1] = spread(points.shape[1])
+    low, high = points.amin(1, keepdim=True), points.amax(1, keepdim=True)
+    top = weights.amax(0)
+    top = torch.where(top.isfinite(), top, 0.0)
+    depth = (top - weights)
+    deepest = max(depth[depth.isfinite()].max().item() if depth.isfinite().any() else 0.0, 1.0)
+    return {
+        "points": pack_coarsely(points, low, high, "u8" if name == "guide" else "u16"),
+        "low": pack(low[:, 0]),
+        "high": pack(high[:, 0]),
+        "depths": pack_depths(weights.T, top[:, None], deepest),
+        "deepest": deepest,
+        "top": top.tolist(),
+    }
+
+
+def _go_on(vae: Any, x: Tensor, first: Tensor, count: int, options: dict[str, Any]) -> dict[str, Any] | None:
+    """The prior's estimates from the first draws and ever more of later ones."""
+    if count < 1:
+        return None
+    later = log_weights(vae.model, vae.guide, x, num_samples=count, proposal="prior", **options)
+    steps = torch.logspace(math.log10(len(first) + 1), math.log10(len(first) + count), _LATER, dtype=torch.float64)
+    draws = sorted({int(step) for step in steps.round().clamp(max=len(first) + count).tolist()})
+    sums = torch.logaddexp(later.logcumsumexp(0), first.logsumexp(0))[[k - len(first) - 1 for k in draws]]
+    estimates = sums - torch.tensor(draws, dtype=torch.float64).log()[:, None]
+    return {"draws": draws, "estimates": pack(estimates.T)}
+
+
+def _number(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _show_khat(khat: float) -> str:
+    if math.isnan(khat):
+        return "too few draws"
+    text = f"{khat:.2f}" if math.isfinite(khat) else "∞" if khat > 0 else "−∞"
+    return f"{text.replace('-', '−')}, {'good' if khat <= 0.7 else 'too heavy'}"
+
+
+def _draw(vae: Any, x: Tensor, name: str, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    with isolate([vae], seed=seed):
+        qz, pz = vae.encode(x), vae.prior()
+        if name == "prior":
+            z = pz.sample((num_samples,))[:, None]
+            weights = torch.stack([vae.decode(z[:, 0]).log_prob(row) for row in x], 1)
+            return z.transpose(0, 1).double().cpu(), weights.double().cpu()
+        z = qz.sample((num_samples,))
+        weights = pz.log_prob(z) + vae.decode(z).log_prob(x) - qz.log_prob(z)
+        return z.transpose(0, 1).double().cpu(), weights.double().cpu()
