@@ -4,7 +4,19 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from pvae import datasets, diagnostics, evidence, likelihoods, networks, plots, posteriors, priors, svi, testing
+from pvae import (
+    datasets,
+    diagnostics,
+    evidence,
+    explorer,
+    likelihoods,
+    networks,
+    plots,
+    posteriors,
+    priors,
+    svi,
+    testing,
+)
 from pvae.autoencoder import Autoencoder
 from pvae.capture import use_onednn
 from pvae.conditional import ConditionalVAE
@@ -53,6 +65,7 @@ __all__ = [
     "datasets",
     "diagnostics",
     "evidence",
+    "explorer",
     "fit",
     "likelihoods",
     "log_evidence",

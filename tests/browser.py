@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, spoken to over its debugging pipe: real mouse, touch and keys, and no more packages."""
+"""A headless Chromium for tests, spoken to over its debugging pipe: real mouse, touch and keys; no other packages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,24 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 # The browser reads commands from descriptor 3 and writes to 4. From above, in case one is the other.
-_START = "import os, sys; a, b = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2])); " + (
-    "a, b = [os.dup2(fd, fd + 100) for fd in (a, b)]; os.dup2(a, 3); os.dup2(b, 4); os.execvp(sys.argv[3], sys.argv[3:])"
+_START = (
+    "import os, sys\n"
+    "theirs = [os.dup2(int(fd), 100 + n) for n, fd in enumerate(sys.argv[1:3])]\n"
+    "os.dup2(theirs[0], 3), os.dup2(theirs[1], 4)\n"
+    "os.execvp(sys.argv[3], sys.argv[3:])"
 )
-_FLAGS = (
-    "--headless=new --remote-debugging-pipe --no-sandbox --disable-gpu --no-first-run --disable-extensions "
-    "--disable-dev-shm-usage --disable-background-networking --hide-scrollbars --force-color-profile=srgb"
-).split()
+_FLAGS = [
+    "--headless=new",
+    "--remote-debugging-pipe",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-extensions",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
+]
 
 
 def find_chromium() -> str | None:
@@ -133,6 +144,13 @@ class Browser:
         """What an expression of JavaScript gives."""
         found = self._ask("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def run_in_frame(self, code: str) -> Any:
+        """What an expression gives in the first frame of the page, beside its own scripts."""
+        frame = self._ask("Page.getFrameTree")["frameTree"]["childFrames"][0]["frame"]["id"]
+        world = self._ask("Page.createIsolatedWorld", frameId=frame)["executionContextId"]
+        found = self._ask("Runtime.evaluate", expression=code, returnByValue=True, contextId=world)
         return found["result"].get("value")
 
     def wait(self, condition: str) -> None:

@@ -18,7 +18,7 @@ __all__ = ["describe_decoder"]
 Layer = dict[str, Any]
 
 
-def describe_decoder(decoder: nn.Module, z: Tensor) -> dict[str, Any]:
+def describe_decoder(decoder: Any, z: Tensor) -> dict[str, Any]:
     """The network under p(x|z) and the mean of p(x|z), for `network.js`.
 
     Args:
@@ -44,7 +44,7 @@ def describe_decoder(decoder: nn.Module, z: Tensor) -> dict[str, Any]:
     return {"layers": layers, "mean": {**_MEANS[type(decoder)](decoder), "entries": math.prod(event)}}
 
 
-def _walk(module: nn.Module, value: Tensor, layers: list[Layer], place: str) -> Tensor:
+def _walk(module: Any, value: Tensor, layers: list[Layer], place: str) -> Tensor:
     """Runs a network layer by layer; adds each layer's description, and returns what comes out."""
     kind = type(module)
     if kind is nn.Sequential:

@@ -61,10 +61,11 @@ const Explorer = (() => {
         estimates[k] = sum - Math.log(k + 1);
         effective[k] = sum === -Infinity ? 0 : Math.exp(2 * sum - squares);
       }
-      const steps = name === "prior" ? 65535 : 255, shared = name === "prior" ? 0 : n;
+      // Data may share their draws, as those of the prior.
+      const row = packed.points.shape[0] === 1 ? 0 : n, steps = 2 ** (8 * packed.points.data.BYTES_PER_ELEMENT) - 1;
       const points = Array.from({length: K}, (_, k) => [0, 1].map((a) => {
-        const low = packed.low.data[2 * shared + a], high = packed.high.data[2 * shared + a];
-        return low + packed.points.data[2 * (shared * K + k) + a] / steps * (high - low);
+        const low = packed.low.data[2 * row + a], high = packed.high.data[2 * row + a];
+        return low + packed.points.data[2 * (row * K + k) + a] / steps * (high - low);
       }));
       result[name] = {logWeights, estimates, effective, points, khat: packed.khat[n]};
     }
@@ -125,8 +126,8 @@ const Explorer = (() => {
 
   function showDecoded() {
     const at = state.cursor, z = lift(at);
-    const words = page.axes.map((axis, a) => `${axis.short} = ${fixed(at[a])}`).slice(0, latentDim);
-    paint("decoded", decode(z), `What the decoder makes of the point below the cursor, ${words.join(", ")}`);
+    const words = page.axes.map((axis, a) => `${axis.short}\u00a0${fixed(at[a])}`).slice(0, latentDim);
+    paint("decoded", decode(z), `What the decoder makes of the point at the cursor, ${words.join(", ")}`);
     element("decoded-words").textContent = words.join(", ");
   }
 
@@ -135,11 +136,13 @@ const Explorer = (() => {
     if (n === null) {
       for (const id of ["datum", "reconstruction"]) paint(id, null, "No datum is chosen");
       element("datum-words").textContent = "none is chosen";
+      element("reconstruction-words").textContent = "";
       return;
     }
     paint("datum", datumValues(n), `Datum ${nameOf(n)}`);
     paint("reconstruction", decode(codeOf(n)), `What the decoder makes of the code of datum ${nameOf(n)}`);
     element("datum-words").textContent = nameOf(n);
+    element("reconstruction-words").textContent = "reconstruction";
   }
 
   // --- The map ---------------------------------------------------------------------------------------------------------
@@ -389,23 +392,27 @@ const Explorer = (() => {
       cells[0].textContent = Number.isFinite(estimates[K - 1]) ? fixed(estimates[K - 1], 1) : "\u2212\u221e";
       const few = effective[name] < 10 ? fixed(effective[name], 1) : whole(effective[name]);
       cells[1].textContent = `${few} of ${whole(K)}`;
-      cells[2].textContent = K === page.numSamples ? khat : "\u2013";
+      cells[2].textContent = K === page.numSamples ? khat.replace("-", "\u2212") : "\u2013";
       cells[2].title = `of all ${page.numSamples} draws`;
     }
-    const gap = drawn.guide.estimates[K - 1] - drawn.prior.estimates[K - 1], counts = (value) => Math.max(1, Math.round(value));
+    const counts = (value) => Math.max(1, Math.round(value)), reference = referenceOf(state.chosen);
     const sentence = `Of ${whole(K)} draws about ${counts(effective.guide)} of the guide\u2019s count, and `
       + `${counts(effective.prior)} of the prior\u2019s.`;
-    const say = !Number.isFinite(gap) ? "" : Math.abs(gap) < 0.05 ? " They agree to 0.05 nats."
-      : ` The ${gap > 0 ? "prior" : "guide"} misses ${fixed(Math.abs(gap), 1)} nats that the ${gap > 0 ? "guide" : "prior"} finds.`;
+    const off = ["guide", "prior"].map((name) => reference && drawn[name].estimates[K - 1] - reference.value);
+    const way = (value) => !Number.isFinite(value) ? "no number yet"
+      : Math.abs(value) < 0.05 ? "on it" : `${fixed(Math.abs(value), 1)} nats ${value < 0 ? "below" : "above"}`;
+    const say = reference ? ` From the level line the guide is ${way(off[0])}, the prior ${way(off[1])}.` : "";
     element("verdict").textContent = sentence + say;
   }
 
   function showReference() {
     const n = state.chosen, reference = referenceOf(n);
     element("reference").textContent = reference
-      ? `The black line is log p(x) = ${fixed(reference.value)} nats, 95% interval ${fixed(reference.low)} to `
-        + `${fixed(reference.high)}, by pvae.log_evidence; draws came from: ${page.reference.stage[n]}.`
-      : `There is no reference line: pvae.log_evidence left this datum unresolved (${page.reference.withheld[n]}).`;
+      ? `The level line is log p(x) = ${fixed(reference.value)} nats, 95% interval ${fixed(reference.low)} to `
+        + `${fixed(reference.high)}, as pvae.log_evidence found it by the proposal \u201c${page.reference.stage[n]}\u201d.`
+      : `There is no level line: pvae.log_evidence left log p(x) of this datum unresolved, as ${page.reference.withheld[n]}.`;
+    const late = page.later && page.later.draws[page.later.draws.length - 1];
+    if (late) element("reference").textContent += ` Dotted: the prior\u2019s estimate from up to ${whole(late)} draws, of which the map shows ${whole(page.numSamples)}.`;
   }
 
   function showKey() {
@@ -555,5 +562,5 @@ const Explorer = (() => {
   drawMap();
   showDecoded();
 
-  return {decode, choose, state, difference, page};
+  return {decode, choose, state, difference, places, toScreen};
 })();

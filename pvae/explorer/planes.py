@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pvae.errors import ArgumentError
 
-__all__ = ["Plane", "choose_plane"]
+__all__ = ["Plane", "choose_plane", "spread"]
 
 _ACTIVE = 0.01  # variance of a code's entry over data, from which on Burda et al. count a unit as active
 _GOLDEN = 0.6180339887498949
@@ -58,7 +58,7 @@ def choose_plane(codes: Tensor, plane: str | Sequence[int]) -> Plane:
     """
     latent_dim = codes.shape[1]
     if not isinstance(plane, str):
-        return _along(latent_dim, *_check_dimensions(plane, latent_dim), "The map shows the dimensions {}, as was asked.")
+        return _along(latent_dim, *_check_dimensions(plane, latent_dim), "The map shows {}, as was asked.")
     if plane not in ("active", "principal"):
         raise ArgumentError(f"plane must be 'active', 'principal' or two latent dimensions, got {plane!r}.")
     if latent_dim == 1:
@@ -68,20 +68,20 @@ def choose_plane(codes: Tensor, plane: str | Sequence[int]) -> Plane:
         return Plane(torch.zeros(1, dtype=torch.float64), basis, axes, words, "0")
     if latent_dim == 2:
         return _along(2, 0, 1, "The latent space has two dimensions, and the map shows both.")
-    variances = codes.var(0) if len(codes) > 1 else torch.zeros(latent_dim)
+    if len(codes) < 3:
+        words = (
+            f"Of {latent_dim} latent dimensions the map shows the first two: data are too few to tell what is active."
+        )
+        return _along(latent_dim, 0, 1, words)
+    variances = codes.var(0)
     active = int((variances > _ACTIVE).sum())
     much = f"Of {latent_dim} latent dimensions {active} are active: codes vary in them by a variance above {_ACTIVE}."
-    if len(codes) < 3:
-        return _along(latent_dim, 0, 1, "Of {} latent dimensions the map shows the first two, as there are too few data "
-                      "to tell which are active.".replace("{}", str(latent_dim), 1))
-    if plane == "active":
-        first, second = variances.topk(2).indices.tolist()
-        share = (variances[first] + variances[second]) / variances.sum()
-        return _along(
-            latent_dim, first, second,
-            f"{much} The map shows the two in which they vary most, {{}}, with {share:.0%} of the variance of the codes.",
-        )
-    return _principal(codes, much)
+    if plane == "principal":
+        return _principal(codes, much)
+    first, second = variances.topk(2).indices.tolist()
+    share = _share(variances[[first, second]], variances)
+    words = f"{much} The map shows the two in which they vary most, {{}}, with {share} of the variance of the codes."
+    return _along(latent_dim, first, second, words)
 
 
 def _principal(codes: Tensor, much: str) -> Plane:
@@ -90,18 +90,25 @@ def _principal(codes: Tensor, much: str) -> Plane:
     basis = vectors[:, -2:].flip(1)
     # A sign for each that does not depend on the machine.
     basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-    axes = [{"short": f"u{_sub(n)}", "long": f"{name} principal direction"} for n, name in ((1, "first"), (2, "second"))]
-    share = values[-2:].sum() / values.sum()
-    words = f"{much} The map shows the principal plane of the codes, with {share:.0%} of their variance; its middle is their mean."
+    names = {1: "first principal direction", 2: "second principal direction"}
+    axes = [{"short": f"u{_sub(n)}", "long": name} for n, name in names.items()]
+    share = _share(values[-2:], values)
+    words = f"{much} The map shows the principal plane of the codes, with {share} of their variance, around their mean."
     return Plane(origin, basis, axes, words, "the mean of all codes")
 
 
+def _share(some: Tensor, every: Tensor) -> str:
+    total = every.sum()
+    return f"{some.sum() / total:.0%}" if total > 0 else "none"
+
+
 def _along(latent_dim: int, first: int, second: int, words: str) -> Plane:
-    basis = torch.zeros(latent_dim, 2, dtype=torch.float64)
+    """A plane of two of the dimensions, whose names take the place of ``{}`` in its words."""
+    origin, basis = torch.zeros(latent_dim, dtype=torch.float64), torch.zeros(latent_dim, 2, dtype=torch.float64)
     basis[first, 0] = basis[second, 1] = 1.0
     names = [f"z{_sub(first + 1)}", f"z{_sub(second + 1)}"]
     axes = [{"short": name, "long": name} for name in names]
-    return Plane(torch.zeros(latent_dim, dtype=torch.float64), basis, axes, words.replace("{}", " and ".join(names)), "0")
+    return Plane(origin, basis, axes, words.replace("{}", " and ".join(names)), "0")
 
 
 def _sub(number: int) -> str:
@@ -110,10 +117,9 @@ def _sub(number: int) -> str:
 
 
 def _check_dimensions(plane: Sequence[int], latent_dim: int) -> tuple[int, int]:
-    dimensions = list(plane)
-    whole = all(hasattr(d, "__index__") and not isinstance(d, bool) for d in dimensions)
-    if len(dimensions) != 2 or not whole or len(set(dimensions)) != 2 or not all(0 <= d < latent_dim for d in dimensions):
+    found = [d for d in plane if hasattr(d, "__index__") and not isinstance(d, bool) and 0 <= d < latent_dim]
+    if len(plane) != 2 or len(set(found)) != 2:
         raise ArgumentError(
-            f"plane must be 'active', 'principal' or two different dimensions from 0 to {latent_dim - 1}, got {plane!r}."
+            f"plane must be 'active', 'principal' or two of the dimensions 0 to {latent_dim - 1}; got {plane!r}."
         )
-    return int(dimensions[0]), int(dimensions[1])
+    return int(found[0]), int(found[1])

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ProgramError
-from pvae.evidence import log_evidence, log_weights
+from pvae.evidence import KHAT_LIMIT, log_evidence, log_weights, weighted_draws
 from pvae.explorer.packing import pack, pack_coarsely, pack_depths
 from pvae.explorer.planes import Plane, spread
-from pvae.runtime import isolate
 
 __all__ = ["weigh"]
 
 _LATER = 60  # points of the longer run's curve
 
 
-def weigh(vae: Any, x: Tensor, plane: Plane, *, num_samples: int, num_prior_samples: int, seed: int, device: Any) -> Any:
+def weigh(
+    vae: Any, x: Tensor, plane: Plane, *, num_samples: int, num_prior_samples: int, seed: int, device: Any
+) -> Any:
     """Parts of the page's contents: ``"guide"``, ``"prior"``, ``"later"`` and ``"reference"``.
 
     Args:
@@ -34,10 +35,8 @@ def weigh(vae: Any, x: Tensor, plane: Plane, *, num_samples: int, num_prior_samp
     found = {}
     options: dict[str, Any] = {"seed": seed, "device": device}
     for name in ("guide", "prior"):
-        z, weights = _draw(vae, x, name, num_samples, seed)
-        found[name] = _pack_draws(name, plane, z, weights)
-        khat = log_evidence(vae.model, vae.guide, x, num_samples=num_samples, proposal=name, **options).khat
-        found[name]["khat"] = [_show_khat(k) for k in khat.tolist()]
+        z, weights, khat = _draw(vae, x, name, num_samples, options)
+        found[name] = {**_pack_draws(plane, z, weights), "khat": [_show_khat(k) for k in khat.tolist()]}
         if name == "prior":
             found["later"] = _go_on(vae, x, weights, num_prior_samples - num_samples, {**options, "seed": seed + 1})
     estimate = log_evidence(vae.model, vae.guide, x, **{**options, "seed": seed + 2})
@@ -48,7 +47,7 @@ def weigh(vae: Any, x: Tensor, plane: Plane, *, num_samples: int, num_prior_samp
     return found
 
 
-def _pack_draws(name: str, plane: Plane, z: Tensor, weights: Tensor) -> dict[str, Any]:
+def _pack_draws(plane: Plane, z: Tensor, weights: Tensor) -> dict[str, Any]:
     """Draws ``(N, K, D)``, or ``(1, K, D)`` where data share them, with their log-weights ``(K, N)``."""
     points = plane.project(z)
     if plane.has_heights:
@@ -56,10 +55,10 @@ def _pack_draws(name: str, plane: Plane, z: Tensor, weights: Tensor) -> dict[str
     low, high = points.amin(1, keepdim=True), points.amax(1, keepdim=True)
     top = weights.amax(0)
     top = torch.where(top.isfinite(), top, 0.0)
-    depth = (top - weights)
+    depth = top - weights
     deepest = max(depth[depth.isfinite()].max().item() if depth.isfinite().any() else 0.0, 1.0)
     return {
-        "points": pack_coarsely(points, low, high, "u8" if name == "guide" else "u16"),
+        "points": pack_coarsely(points, low, high, "u8" if len(z) > 1 else "u16"),
         "low": pack(low[:, 0]),
         "high": pack(high[:, 0]),
         "depths": pack_depths(weights.T, top[:, None], deepest),
@@ -87,17 +86,17 @@ def _number(value: float) -> float | None:
 def _show_khat(khat: float) -> str:
     if math.isnan(khat):
         return "too few draws"
-    text = f"{khat:.2f}" if math.isfinite(khat) else "∞" if khat > 0 else "−∞"
-    return f"{text.replace('-', '−')}, {'good' if khat <= 0.7 else 'too heavy'}"
+    text = f"{khat:.2f}" if math.isfinite(khat) else "∞" if khat > 0 else "-∞"
+    return f"{text}, {'good' if khat <= KHAT_LIMIT else 'too heavy'}"
 
 
-def _draw(vae: Any, x: Tensor, name: str, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    with isolate([vae], seed=seed):
-        qz, pz = vae.encode(x), vae.prior()
-        if name == "prior":
-            z = pz.sample((num_samples,))[:, None]
-            weights = torch.stack([vae.decode(z[:, 0]).log_prob(row) for row in x], 1)
-            return z.transpose(0, 1).double().cpu(), weights.double().cpu()
-        z = qz.sample((num_samples,))
-        weights = pz.log_prob(z) + vae.decode(z).log_prob(x) - qz.log_prob(z)
-        return z.transpose(0, 1).double().cpu(), weights.double().cpu()
+def _draw(vae: Any, x: Tensor, name: str, num_samples: int, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws ``(N, K, D)``, or ``(1, K, D)`` where data share them; their log-weights ``(K, N)``; k-hats ``(N,)``."""
+    drawn = weighted_draws(vae.model, vae.guide, x, num_samples=num_samples, proposal=name, **options)
+    if len(drawn.latents) != 1 or (z := next(iter(drawn.latents.values())).double()).dim() != 3:
+        shapes = {site: tuple(value.shape[2:]) for site, value in drawn.latents.items()}
+        raise ProgramError(f"the explorer shows one latent vector for each datum, got latents of shapes {shapes}.")
+    if drawn.num_data != len(x):
+        raise ProgramError("the explorer shows a latent for each datum, and all data of this pair have one together.")
+    z = z[:, :1] if torch.equal(z, z[:, :1].expand_as(z)) else z
+    return z.transpose(0, 1), drawn.log_weights, drawn.khat

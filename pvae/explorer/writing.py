@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.data import Array, as_tensors
+from pvae.data import Array, as_tensors, check_shape
 from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
 from pvae.explorer.decoders import describe_decoder
 from pvae.explorer.packing import pack, pack_coarsely, to_json
@@ -92,23 +92,29 @@ def write_explorer(
     num_samples = positive_int("num_samples", num_samples)
     num_prior_samples = positive_int("num_prior_samples", num_prior_samples)
     seed = resolve_seed(seed)
-    tensors = as_tensors("x", x)
-    if len(tensors) > 1:
-        raise DataError(f"x must be one array, got {len(tensors)}.")
-    names = _check_labels(labels, len(tensors[0]))
-    rows = _choose_rows(len(tensors[0]), positive_int("num_data", num_data), seed)
-    chosen = tensors[0][rows]
-    contents, codes, map_plane = _look(vae, chosen, image_shape, plane, seed)
+    data, *others = as_tensors("x", x)
+    if others:
+        raise DataError(f"x must be one array, got {1 + len(others)}. Labels are an argument of their own.")
+    if hasattr(vae, "event_shape"):
+        check_shape("x", data, tuple(vae.event_shape))
+    names = _check_labels(labels, len(data))
+    rows = _choose_rows(len(data), positive_int("num_data", num_data), seed)
+    chosen = data[rows]
+    contents = _show(chosen, image_shape)
+    looked, map_plane = _look(vae, chosen, plane, seed)
     weights = weigh(
         vae, chosen, map_plane, num_samples=num_samples, num_prior_samples=num_prior_samples, seed=seed, device=device
     )
-    contents |= weights | {
-        "indices": rows.tolist(),
-        "labels": None if names is None else [names[row] for row in rows.tolist()],
-        "numSamples": num_samples,
-        "view": _find_view(codes, map_plane, weights["prior"]),
-        "about": _describe(vae, len(rows), len(tensors[0]), num_samples, seed),
-    }
+    contents |= (
+        looked
+        | weights
+        | {
+            "indices": rows.tolist(),
+            "labels": None if names is None else [names[row] for row in rows.tolist()],
+            "numSamples": num_samples,
+            "about": _describe(len(rows), len(data), num_samples, seed),
+        }
+    )
     write_file(target, _fill(title, contents).encode())
     return target
 
@@ -118,7 +124,9 @@ def _check_path(path: Any) -> Path:
         raise ArgumentError(f"path must be that of the file to write, such as 'explorer.html'; got {path!r}.")
     target = Path(path).expanduser().absolute()
     if target.is_dir():
-        raise ArgumentError(f"path={str(path)!r} is a folder. Pass the file in it, such as {str(target / 'explorer.html')!r}.")
+        raise ArgumentError(
+            f"path={str(path)!r} is a folder. Pass the file in it, such as {str(target / 'explorer.html')!r}."
+        )
     if not target.parent.is_dir():
         raise ArgumentError(f"path={str(path)!r}: there is no folder {str(target.parent)!r}. Make it first.")
     check_writable(target.parent)
@@ -148,21 +156,23 @@ def _choose_rows(total: int, num_data: int, seed: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:num_data].sort().values
 
 
-def _look(
-    vae: Any, x: Tensor, image_shape: Sequence[int] | None, plane: str | Sequence[int], seed: int
-) -> tuple[dict[str, Any], Tensor, Plane]:
-    """What of the page comes from encoder and decoder; the codes, and the plane."""
+def _look(vae: Any, x: Tensor, plane: str | Sequence[int], seed: int) -> tuple[dict[str, Any], Plane]:
+    """What of the page comes from the pair's parts, and the plane."""
     missing = [name for name in ("model", "guide", "prior", "encode", "decode", "decoder") if not hasattr(vae, name)]
     if missing:
-        raise ProgramError(f"the explorer needs a pair with {', '.join(missing)}, which {type(vae).__name__} has not. Pass a pvae.VAE.")
+        raise ProgramError(
+            f"the explorer needs a pair with {', '.join(missing)}, which {type(vae).__name__} has not. Pass a pvae.VAE."
+        )
     with isolate([vae], seed=seed, device=_device_of(vae)):
         codes = _encode(vae, x)
         z = vae.prior().sample((_EXAMPLES,))
         means = vae.decode(z).mean.flatten(1)
         decoder = describe_decoder(vae.decoder, z[:1])
+        drawn = vae.prior().sample((1000,)).double().cpu()
     chosen = choose_plane(codes, plane)
-    low, high = x.double().min(), x.double().max()
-    high = high if high > low else low + 1
+    places, drawn = chosen.project(codes), chosen.project(drawn)
+    if chosen.has_heights:
+        places[:, 1] = spread(len(codes))
     contents = {
         "decoder": decoder,
         "examples": {"z": pack(z), "means": pack(means)},
@@ -172,12 +182,22 @@ def _look(
         "axes": chosen.axes,
         "plane": chosen.words,
         "held": chosen.held,
-        "heights": spread(len(codes)).tolist() if chosen.has_heights else None,
+        "heights": places[:, 1].tolist() if chosen.has_heights else None,
+        "view": _find_view(places, drawn),
+    }
+    return contents, chosen
+
+
+def _show(x: Tensor, image_shape: Sequence[int] | None) -> dict[str, Any]:
+    """What of the page are data as they are shown."""
+    x = x.double()
+    low, high = x.min(), x.max()
+    high = torch.where(high > low, high, low + 1)
+    return {
         "picture": _find_picture(tuple(x.shape[1:]), image_shape),
         "range": [low.item(), high.item()],
-        "data": pack_coarsely(x.double().flatten(1), low, high, "u8"),
+        "data": pack_coarsely(x.flatten(1), low, high, "u8"),
     }
-    return contents, codes, chosen
 
 
 def _encode(vae: Any, x: Tensor) -> Tensor:
@@ -196,7 +216,9 @@ def _encode(vae: Any, x: Tensor) -> Tensor:
         )
     codes = qz.mean
     if codes.dim() != 2 or len(codes) != len(x):
-        raise ProgramError(f"the explorer shows one latent vector for each datum, got codes of shape {tuple(codes.shape)}.")
+        raise ProgramError(
+            f"the explorer shows one latent vector for each datum, got codes of shape {tuple(codes.shape)}."
+        )
     return codes.double().cpu()
 
 
@@ -209,7 +231,9 @@ def _find_picture(event_shape: tuple[int, ...], image_shape: Sequence[int] | Non
     shape = event_shape if image_shape is None else tuple(image_shape)
     entries = int(np.prod(event_shape))
     if image_shape is not None and int(np.prod(shape)) != entries:
-        raise ArgumentError(f"image_shape={shape} has {int(np.prod(shape))} entries, and a datum {event_shape} has {entries}.")
+        raise ArgumentError(
+            f"image_shape={shape} has {int(np.prod(shape))} entries, and a datum {event_shape} has {entries}."
+        )
     if len(shape) == 2:
         return {"height": shape[0], "width": shape[1], "channels": 1, "lastChannel": False}
     if len(shape) == 3 and shape[0] in (1, 3):
@@ -224,33 +248,28 @@ def _find_picture(event_shape: tuple[int, ...], image_shape: Sequence[int] | Non
         )
     if entries > _MAX_BARS:
         raise DataError(
-            f"a datum of {entries} numbers cannot be shown as bars, of which there may be {_MAX_BARS}. If it is an image, "
-            "pass image_shape=(height, width)."
+            f"a datum of {entries} numbers cannot be shown as bars, of which there may be {_MAX_BARS}. If it is an "
+            "image, pass image_shape=(height, width)."
         )
     return None
 
 
-def _find_view(codes: Tensor, plane: Plane, prior: dict[str, Any]) -> dict[str, list[float]]:
-    """A square with all codes and most of what is drawn from the prior."""
-    points = plane.project(codes)
-    if plane.has_heights:
-        points[:, 1] = spread(len(points))
-    low = np.frombuffer(base64.b64decode(prior["low"]["base64"]), "<f4").astype(float)
-    high = np.frombuffer(base64.b64decode(prior["high"]["base64"]), "<f4").astype(float)
-    least = np.minimum(points.amin(0).numpy(), low)
-    most = np.maximum(points.amax(0).numpy(), high)
-    half = 0.54 * (most - least).max()
-    middle = (least + most) / 2
+def _find_view(points: Tensor, drawn: Tensor) -> dict[str, list[float]]:
+    """A square with all codes, and 99% of what is drawn from the prior."""
+    ends = torch.tensor([0.005, 0.995], dtype=drawn.dtype)
+    around = torch.cat([points, drawn.quantile(ends, 0)])
+    least, most = around.amin(0), around.amax(0)
+    middle, half = (least + most) / 2, 0.54 * (most - least).max()
     return {"low": (middle - half).tolist(), "high": (middle + half).tolist()}
 
 
-def _describe(vae: Any, shown: int, total: int, num_samples: int, seed: int) -> str:
+def _describe(shown: int, total: int, num_samples: int, seed: int) -> str:
     """What the page says of itself."""
     which = f"all {total}" if shown == total else f"{shown} of {total:,}, chosen at random"
     return (
-        f"Data: {which}. Pixels are rounded to 1/255 of their range and log-weights to 0.0001 nats where they count; the "
-        f"decoder\u2019s weights are not rounded. {num_samples} draws for each datum, seed {seed}, k-hat of all of them. "
-        "Written by pvae.explorer.write_explorer; the page loads nothing."
+        f"Data: {which}. They are rounded to 1/255 of their range, and log-weights to 0.0001 nats if they count; "
+        f"the decoder's weights are not. {num_samples} draws for each datum and proposal, seed {seed}; k-hat is of "
+        "all of them. Written by pvae.explorer.write_explorer; the page loads nothing."
     )
 
 
