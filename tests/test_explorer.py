@@ -57,6 +57,11 @@ def unpacked(packed):
     return np.frombuffer(base64.b64decode(packed["base64"]), kinds[packed["type"]]).reshape(packed["shape"])
 
 
+def drawn(vae, x, proposal):
+    """The draws that the page shows."""
+    return pvae.evidence.weighted_draws(vae.model, vae.guide, x, num_samples=60, proposal=proposal)
+
+
 # --- the decoder in JavaScript ----------------------------------------------------------------------------------------
 
 
@@ -205,17 +210,16 @@ def test_weights_and_draws_are_those_of_the_evidence(page, vae, digits):
         packed = contents[name]
         depths = np.expm1(unpacked(packed["depths"]) * math.log1p(packed["deepest"]) / 65534)
         weights = torch.tensor(np.array(packed["top"])[:, None] - depths)  # (N, K)
-        ours = pvae.log_evidence(vae.model, vae.guide, x, num_samples=60, proposal=name)
+        ours = drawn(vae, x, name)
         torch.testing.assert_close(weights.logsumexp(1) - math.log(60), ours.log_px, rtol=0, atol=1e-3)
         # The same draws: weights at the points that the page has, by the pair's own densities.
-        shared = len(unpacked(packed["points"])) == 1
-        assert shared == (name == "prior")
-        steps = 65535 if shared else 255
+        steps = 255 if name == "guide" else 65535
         low, high = (unpacked(packed[end])[:, None] for end in ("low", "high"))
         z = torch.tensor(low + unpacked(packed["points"]) / steps * (high - low)).float()
         with isolate([vae], seed=0):
-            z = (z.expand(12, -1, -1) if shared else z).transpose(0, 1)
-            again = vae.decode(z).log_prob(x) + (0 if shared else vae.prior().log_prob(z) - vae.encode(x).log_prob(z))
+            z = z.transpose(0, 1)
+            log_ratio = vae.prior().log_prob(z) - vae.encode(x).log_prob(z) if name == "guide" else 0
+            again = vae.decode(z).log_prob(x) + log_ratio
         assert (again.T - weights).abs().max() < 0.5  # of places rounded to 1/255 of their spread
         assert (again.T - weights).abs().median() < 0.02
     reference = pvae.log_evidence(vae.model, vae.guide, x, seed=2)
@@ -230,7 +234,7 @@ def test_the_longer_run_goes_on_from_the_draws_that_are_shown(page, vae, digits)
     assert later["draws"][0] == 61
     assert later["draws"][-1] == 300
     more = pvae.log_weights(vae.model, vae.guide, digits.test_x[:12], num_samples=240, proposal="prior", seed=1)
-    first = pvae.log_evidence(vae.model, vae.guide, digits.test_x[:12], num_samples=60, proposal="prior").log_px
+    first = drawn(vae, digits.test_x[:12], "prior").log_px
     expected = torch.logaddexp(more.logsumexp(0), first + math.log(60)) - math.log(300)
     assert unpacked(later["estimates"])[:, -1] == pytest.approx(expected.numpy(), abs=1e-3)
 
@@ -347,7 +351,10 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_written(vae, tmp_path, 
     [
         (lambda: pvae.Autoencoder.mlp((8, 8), 2, [4]), "pvae.VAE"),
         (lambda: pvae.ConditionalVAE.mlp((8, 8), 2, [4], num_classes=3), "pvae.VAE"),
-        (lambda: pvae.HierarchicalVAE.mlp((8, 8), [2, 2], [4]), "pvae.VAE"),
+        (
+            lambda: pvae.HierarchicalVAE.mlp((8, 8), (2, 2), ((4,), (4,))),
+            r"one latent vector for each datum.*'z2': \(2,\)",
+        ),
         (lambda: pvae.MaskedVAE.mlp((8, 8), 2, [4]), "pvae.VAE"),
         (lambda: nn.Linear(2, 2), "needs a pair with model, guide"),
     ],
@@ -442,7 +449,7 @@ def test_a_click_shows_how_the_datum_is_weighed(opened, vae, digits):
     )
     assert opened.run("document.querySelectorAll('#chart path').length") == 3
     for name in ("guide", "prior"):
-        ours = pvae.log_evidence(vae.model, vae.guide, digits.test_x[:12], num_samples=60, proposal=name)
+        ours = drawn(vae, digits.test_x[:12], name)
         cells = opened.run(f"Array.from(document.querySelectorAll('tr.{name} td'), (cell) => cell.textContent)")
         assert float(cells[0].replace("\u2212", "-")) == pytest.approx(ours.log_px[5].item(), abs=0.051)
         assert float(cells[1].split()[0]) == pytest.approx(ours.ess[5].item(), abs=0.51)
@@ -571,9 +578,9 @@ def test_the_page_works_in_a_frame(browser, page, tmp_path):
 
 @pytest.mark.parametrize("latent_dim, event_shape", [(1, (5,)), (5, (3, 4, 4))])
 def test_other_pairs_have_pages_that_run(browser, latent_dim, event_shape, tmp_path):
-    """One latent and bars; many latents, colours, words as labels, and draws that cannot explain anything."""
+    """One latent and bars; many latents, colours, and words as labels."""
     vae = pvae.VAE.mlp(event_shape, latent_dim, [4], "gaussian")
-    x = torch.randn(10, *event_shape) + 3 * torch.arange(10.0).reshape(10, *[1] * len(event_shape))
+    x = torch.randn(10, *event_shape)
     labels = ["first kind", "second kind"] * 5 if latent_dim > 1 else None
     path = write_explorer(vae, x, labels, tmp_path / "a.html", **SMALL)
     browser.faults.clear()

@@ -61,11 +61,10 @@ const Explorer = (() => {
         estimates[k] = sum - Math.log(k + 1);
         effective[k] = sum === -Infinity ? 0 : Math.exp(2 * sum - squares);
       }
-      // Data may share their draws, as those of the prior.
-      const row = packed.points.shape[0] === 1 ? 0 : n, steps = 2 ** (8 * packed.points.data.BYTES_PER_ELEMENT) - 1;
+      const steps = 2 ** (8 * packed.points.data.BYTES_PER_ELEMENT) - 1;
       const points = Array.from({length: K}, (_, k) => [0, 1].map((a) => {
-        const low = packed.low.data[2 * row + a], high = packed.high.data[2 * row + a];
-        return low + packed.points.data[2 * (row * K + k) + a] / steps * (high - low);
+        const low = packed.low.data[2 * n + a], high = packed.high.data[2 * n + a];
+        return low + packed.points.data[2 * (n * K + k) + a] / steps * (high - low);
       }));
       result[name] = {logWeights, estimates, effective, points, khat: packed.khat[n]};
     }

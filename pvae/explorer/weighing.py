@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae import evidence
 from pvae.errors import ProgramError
-from pvae.evidence import KHAT_LIMIT, log_evidence, log_weights, weighted_draws
 from pvae.explorer.packing import pack, pack_coarsely, pack_depths
 from pvae.explorer.planes import Plane, spread
 
@@ -36,10 +36,12 @@ def weigh(
     options: dict[str, Any] = {"seed": seed, "device": device}
     for name in ("guide", "prior"):
         z, weights, khat = _draw(vae, x, name, num_samples, options)
-        found[name] = {**_pack_draws(plane, z, weights), "khat": [_show_khat(k) for k in khat.tolist()]}
+        # The prior's are spread over the whole map, where steps of 1/255 would be seen.
+        packed = _pack_draws(plane, z, weights, "u8" if name == "guide" else "u16")
+        found[name] = {**packed, "khat": [_show_khat(k) for k in khat.tolist()]}
         if name == "prior":
             found["later"] = _go_on(vae, x, weights, num_prior_samples - num_samples, {**options, "seed": seed + 1})
-    estimate = log_evidence(vae.model, vae.guide, x, **{**options, "seed": seed + 2})
+    estimate = evidence.log_evidence(vae.model, vae.guide, x, **{**options, "seed": seed + 2})
     low, high = estimate.interval()
     numbers = {"value": estimate.corrected, "low": low, "high": high}
     found["reference"] = {key: [_number(v) for v in value.tolist()] for key, value in numbers.items()}
@@ -47,8 +49,8 @@ def weigh(
     return found
 
 
-def _pack_draws(plane: Plane, z: Tensor, weights: Tensor) -> dict[str, Any]:
-    """Draws ``(N, K, D)``, or ``(1, K, D)`` where data share them, with their log-weights ``(K, N)``."""
+def _pack_draws(plane: Plane, z: Tensor, weights: Tensor, kind: str) -> dict[str, Any]:
+    """Draws ``(N, K, D)`` with their log-weights ``(K, N)``."""
     points = plane.project(z)
     if plane.has_heights:
         points[..., 1] = spread(points.shape[1])
@@ -58,7 +60,7 @@ def _pack_draws(plane: Plane, z: Tensor, weights: Tensor) -> dict[str, Any]:
     depth = top - weights
     deepest = max(depth[depth.isfinite()].max().item() if depth.isfinite().any() else 0.0, 1.0)
     return {
-        "points": pack_coarsely(points, low, high, "u8" if len(z) > 1 else "u16"),
+        "points": pack_coarsely(points, low, high, kind),
         "low": pack(low[:, 0]),
         "high": pack(high[:, 0]),
         "depths": pack_depths(weights.T, top[:, None], deepest),
@@ -71,7 +73,7 @@ def _go_on(vae: Any, x: Tensor, first: Tensor, count: int, options: dict[str, An
     """The prior's estimates from the first draws and ever more of later ones."""
     if count < 1:
         return None
-    later = log_weights(vae.model, vae.guide, x, num_samples=count, proposal="prior", **options)
+    later = evidence.log_weights(vae.model, vae.guide, x, num_samples=count, proposal="prior", **options)
     steps = torch.logspace(math.log10(len(first) + 1), math.log10(len(first) + count), _LATER, dtype=torch.float64)
     draws = sorted({int(step) for step in steps.round().clamp(max=len(first) + count).tolist()})
     sums = torch.logaddexp(later.logcumsumexp(0), first.logsumexp(0))[[k - len(first) - 1 for k in draws]]
@@ -87,16 +89,15 @@ def _show_khat(khat: float) -> str:
     if math.isnan(khat):
         return "too few draws"
     text = f"{khat:.2f}" if math.isfinite(khat) else "∞" if khat > 0 else "-∞"
-    return f"{text}, {'good' if khat <= KHAT_LIMIT else 'too heavy'}"
+    return f"{text}, {'good' if khat <= evidence.KHAT_LIMIT else 'too heavy'}"
 
 
 def _draw(vae: Any, x: Tensor, name: str, num_samples: int, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws ``(N, K, D)``, or ``(1, K, D)`` where data share them; their log-weights ``(K, N)``; k-hats ``(N,)``."""
-    drawn = weighted_draws(vae.model, vae.guide, x, num_samples=num_samples, proposal=name, **options)
+    """Draws ``(N, K, D)``, their log-weights ``(K, N)``, and k-hats ``(N,)``."""
+    drawn = evidence.weighted_draws(vae.model, vae.guide, x, num_samples=num_samples, proposal=name, **options)
     if len(drawn.latents) != 1 or (z := next(iter(drawn.latents.values())).double()).dim() != 3:
         shapes = {site: tuple(value.shape[2:]) for site, value in drawn.latents.items()}
         raise ProgramError(f"the explorer shows one latent vector for each datum, got latents of shapes {shapes}.")
     if drawn.num_data != len(x):
         raise ProgramError("the explorer shows a latent for each datum, and all data of this pair have one together.")
-    z = z[:, :1] if torch.equal(z, z[:, :1].expand_as(z)) else z
     return z.transpose(0, 1), drawn.log_weights, drawn.khat

@@ -66,7 +66,7 @@ def write_explorer(
         labels: One for each datum, of any kind that makes a short string; they are what marks on the map show.
         path: The file to write; one that is there is replaced. Its folder must exist.
         num_data: The most data on the map; of more, so many are chosen at random.
-        num_samples: Draws of each proposal that are shown for each datum; each takes about 7 bytes a datum.
+        num_samples: Draws of each proposal that are shown for each datum; each takes about 13 bytes a datum.
         num_prior_samples: Up to how many draws the prior's curve goes on.
         plane: What the map shows of more than two latent dimensions. ``"active"``: the two in which codes vary most.
             ``"principal"``: the plane in which they vary most. Or two dimensions, from 0. Other directions are held at
