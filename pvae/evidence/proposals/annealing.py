@@ -106,55 +106,36 @@ def ladder(temperatures: int, width: float = _GAUSSIAN_WIDTH) -> Tensor:
 class Chains(Sampler):
     """Annealing chains for the data of one batch; v are the coordinates that they move in.
 
-    To choose how many temperatures the data need, begin with pilots over few, and go on over as many as they ask for::
-
-        chains = Chains(pair, batch, start, ladder(20), leapfrog_steps=2)
-        chains.tune(pilots=8, target=0.65)
-        variance = chains.expected_variance(temperatures)  # of log w, for each datum
-        log_w = chains.over(ladder(temperatures)).log_weights(16)
-
     Attributes:
         start: The density at b = 0; the prior if none.
         betas: Shape ``(T + 1,)``.
         leapfrog_steps: For each temperature.
         step_sizes: Frozen, for the temperatures ``b_1`` to ``b_(T-1)``, shape ``(T - 1, N)``.
-        pilot_log_weights: Those of the pilot chains, which `tune` ran, ``(pilots, N)``.
     """
 
     start: Elliptical | None
     betas: Tensor
     leapfrog_steps: int
     step_sizes: Tensor = field(init=False)
-    pilot_log_weights: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.step_sizes = self.pilot_log_weights = torch.zeros(0)
+        self.step_sizes = torch.zeros(0)
         self._accepted: list[Tensor] = []
         self._ends: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def tune(self, pilots: int, target: float) -> None:
-        """Finds step sizes with pilot chains, whose weights count for nothing but `expected_variance`."""
+        """Finds step sizes with pilot chains, which count for nothing else."""
         state = self._begin(pilots)
         _, num_data, dim = state.v.shape
         size = torch.full((num_data,), 0.5 / dim**0.25, dtype=torch.float64, device=state.v.device)
-        total, sizes = self._gain(state, 1), []
+        sizes = []
         for index, beta in enumerate(self.betas[1:-1].tolist()):
             # The first size is a guess, and is given some tries: great steps at first, then small ones.
             for rate in [2.0] * (_TRIES // 2) + [1.0] * (_TRIES // 2) if index == 0 else [1.0]:
                 state, accepted = self._move(state, beta, size)
                 size = size * torch.exp(rate * (accepted.mean(0) - target))
             sizes.append(size)
-            total = total + self._gain(state, index + 2)
         self.step_sizes = torch.stack(sizes) if sizes else size.new_zeros(0, num_data)
-        self.pilot_log_weights = total
-
-    def expected_variance(self, temperatures: int) -> Tensor:
-        """About the variance of log w over so many temperatures, by that of the pilots' and ``1 / T``; shape ``(N,)``.
-
-        Over few temperatures chains lag behind the path, and it falls more slowly. Of 8 pilots the number is good
-        within a factor of two.
-        """
-        return self.pilot_log_weights.var(0) * (len(self.betas) - 1) / temperatures
 
     def over(self, betas: Tensor) -> Chains:
         """The chains over other temperatures, ``(T + 1,)``, with step sizes in between those that were tuned."""
@@ -167,7 +148,6 @@ class Chains(Sampler):
             logs = self.step_sizes.log()
             share = share.clamp(0, 1).to(logs)[:, None]
             other.step_sizes = (logs[below] + share * (logs[above] - logs[below])).exp()
-        other.pilot_log_weights = self.pilot_log_weights
         return other
 
     def log_weights(self, num_samples: int) -> Tensor:
