@@ -5,10 +5,13 @@ Every error names the argument, file or site, what was expected, what came, and 
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 import sys
 import warnings
 from collections.abc import Iterable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ __all__ = [
     "folder_path",
     "one_of",
     "positive_int",
+    "real_number",
     "warn",
     "yes_no_or_auto",
 ]
@@ -109,6 +113,36 @@ def positive_int(name: str, value: object) -> int:
     if not integral or value.__index__() < 1:  # type: ignore[attr-defined]
         raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}.")
     return value.__index__()  # type: ignore[attr-defined]
+
+
+def real_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> float:
+    """Returns ``value`` as a float within these bounds, or raises `ArgumentError` naming the argument ``name``.
+
+    Neither nan, nor infinities, nor truth values are numbers here.
+    """
+    bounds = (
+        ("above", above, operator.gt),
+        ("at least", least, operator.ge),
+        ("below", below, operator.lt),
+        ("at most", most, operator.le),
+    )
+    asked = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number) and all(holds(number, bound) for _, bound, holds in asked):
+            return number
+    phrase = " and ".join(f"{words} {bound:g}" for words, bound, _ in asked)
+    of = "of " if phrase.startswith("at") else ""
+    what = "a positive number" if phrase == "above 0" else f"a number {of}{phrase}".rstrip()
+    raise ArgumentError(f"{name} must be {what}, got {value!r}.")
 
 
 def one_of(name: str, value: str, choices: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from pvae import distributions
-from pvae.errors import ArgumentError, ProgramError, positive_int
+from pvae.errors import ArgumentError, ProgramError, positive_int, real_number
 from pvae.networks import Log1p, Units, soft_clip
 
 __all__ = [
@@ -202,9 +202,7 @@ class StudentT(_LocationScale):
         units: Units | None = None,
     ) -> None:
         super().__init__(network, scale=scale, event_shape=event_shape, units=units)
-        if not _is_positive(df):
-            raise ArgumentError(f"df must be a positive number, got {df!r}.")
-        self.df = df
+        self.df = real_number("df", df, above=0)
 
     def _around(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         return distributions.StudentT(loc.new_tensor(self.df), loc, scale)
@@ -340,15 +338,13 @@ NAMED = {
 }
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
 def _check_size(name: str, value: Size) -> Size:
     """A scale or another positive parameter, as it was given, or `ArgumentError`."""
-    if not _is_positive(value) and value not in ("learned", "network"):
+    if value in ("learned", "network"):
+        return value
+    if isinstance(value, str):
         raise ArgumentError(f"{name} must be a positive number, 'learned' or 'network'; got {value!r}.")
-    return value
+    return real_number(name, value, above=0)
 
 
 def _per_datum(output: Tensor, z: Tensor, parts: int, event_shape: tuple[int, ...] | None) -> tuple[Tensor, ...]:

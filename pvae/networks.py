@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvae.errors import ArgumentError, positive_int
+from pvae.errors import ArgumentError, positive_int, real_number
 
 __all__ = [
     "Batched",
@@ -107,8 +107,7 @@ class GaussianNoise(nn.Module):
 
     def __init__(self, scale: float) -> None:
         super().__init__()
-        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < math.inf:
-            raise ArgumentError(f"scale must be a positive number, got {scale!r}.")
+        real_number("scale", scale, above=0)
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pvae import networks
 from pvae.composite import concatenate, observe, one_hot, run_part
 from pvae.conditional import ConditionalVAE
 from pvae.data import Array
-from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
+from pvae.errors import ArgumentError, DataError, ProgramError, positive_int, real_number
 from pvae.parts import make_decoder, make_encoder, make_prior, make_shape
 
 __all__ = ["SemiSupervisedVAE"]
@@ -164,9 +164,7 @@ class SemiSupervisedVAE(ConditionalVAE):
         Returns:
             A callable ``(model, guide, x, y)``, which gives the loss in nats, summed over the batch.
         """
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 <= alpha < math.inf:
-            raise ArgumentError(f"alpha must be a number of at least 0, got {alpha!r}.")
-        return partial(self._loss, float(alpha))
+        return partial(self._loss, real_number("alpha", alpha, least=0))
 
     def predict(self, x: Array) -> Tensor:
         """Returns q(y|x), the classes' probabilities, shape ``(N, C)``, for ``x`` of shape ``(N, *event)``."""

@@ -12,7 +12,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pvae.errors import ArgumentError, positive_int
+from pvae.errors import positive_int, real_number
 
 __all__ = ["LinearGaussian", "TwoModes", "linear_gaussian", "two_modes"]
 
@@ -107,8 +107,7 @@ def linear_gaussian(
     """
     latent_dim, event_dim = positive_int("latent_dim", latent_dim), positive_int("event_dim", event_dim)
     for name, value in (("noise", noise), ("guide_scale", guide_scale)):
-        if not value > 0:
-            raise ArgumentError(f"{name} must be positive, got {value!r}.")
+        real_number(name, value, above=0)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(event_dim, latent_dim, generator=generator, dtype=torch.float64) / latent_dim**0.5
     bias = torch.randn(event_dim, generator=generator, dtype=torch.float64)

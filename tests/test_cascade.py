@@ -256,7 +256,7 @@ def test_an_interrupt_in_any_stage_leaves_all_as_it_was(stage, monkeypatch):
     "options, match",
     [
         ({"budget_seconds": 3, "proposal": "guide"}, "budget_seconds needs proposal='auto'"),
-        ({"budget_seconds": 0}, "budget_seconds must be a positive number of seconds, got 0"),
+        ({"budget_seconds": 0}, "budget_seconds must be a positive number, got 0"),
         ({"max_samples": 10}, "max_samples must be at least num_samples, 1000, got 10"),
         ({"target_std_error": -1}, "target_std_error must be a positive number"),
     ],

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
 import tempfile
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -15,6 +19,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
+from pvae.errors import real_number
 
 
 def reads_a_number(x):
@@ -105,3 +110,22 @@ def test_a_second_caller_is_warned_too():
         for call in (first, first, second, second):
             call()
     assert len(caught) == 2  # once for each line, as Python's filter has it
+
+
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        ({}, "a number"),
+        ({"above": 0}, "a positive number"),
+        ({"least": 0}, "a number of at least 0"),
+        ({"above": 0, "below": 1}, "a number above 0 and below 1"),
+        ({"above": 0, "most": 1}, "a number above 0 and at most 1"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_within_its_bounds_is_named(bounds, message):
+    for value in (math.nan, math.inf, True, "0.5", None, torch.ones(2), -1.0 if bounds else -math.inf):
+        with pytest.raises(pvae.ArgumentError, match=f"^rate must be {message}, got {re.escape(repr(value))}.$"):
+            real_number("rate", value, **bounds)
+    for value in (0.5, np.float32(0.5), Fraction(1, 2)):
+        assert real_number("rate", value, **bounds) == 0.5

@@ -157,7 +157,7 @@ def test_every_proposal_can_go_on(proposal):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"target_std_error": 0.0}, "target_std_error must be a positive number of nats, got 0.0"),
+        ({"target_std_error": 0.0}, "target_std_error must be a positive number, got 0.0"),
         ({"target_std_error": math.nan}, "target_std_error"),
         ({"max_samples": 100}, "max_samples needs a target_std_error"),
         ({"target_std_error": 0.1, "max_samples": 10}, "max_samples must be at least num_samples, 1000, got 10"),

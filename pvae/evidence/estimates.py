@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError
+from pvae.errors import ArgumentError, real_number
 from pvae.evidence.intervals import interval, mean_upper, pooled_khat, quantile
 from pvae.evidence.pareto import MIN_SAMPLES_FOR_KHAT
 from pvae.evidence.verdicts import (
@@ -227,7 +227,8 @@ class EvidenceEstimate:
         Returns:
             Lower and upper ends, nats per datum, each of shape ``(N,)``.
         """
-        lower, upper = interval(self.sums, _proper(level), self.diagnostics.get("stage"))
+        level = real_number("level", level, above=0, below=1)
+        lower, upper = interval(self.sums, level, self.diagnostics.get("stage"))
         rounding = self.rounding.masked_fill(self._is_withheld, torch.nan)
         return lower - rounding, upper + rounding
 
@@ -289,10 +290,12 @@ class EvidenceEstimate:
         Returns:
             Lower and upper end, nats per datum.
         """
+        level = real_number("level", level, above=0, below=1)
         # Degrees of freedom of a sum of variances: Satterthwaite, 1946.
         variances = self.std_error.square()
         degrees = variances.sum().square() / (variances.square() / self.sums.degrees_of_freedom).sum()
-        half = quantile(_proper(level), degrees.nan_to_num(torch.inf, posinf=torch.inf)).item() * self.mean_std_error
+        degrees = degrees.nan_to_num(torch.inf, posinf=torch.inf)
+        half = quantile(level, degrees).item() * self.mean_std_error
         half += self.rounding.mean().item()
         if self.mean_withheld:
             return float("nan"), float("nan")
@@ -344,9 +347,3 @@ _COLUMNS = ("log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "sam
 def _both(mine: str, theirs: str) -> str:
     """What two estimates say, in one."""
     return mine if mine == theirs else f"{mine} and {theirs}"
-
-
-def _proper(level: float) -> float:
-    if not 0 < level < 1:
-        raise ArgumentError(f"level must lie between 0 and 1, got {level!r}.")
-    return level

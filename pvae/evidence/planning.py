@@ -14,7 +14,7 @@ import torch
 
 from pvae.capture import worth_compiling
 from pvae.data import Batches
-from pvae.errors import ArgumentError, one_of, positive_int, yes_no_or_auto
+from pvae.errors import ArgumentError, one_of, positive_int, real_number, yes_no_or_auto
 from pvae.evidence import proposals
 from pvae.evidence.densities import Densities
 from pvae.evidence.evaluation import Evaluation
@@ -169,9 +169,7 @@ def _find_deadline(budget_seconds: float | None, cascade: bool) -> float:
         return math.inf
     if not cascade:
         raise ArgumentError("budget_seconds needs proposal='auto'; num_samples says how many draws without it.")
-    if isinstance(budget_seconds, bool) or not budget_seconds > 0:
-        raise ArgumentError(f"budget_seconds must be a positive number of seconds, got {budget_seconds!r}.")
-    return time.monotonic() + budget_seconds
+    return time.monotonic() + real_number("budget_seconds", budget_seconds, above=0)
 
 
 def _most_samples(
@@ -184,8 +182,8 @@ def _most_samples(
         if max_samples is not None:
             raise ArgumentError("max_samples needs a target_std_error; num_samples says how many draws without one.")
         return num_samples
-    if target_std_error is not None and (isinstance(target_std_error, bool) or not target_std_error > 0):
-        raise ArgumentError(f"target_std_error must be a positive number of nats, got {target_std_error!r}.")
+    if target_std_error is not None:
+        real_number("target_std_error", target_std_error, above=0)
     most = _MAX_SAMPLES if target_std_error is not None else 16 * num_samples
     limit = max(num_samples, most) if max_samples is None else positive_int("max_samples", max_samples)
     if limit < num_samples:

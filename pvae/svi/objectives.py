@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pvae.errors import ArgumentError, ProgramError, one_of, positive_int
+from pvae.errors import ArgumentError, ProgramError, one_of, positive_int, real_number
 from pvae.runtime import Program
 from pvae.svi.traces import Particles, num_nested, run_particles
 
@@ -121,8 +120,7 @@ class MeanFieldELBO(Bound):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_number(self.free_bits) or self.free_bits < 0:
-            raise ArgumentError(f"free_bits must be a number of at least 0, in nats; got {self.free_bits!r}.")
+        real_number("free_bits", self.free_bits, least=0)
         one_of("free_bits_per", self.free_bits_per, ("dimension", "site"))
 
     @property
@@ -223,7 +221,7 @@ class Renyi(Bound):
     num_particles: int = 2
 
     def __init__(self, alpha: float = 0.5, num_particles: int = 2, *, vectorize_particles: bool = True) -> None:
-        if not _is_number(alpha) or alpha == 1:
+        if real_number("alpha", alpha) == 1:
             raise ArgumentError(f"alpha must be a number other than 1, where the bound is ELBO(); got {alpha!r}.")
         for name, value in (
             ("alpha", float(alpha)),
@@ -343,10 +341,6 @@ class ScoreFunction(Bound):
             gain = (log_w - log_w.mean(0)) * (self.num_particles / (self.num_particles - 1))
         surrogate = (log_pxz + gain * particles.log_qz_unweighted).mean(0).sum()
         return -particles.scale * _with_gradient(log_w.mean(0).sum(), surrogate)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _log_mean_exp(terms: Tensor) -> Tensor:

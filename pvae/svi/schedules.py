@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Real
-from typing import Any
 
-from pvae.errors import ArgumentError, positive_int
+from pvae.errors import ArgumentError, positive_int, real_number
 
 __all__ = ["cyclical", "linear_warmup"]
 
@@ -26,7 +23,8 @@ def linear_warmup(epochs: int, start: float = 0.0, end: float = 1.0) -> Callable
     Source: Bowman et al., 2016, Generating Sentences from a Continuous Space; Sønderby et al., 2016, Ladder
     Variational Autoencoders.
     """
-    epochs, start, end = positive_int("epochs", epochs), _weight("start", start), _weight("end", end)
+    epochs = positive_int("epochs", epochs)
+    start, end = real_number("start", start, least=0), real_number("end", end, least=0)
 
     def weight(epoch: int) -> float:
         return _between(start, end, epoch / epochs)
@@ -55,26 +53,19 @@ def cyclical(
     Source: Fu et al., 2019, Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing.
     """
     epochs, cycles = positive_int("epochs", epochs), positive_int("cycles", cycles)
-    start, end = _weight("start", start), _weight("end", end)
+    start, end = real_number("start", start, least=0), real_number("end", end, least=0)
     if cycles > epochs:
         raise ArgumentError(f"cycles must be at most epochs, so that each has an epoch; got {cycles} in {epochs}.")
-    if isinstance(rise, bool) or not isinstance(rise, Real) or not 0 < rise <= 1:
-        raise ArgumentError(f"rise must be a number above 0 and at most 1, got {rise!r}.")
+    rise = real_number("rise", rise, above=0, most=1)
 
     def weight(epoch: int) -> float:
         # A cycle ends in the epoch in which the next one would begin, so that this one has the whole weight.
         past = (epoch * cycles - 1) % epochs + 1
         last = past + cycles > epochs
-        return end if epoch > epochs or last else _between(start, end, past / epochs / float(rise))
+        return end if epoch > epochs or last else _between(start, end, past / epochs / rise)
 
     return weight
 
 
 def _between(start: float, end: float, part: float) -> float:
     return start + (end - start) * min(1.0, part)
-
-
-def _weight(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise ArgumentError(f"{name} must be a number of at least 0, got {value!r}.")
-    return float(value)

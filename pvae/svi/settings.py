@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pvae.data import Data, Transform
-from pvae.errors import ArgumentError, folder_path, one_of, positive_int, yes_no_or_auto
+from pvae.errors import ArgumentError, folder_path, one_of, positive_int, real_number, yes_no_or_auto
 from pvae.runtime import Processes, resolve_seed
 from pvae.svi import elbos
 from pvae.svi.checkpoints import check_plain
@@ -98,14 +97,15 @@ class Settings:
         Raises:
             ArgumentError: They do not.
         """
-        epochs, batch_size, lr = positive_int("epochs", epochs), positive_int("batch_size", batch_size), _rate("lr", lr)
+        epochs, batch_size = positive_int("epochs", epochs), positive_int("batch_size", batch_size)
+        lr = real_number("lr", lr, above=0)
         path = None if checkpoint is None else folder_path("checkpoint", checkpoint)
         chosen = resolve_seed(seed)
         settings = cls(
             epochs=epochs,
             batch_size=batch_size,
             lr=lr,
-            clip_norm=None if clip_norm is None else _rate("clip_norm", clip_norm),
+            clip_norm=None if clip_norm is None else real_number("clip_norm", clip_norm, above=0),
             compile=yes_no_or_auto("compile", compile),
             resume=one_of("resume", resume, ("auto", "never")),
             precision=one_of("precision", precision, PRECISIONS),
@@ -162,23 +162,18 @@ class Settings:
         return max((n + 1 for n, weight in enumerate(weights, 1) if weight != weights[-1]), default=1)
 
 
-def _rate(name: str, value: Any) -> float:
-    """A positive number as a float."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
-        raise ArgumentError(f"{name} must be a positive number, got {value!r}.")
-    return float(value)
-
-
 def _kl_weights(kl_weight: Any, epochs: int) -> list[float] | None:
     """The weight of each epoch, or none where it is always 1."""
     if isinstance(kl_weight, Real) and kl_weight == 1 and not isinstance(kl_weight, bool):
         return None
+    if not callable(kl_weight) and not isinstance(kl_weight, Real):
+        raise ArgumentError(
+            "kl_weight must be a number, or a function of the epoch such as pvae.schedules.linear_warmup(10); got "
+            f"{kl_weight!r}."
+        )
     weights: list[Any] = [kl_weight(epoch) if callable(kl_weight) else kl_weight for epoch in range(1, epochs + 1)]
-    for epoch, weight in enumerate(weights, 1):
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= float(weight) < math.inf:
-            where = f" for epoch {epoch}" if callable(kl_weight) else ""
-            raise ArgumentError(f"kl_weight must be a number of at least 0, or give one; got {weight!r}{where}.")
-    return [float(weight) for weight in weights]
+    name = "kl_weight(epoch={})" if callable(kl_weight) else "kl_weight"
+    return [real_number(name.format(epoch), weight, least=0) for epoch, weight in enumerate(weights, 1)]
 
 
 def _patience(patience: int | None, validation: Data | None) -> int | None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError, positive_int
+from pvae.errors import positive_int, real_number
 from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.base import Gaussian, Guide, Prior, Proposal, Sampler
@@ -60,8 +60,7 @@ class Annealed(Proposal):
             Gaussian.check("start", self.start)
         for argument in ("temperatures", "leapfrog_steps", "pilots"):
             positive_int(argument, getattr(self, argument))
-        if not 0 < self.acceptance < 1:
-            raise ArgumentError(f"acceptance must lie between 0 and 1, got {self.acceptance!r}.")
+        real_number("acceptance", self.acceptance, above=0, below=1)
 
     @property
     def name(self) -> str:

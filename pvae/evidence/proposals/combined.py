@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError, one_of, positive_int
+from pvae.errors import ArgumentError, one_of, positive_int, real_number
 from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.annealing import Annealed
@@ -73,8 +73,7 @@ class Inflated(_Around):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.scale > 0:
-            raise ArgumentError(f"scale must be positive, got {self.scale!r}.")
+        real_number("scale", self.scale, above=0)
 
     @property
     def name(self) -> str:
@@ -106,8 +105,7 @@ class StudentT(_Around):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.df > 0:
-            raise ArgumentError(f"df must be positive, got {self.df!r}.")
+        real_number("df", self.df, above=0)
 
     @property
     def name(self) -> str:
@@ -178,8 +176,7 @@ class Defensive(_MadeOf):
     share: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ArgumentError(f"share must lie between 0 and 1, got {self.share!r}.")
+        real_number("share", self.share, above=0, below=1)
         if not isinstance(self.base, Proposal):
             raise ArgumentError(f"base must be a proposal with a density, got {self.base!r}.")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError, positive_int
+from pvae.errors import positive_int, real_number
 from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.proposals.ascent import climb
 from pvae.evidence.proposals.base import Gaussian, Guide
@@ -96,8 +96,7 @@ class Refined(Gaussian):
         self.check("start", self.start)
         positive_int("steps", self.steps)
         positive_int("particles", self.particles)
-        if not self.lr > 0:
-            raise ArgumentError(f"lr must be positive, got {self.lr!r}.")
+        real_number("lr", self.lr, above=0)
 
     @property
     def name(self) -> str:
