@@ -4,6 +4,8 @@ from pvae.evidence import proposals
 from pvae.evidence.batchwise import map_batches
 from pvae.evidence.bidirectional import Bracket, bidirectional_monte_carlo
 from pvae.evidence.comparison import Comparison, compare
+from pvae.evidence.densities import Batch, Densities
+from pvae.evidence.entries import draw_entries, draw_rates, flatten_entries, name_entries
 from pvae.evidence.estimates import KHAT_LIMIT, EvidenceEstimate
 from pvae.evidence.importance import log_evidence, log_weights
 from pvae.evidence.posterior import WeightedDraws
@@ -17,8 +19,10 @@ from pvae.evidence.weights import iwae_bounds
 __all__ = [
     "KHAT_LIMIT",
     "MIN_ESS",
+    "Batch",
     "Bracket",
     "Comparison",
+    "Densities",
     "EvidenceEstimate",
     "Predictive",
     "QuadratureEstimate",
@@ -26,11 +30,15 @@ __all__ = [
     "WeightedDraws",
     "bidirectional_monte_carlo",
     "compare",
+    "draw_entries",
+    "draw_rates",
+    "flatten_entries",
     "gauss_hermite",
     "iwae_bounds",
     "log_evidence",
     "log_weights",
     "map_batches",
+    "name_entries",
     "posterior_predictive",
     "prior_predictive",
     "proposals",
