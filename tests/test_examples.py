@@ -25,7 +25,26 @@ import pvae
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ["--epochs", "1", "--num-samples", "2", "--num-eval", "3", "--hidden", "8", "--latent-dim", "2"]
 TINY = ["--dataset", "digits", *SMALL]
-RUNS = {"mnist_svi.py": TINY}
+# Tiny arguments for each script; --output-dir is added.
+RUNS = {
+    "mnist_svi.py": TINY,
+    "ae_vs_vae.py": ["--epochs", "1", "--num-eval", "12", "--hidden", "8", "--latent-dim", "2"],
+    "frey_like_gaussian.py": [
+        *["--epochs", "1", "--num-images", "60", "--hidden", "8", "--num-samples", "30", "--num-eval", "3"]
+    ],
+    "image_search.py": [
+        "--epochs",
+        "1",
+        "--num-queries",
+        "5",
+        "--hidden",
+        "8",
+        "--latent-dim",
+        "2",
+        "--num-shown",
+        "2",
+    ],
+}
 
 
 def run(script, *arguments, **environment):
@@ -71,12 +90,94 @@ def test_every_example_is_run_here():
     assert {path.name for path in EXAMPLES.glob("*.py")} == RUNS.keys()
 
 
-@pytest.mark.parametrize("script", RUNS)
-def test_examples_say_what_they_take(script, capsys):
-    with pytest.raises(SystemExit) as stop:
-        load(script).main(["--help"])
-    assert stop.value.code == 0
-    assert "--cuda" in capsys.readouterr().out
+def call(script, *arguments):
+    """The exit code of a script that is run in this process."""
+    try:
+        return script.main([*map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_examples_say_what_they_take(name, capsys):
+    assert call(load(name), "--help") == 0
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--cuda", "--seed", "--output-dir"))
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "mnist_svi.py"])
+def test_an_example_writes_a_report_and_its_figures(name, caller_state, capsys, tmp_path):
+    example, before = load(name), caller_state()
+    folder = tmp_path / "made by the example"
+    assert call(example, *RUNS[name], "--output-dir", folder) == 0, capsys.readouterr().err
+    report = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    assert {"seed", "device", "versions"} <= report.keys()
+    assert {path.stem for path in folder.iterdir()} == {"report", *example.FIGURES}
+    for figure in folder.glob("*.png"):
+        with Image.open(figure) as picture:
+            assert picture.width >= 500
+            assert picture.convert("L").getextrema()[0] < 128, "something is drawn"
+    assert not pyplot.get_fignums(), "no figure is left open"
+    after = caller_state()
+    assert (after.grad, after.validation) == (before.grad, before.validation)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_folder_that_cannot_be_made_is_one_line_and_exit_2(name, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert call(load(name), *RUNS[name], "--output-dir", tmp_path / "file" / "below") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--output-dir" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", RUNS)
+def test_no_gpu_is_one_line_and_exit_2(name, capsys, tmp_path):
+    assert call(load(name), *RUNS[name], "--cuda", "--output-dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--cuda: no CUDA device" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "mnist_svi.py"])
+def test_a_signal_in_training_ends_an_example(name, interrupt, tmp_path):
+    interrupt(1, signal.SIGTERM)
+    assert call(load(name), *RUNS[name], "--output-dir", tmp_path) == 143
+    assert not list(tmp_path.glob("report.json"))
+
+
+@pytest.mark.parametrize(
+    "name, arguments, code, match",
+    [
+        ("image_search.py", ["--num-neighbors", "2000"], 1, "--num-neighbors: there are 1437 images in the index"),
+        ("image_search.py", ["--latent-dim", "0"], 2, "--latent-dim: must be a whole number of at least 1"),
+        ("image_search.py", ["--lr", "0"], 1, "lr must be a positive number"),
+        ("ae_vs_vae.py", ["--flips", "0.5"], 1, "--flips must lie between 0 and 0.5"),
+        ("frey_like_gaussian.py", ["--noise", "0"], 2, "--noise: must be a positive number"),
+        ("frey_like_gaussian.py", ["--num-images", "9"], 1, "--num-images must be at least 10"),
+    ],
+)
+def test_what_an_example_cannot_do_is_one_clear_error(name, arguments, code, match, capsys, tmp_path):
+    assert call(load(name), *RUNS[name], *arguments, "--output-dir", tmp_path) == code
+    assert match in capsys.readouterr().err
+
+
+def test_faces_are_smooth_functions_of_two_factors():
+    draw = load("frey_like_gaussian.py").draw_faces
+    factors = torch.zeros(3, 2)
+    factors[1, 0], factors[2, 1] = 0.5, 0.5
+    rest, turned, smiling = draw(factors)
+    assert rest.shape == (28, 20)
+    assert rest.min() >= 0
+    assert rest.max() <= 1
+    torch.testing.assert_close(rest, rest.flip(1))  # looks ahead
+    assert (turned - rest).abs().max() > 0.1
+    torch.testing.assert_close(smiling, smiling.flip(1))
+    above, below = (smiling - rest).abs().tensor_split([14])
+    assert above.max() < 0.01
+    assert below.max() > 0.1
 
 
 @pytest.fixture(scope="module")
@@ -389,15 +490,6 @@ def test_mnist_that_cannot_be_had_is_an_error(main, tmp_path):
     code, _, errors = main("--dataset", "mnist", "--output-dir", tmp_path / "out")
     assert code == 1
     assert "error: MNIST is not in" in errors
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_a_gpu_is_one_line_and_exit_2(main, tmp_path):
-    code, _, errors = main("--cuda", "--output-dir", tmp_path / "out")
-    assert code == 2
-    assert errors.count("\n") == 1
-    assert "--cuda: no CUDA device" in errors
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
