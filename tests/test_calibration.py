@@ -55,6 +55,10 @@ def test_weights_repair_a_guide_that_covers_the_posterior():
     lines = repr(found).splitlines()
     assert lines[0] == "ranks of 400 simulated codes among 63 draws of the guide, 2 latent numbers"
     assert "the guide, re-weighted, is calibrated" in lines[2]
+    assert lines[3].startswith("  median ESS of its weights")
+    assert "raise num_samples" not in lines[3]
+    with pytest.raises(pvae.ArgumentError, match="level"):
+        found.is_uniform(5)
 
 
 def test_many_dimensions_do_not_reject_by_luck():

@@ -252,6 +252,26 @@ def test_marginals_of_what_has_no_density_for_each_number():
     torch.testing.assert_close(found.kl, marginal_kl(oracle, x).mean(0), rtol=0, atol=0.1)
 
 
+def test_marginals_beyond_all_draws_of_the_prior():
+    """They are known up to the logarithm of the number of draws, 8.3, and no further; without a warning."""
+    oracle = linear_gaussian(2, 5)
+    parts = dist.Normal(torch.zeros(2, 2).double(), 1.0).to_event(1)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2).double()), parts))
+            pyro.sample("x", dist.Normal(z @ oracle.weight.T, oracle.noise).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.tensor([9.0, 2.0]).double(), 0.5).to_event(1))
+
+    found = latent_usage(model, guide, oracle.sample(5), num_samples=200)
+    near = kl_divergence(dist.Normal(2.0, 0.5), dist.Normal(0.0, 1.0)).item()
+    assert found.kl[0].item() == pytest.approx(math.log(4000), abs=0.2)
+    assert found.kl[1].item() == pytest.approx(near, abs=0.15)
+
+
 def test_flows_have_marginals():
     vae, x = pvae.VAE.mlp(6, 2, [8]), (torch.rand(30, 6) < 0.5).float()
     flow = pvae.VAE(vae.prior, vae.decoder, InverseAutoregressive(pvae.networks.mlp(6, [8], 6), 2))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pvae.data import Data, as_tensors
-from pvae.errors import ArgumentError, ProgramError, positive_int
+from pvae.errors import ArgumentError, ProgramError, positive_int, real_number
 from pvae.evidence import Batch, Densities, flatten_entries, map_batches, name_entries
 from pvae.runtime import Program, in_turn
 
@@ -71,7 +71,7 @@ class Calibration:
 
     def is_uniform(self, level: float = 0.05) -> bool:
         """Whether uniform ranks are not rejected, as an exact guide's are with a probability of at most ``level``."""
-        return self.p_value >= level
+        return self.p_value >= real_number("level", level, above=0, below=1)
 
     @property
     def verdict(self) -> str:
@@ -105,7 +105,9 @@ class Calibration:
             ]
         lines.append(f"  {self.verdict}")
         if self.weighted is not None:
-            lines += [repr(self.weighted), f"  median ESS of its weights {self.weighted.ess.median().item():.1f}"]
+            ess = self.weighted.ess.median().item()
+            few = f", few for {self.num_draws} draws: raise num_samples" if ess < 2 * self.num_draws else ""
+            lines += [repr(self.weighted), f"  median ESS of its weights {ess:.1f}{few}"]
         return "\n".join(lines)
 
 

@@ -221,11 +221,12 @@ def _marginal_divergence(z: Tensor, prior: Tensor) -> Tensor:
     """
     columns = []
     for u in range(z.shape[-1]):
-        points = prior[:, u].sort().values
-        ranks = torch.searchsorted(points, z[..., u].contiguous()).clamp(1, len(points) - 1)
-        low, high = points[ranks - 1], points[ranks]
-        inside = ((z[..., u] - low) / (high - low).clamp(min=1e-300)).clamp(0.0, 1.0)
-        places = (ranks - 1 + inside) / (len(points) - 1)
+        points, values = prior[:, u].sort().values, z[..., u].contiguous()
+        ranks = torch.searchsorted(points, values)
+        low, high = (points[(ranks - back).clamp(0, len(points) - 1)] for back in (1, 0))
+        # Where the prior has no draw on one side, how far out is not known: anywhere in the last of its cells.
+        inside = torch.where(high > low, (values - low) / (high - low), torch.rand_like(values))
+        places = (ranks + inside) / (len(points) + 1)
         entropy = differential_entropy(places.cpu().numpy(), axis=0, method="ebrahimi")
         columns.append(torch.as_tensor(-entropy).clamp(0.0, math.log(len(points))))
     return torch.stack(columns, -1).to(z)
