@@ -288,13 +288,10 @@ def draw_figures(
     import matplotlib.pyplot as plt
 
     def draw_reconstructions() -> None:
-        _, ax = plt.subplots(figsize=(8, 2.2), layout="constrained")
-        pvae.plots.reconstructions(x[:10], vae.reconstruct(x[:10]), ax)
+        pvae.plots.reconstructions(x[:10], vae.reconstruct(x[:10]))
 
     def draw_samples() -> None:
-        _, ax = plt.subplots(figsize=(5, 5.3), layout="constrained")
-        images = vae.sample(64, seed=report["seed"], mean=True)
-        pvae.plots.images(images, ax).set_title("E[x | z] for z from the prior")
+        pvae.plots.samples(vae.sample(64, seed=report["seed"], mean=True)).set_title("E[x | z] for z from the prior")
 
     most = min(10 * report["log_px"]["guide"]["num_samples"], 10_000)
     compare = partial(draw_guide_and_prior, vae, x[place : place + 1], most, report["seed"])
@@ -316,7 +313,6 @@ def draw_figures(
 
 def draw_guide_and_prior(vae: pvae.VAE, x: torch.Tensor, num_samples: int, seed: int) -> None:
     """Draws where samples for one image fall, how well they explain it, and what estimates they make, repeatedly."""
-    import matplotlib.pyplot as plt
 
     def draws(proposal: str) -> torch.Tensor:
         options = {"num_samples": num_samples * REPETITIONS, "seed": seed, "device": x.device, "distributed": False}
@@ -325,15 +321,14 @@ def draw_guide_and_prior(vae: pvae.VAE, x: torch.Tensor, num_samples: int, seed:
 
     weights = {"prior": draws("prior"), "guide": draws("guide")}
     # As narrow as a phone, so that the letters stay large on one.
-    figure, axes = plt.subplots(3, 1, figsize=(4.5, 10.5), height_ratios=[1.2, 1, 1.1], layout="constrained")
+    figure, axes = pvae.plots.subplots(3, figsize=(4.5, 10.5), height_ratios=[1.2, 1, 1.1])
     points, dims = latent_samples(vae, x, seed)
-    pvae.plots.latent_plane(points, axes[0])
-    axes[0].set(xlabel=f"latent dimension {dims[0]}", ylabel=f"latent dimension {dims[1]}")
+    pvae.plots.latent_plane(points, axes[0], names=(f"$z_{{{dims[0]}}}$", f"$z_{{{dims[1]}}}$"))
     pvae.plots.images(x, axes[0].inset_axes((0.02, 0.74, 0.24, 0.24)))
     pvae.plots.weight_histogram({name: w.flatten() for name, w in weights.items()}, axes[1])
     pvae.plots.running_estimate(weights, axes[2], elbo=weights["guide"].mean().item())
     axes[2].set_title(f"What they say log p(x) is:\nmedian and middle 80% of {REPETITIONS} repetitions")
-    figure.suptitle(headline(weights), fontweight="bold")
+    figure.suptitle(headline(weights), fontweight="bold", color=axes[0].title.get_color())
 
 
 def headline(log_weights: Mapping[str, torch.Tensor]) -> str:

@@ -92,6 +92,7 @@ log_weights = dict(guide=torch.randn(99), prior=torch.tensor([-torch.inf, -3.0])
 figures = dict(
     learning_curve=[result.history],
     images=[torch.rand(5, 8, 8)],
+    reconstructions=[torch.rand(5, 8, 8), torch.rand(5, 1, 8, 8)],
     latent_plane=[dict(guide=torch.randn(9, 2))],
     weight_histogram=[log_weights],
     running_estimate=[log_weights],
@@ -109,7 +110,7 @@ for name, arguments in figures.items():
     assert "set PVAE_DATA to a folder that has them, or use pvae.datasets.digits()" in lines[2]
     assert len(lines) == 3
     drawn = {path.stem: path.read_bytes()[:4] for path in tmp_path.iterdir()}
-    names = ("learning_curve", "images", "latent_plane", "weight_histogram", "running_estimate")
+    names = ("learning_curve", "images", "reconstructions", "latent_plane", "weight_histogram", "running_estimate")
     assert drawn == dict.fromkeys(names, b"\x89PNG")
 
 

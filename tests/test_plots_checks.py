@@ -212,3 +212,53 @@ def test_draws_that_cannot_be_are_drawn(tmp_path):
     axes = plots.prior_against_guide(**lecture(log_likelihood=likelihood, x=5.0, x_range=(-6, 6))[1])
     assert words(axes[2])[0].endswith("\N{MINUS SIGN}inf")
     axes[0].figure.savefig(tmp_path / "lecture.png")
+
+
+def table(**changes):
+    """As `pvae.diagnostics.compare_models` gives."""
+    numbers = {
+        "names": ["good", "fair", "bad"],
+        "is_joint": False,
+        "num_data": 100,
+        "mean": [-10.0, -10.5, -13.0],
+        "mean_std_error": [0.01, 0.02, 0.3],
+        "data_std_error": [0.5, 0.5, 0.6],
+        "difference": [0.0, -0.5, -3.0],
+        "difference_std_error": [0.0, 0.022, 0.3],
+        "difference_data_std_error": [0.0, 0.1, 0.4],
+    }
+    return SimpleNamespace(**numbers | changes)
+
+
+def bars(ax):
+    """Half the lengths of error bars, by where they are in the middle and how thick."""
+    segments = {}
+    for lines in ax.collections:
+        (left, up), (right, _) = lines.get_segments()[0]
+        segments[round((left + right) / 2, 6), round(up, 2), lines.get_linewidth()[0]] = (right - left) / 2
+    return segments
+
+
+def test_models_stand_below_the_best_with_errors_of_differences():
+    ax = plots.comparison(table())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["good", "fair", "bad"]
+    found = bars(ax)
+    assert found[-10.0, -0.13, 1] == pytest.approx(1.0)  # two standard errors
+    assert found[-13.0, 1.87, 3.5] == pytest.approx(0.6)
+    assert found[-10.5, 1.17, 1] == pytest.approx(0.2)
+    assert found[-10.5, 1.17, 3.5] == pytest.approx(0.044)
+    assert not any(up == 0.17 for _, up, _ in found), "the best one differs from itself by nothing"
+    minus, both = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}"
+    assert words(ax) == ["difference", f"{minus}0.50 {both} 0.20", f"{minus}3.00 {both} 0.80"]
+    assert ax.get_xlabel() == "nats per datum, mean over data"
+
+
+def test_one_model_or_data_together_can_be_drawn(tmp_path):
+    one = {name: value[:1] if isinstance(value, list) else value for name, value in vars(table()).items()}
+    ax = plots.comparison(SimpleNamespace(**one))
+    assert not words(ax)
+    nan = {name: [math.nan] * 3 for name in ("data_std_error", "difference_data_std_error")}
+    ax = plots.comparison(table(is_joint=True, **nan))
+    assert bars(ax)[-13.0, 2.17, 1] == pytest.approx(0.6), "the draws' error is all there is"
+    assert ax.get_xlabel() == "nats, of all data"
+    ax.figure.savefig(tmp_path / "comparison.png")

@@ -1,7 +1,7 @@
 """Results to matplotlib Axes. Nothing here trains or samples; every function draws what it is given and returns it."""
 
 from pvae.plots.canvas import COLORS, subplots
-from pvae.plots.checks import gap_decomposition, ranks
+from pvae.plots.checks import comparison, gap_decomposition, ranks
 from pvae.plots.decoded import interpolation, manifold, traversals
 from pvae.plots.latents import kl_per_dimension, latent_map, latent_plane
 from pvae.plots.lecture import prior_against_guide
@@ -11,6 +11,7 @@ from pvae.plots.weights import reliability, running_estimate, weight_histogram
 
 __all__ = [
     "COLORS",
+    "comparison",
     "gap_decomposition",
     "images",
     "interpolation",

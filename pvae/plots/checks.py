@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from pvae.plots.canvas import COLORS, WIDTH, as_array, get_ink, new_axes, show_n
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["gap_decomposition", "ranks"]
+__all__ = ["comparison", "gap_decomposition", "ranks"]
 
 
 class _Gaps(Protocol):
@@ -174,3 +174,76 @@ def _name_worst(
         at = int(np.abs(lines[:, i]).argmax())
         side: dict[str, Any] = {"ha": "center", "va": "bottom" if lines[at, i] > 0 else "top"}
         ax.annotate(names[i], (shares[at], lines[at, i]), color=COLORS["guide"], **side)
+
+
+class _Table(Protocol):
+    """What is drawn of `pvae.diagnostics.ModelTable`: lists with a number for each model, the best first."""
+
+    @property
+    def names(self) -> list[str]: ...
+    @property
+    def is_joint(self) -> bool: ...
+    @property
+    def num_data(self) -> int: ...
+    @property
+    def mean(self) -> list[float]: ...
+    @property
+    def mean_std_error(self) -> list[float]: ...
+    @property
+    def data_std_error(self) -> list[float]: ...
+    @property
+    def difference(self) -> list[float]: ...
+    @property
+    def difference_std_error(self) -> list[float]: ...
+    @property
+    def difference_data_std_error(self) -> list[float]: ...
+
+
+def comparison(table: _Table, ax: Axes | None = None) -> Axes:
+    """Draws models by their log p(x), the best above: each mean with its error, and below it that of its difference to
+    the best one, which is an error of pairs and mostly far smaller.
+
+    Thick bars are Monte Carlo errors, thin ones those over the choice of data; both are two standard errors to each
+    side.
+
+    Args:
+        table: From `pvae.diagnostics.compare_models`.
+        ax: Where to draw; a new figure if left out.
+
+    Source: in the manner of ``arviz.plot_compare``, after McElreath, 2020, Statistical Rethinking.
+    """
+    ax = new_axes(ax, figsize=(WIDTH, 1.2 + 0.75 * len(table.names)))
+    ink, color = get_ink(ax), COLORS["data"]
+    _draw_errors(ax, table.mean, table.mean_std_error, table.data_std_error, "o", ink, -0.13)
+    if len(table.names) > 1:
+        errors = table.difference_std_error, table.difference_data_std_error
+        _draw_errors(ax, table.mean, *errors, "^", color, 0.17)
+        gaps = [
+            f"{show_number(gap, '.2f')} \N{PLUS-MINUS SIGN} {2 * _total(*e):.2f}"
+            for gap, *e in zip(table.difference, *errors, strict=True)
+        ]
+        for row, words in enumerate(["difference", *gaps[1:]]):
+            ax.annotate(words, (1.02, row), xycoords=("axes fraction", "data"), color=color, va="center")
+    ax.axvline(table.mean[0], color=ink, linestyle=":", linewidth=1)
+    ax.set_yticks(range(len(table.names)), table.names)
+    ax.set_ylim(len(table.names) - 0.4, -0.6)
+    ax.locator_params(axis="x", nbins=5)
+    ax.set_xlabel("nats, of all data" if table.is_joint else "nats per datum, mean over data")
+    ax.set_title(f"{'log p(data)' if table.is_joint else 'log p(x)'} of {table.num_data:,} data")
+    return ax
+
+
+def _total(draws: float, data: float) -> float:
+    """The error of both: that over the choice of data has the draws' in it, where there is one."""
+    return draws if np.isnan(data) else max(draws, data)
+
+
+def _draw_errors(
+    ax: Axes, at: Sequence[float], draws: Sequence[float], data: Sequence[float], marker: str, color: Any, below: float
+) -> None:
+    """Marks with two bars each: thick for Monte Carlo errors, thin for all."""
+    for row, (level, thick, thin) in enumerate(zip(at, draws, data, strict=True)):
+        if marker == "o" or row:  # the best one differs from itself by nothing
+            place: dict[str, Any] = {"y": row + below, "color": color}
+            ax.errorbar(level, xerr=2 * _total(thick, thin), fmt=marker, markersize=5, elinewidth=1, **place)
+            ax.errorbar(level, xerr=2 * thick, fmt="none", elinewidth=3.5, **place)

@@ -40,7 +40,11 @@ def images(x: Tensor, ax: Axes | None = None, *, columns: int = 8) -> Axes:
 
 def samples(x: Tensor, ax: Axes | None = None, *, columns: int = 8) -> Axes:
     """Draws samples of a model, as from ``vae.sample``, as `images` does."""
-    ax = images(x, ax, columns=columns)
+    shown = _images("x", x)
+    height, width = shown.shape[1:3]
+    in_row = min(positive_int("columns", columns), len(shown))
+    tall = WIDTH * math.ceil(len(shown) / in_row) * height / (in_row * width)
+    ax = images(x, new_axes(ax, figsize=(WIDTH, 0.4 + tall)), columns=columns)
     ax.set_title("z from the prior, x from p(x | z)")
     return ax
 
