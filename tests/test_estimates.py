@@ -15,6 +15,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+import xarray
 from pyro import distributions as dist
 
 import pvae
@@ -381,13 +382,68 @@ def test_too_few_samples_for_khat_are_said(small_vae, bits):
     str(one)
 
 
-def test_to_dataset(estimate):
+NUMBERS = [
+    "log_px",
+    "std_error",
+    "corrected",
+    "log_px_psis",
+    "elbo",
+    "elbo_std_error",
+    "ess",
+    "khat",
+    "samples",
+    "rounding",
+    "reach",
+    "unreliable",
+    "unresolved",
+]
+
+
+def test_to_dataset(estimate, tmp_path):
     data = estimate.to_dataset()
     assert dict(data.sizes) == {"datum": 30}
-    np.testing.assert_array_equal(data["log_px"], estimate.log_px.numpy())
-    assert set(data.data_vars) == {"log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "samples"}
+    assert set(data.data_vars) == {*NUMBERS, "lower", "upper", "stage", "withheld"}
+    for name in NUMBERS:
+        np.testing.assert_array_equal(data[name], getattr(estimate, name).numpy())
+    for end, expected in zip(("lower", "upper"), estimate.interval(), strict=True):
+        np.testing.assert_array_equal(data[end], expected.numpy())
+    assert data["withheld"].values.tolist() == estimate.withheld
+    assert data["stage"].values.tolist() == ["guide"] * 30
+    assert data["datum"].values.tolist() == list(range(30))
     assert data.attrs["num_samples"] == 100
-    assert data.attrs["units"] == "nats"
+    assert data.attrs["units"] == data["log_px"].attrs["units"] == "nats"
+    assert "units" not in data["khat"].attrs
+    data.to_netcdf(tmp_path / "table.nc")
+    with xarray.open_dataset(tmp_path / "table.nc") as read:
+        xarray.testing.assert_identical(read.load(), data)
+
+
+def test_to_dataset_with_coordinates_of_ones_own(estimate, tmp_path):
+    names = [f"image {i}" for i in range(30)]
+    data = estimate.to_dataset({"datum": names, "label": torch.arange(30) % 3}, level=0.5)
+    assert data["log_px"].sel(datum="image 7") == estimate.log_px[7]
+    means = data["log_px"].groupby("label").mean()
+    assert means[1].item() == pytest.approx(estimate.log_px[1::3].mean().item())
+    np.testing.assert_array_equal(data["upper"], estimate.interval(0.5)[1].numpy())
+    assert data["upper"].attrs["long_name"] == "upper end of the 0.5 confidence interval for log p(x)"
+    with pytest.raises(
+        pvae.ArgumentError, match=r"'label' must have one entry for each of the 30 data, got shape \(3,\)"
+    ):
+        estimate.to_dataset({"label": [1, 2, 3]})
+    with pytest.raises(pvae.ArgumentError, match="'khat' is the name of a column"):
+        estimate.to_dataset({"khat": range(30)})
+
+
+def test_to_dataset_has_what_the_default_and_a_target_leave(small_vae, bits, tmp_path):
+    one = evidence(small_vae, bits[:6], proposal="auto", num_samples=50, target_std_error=0.05, seed=1)
+    both = one.merge(evidence(small_vae, bits[:6], num_samples=50, seed=2))
+    data = both.to_dataset()
+    assert data.attrs["merged_seeds"] == [1, 2]
+    assert one.to_dataset().attrs["target_std_error"] == 0.05
+    np.testing.assert_array_equal(one.to_dataset()["khat"], one.khat.numpy())  # and not what was looked at again alone
+    assert one.to_dataset()["stage"].values.tolist() == one.stage
+    one.to_dataset().to_netcdf(tmp_path / "one.nc")
+    both.to_dataset().to_netcdf(tmp_path / "both.nc")
 
 
 @pytest.mark.parametrize("level", [0, 1, -0.5, 95, math.nan])

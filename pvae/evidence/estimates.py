@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -328,20 +328,28 @@ class EvidenceEstimate:
             max(self.product_rounding, other.product_rounding),
         )
 
-    def to_dataset(self) -> xarray.Dataset:
-        """The estimates as an ``xarray.Dataset`` over the dimension ``"datum"`` (xarray comes with ArviZ)."""
-        import xarray
+    def to_dataset(self, coords: Mapping[str, Any] | None = None, *, level: float = 0.95) -> xarray.Dataset:
+        """A table with a row for each datum, as an ``xarray.Dataset`` over the dimension ``"datum"``.
 
-        values = {name: getattr(self, name) for name in _COLUMNS} | dict(self.diagnostics)
-        attributes = {"num_samples": self.num_samples, "proposal": self.proposal, "seed": self.seed, "units": "nats"}
-        attributes["product_precision"] = self.product_precision
-        return xarray.Dataset({k: ("datum", v.numpy()) for k, v in values.items()}, attrs=attributes)
+        Columns are the numbers (`log_px`, `std_error`, `corrected`, `log_px_psis`, `elbo`, `elbo_std_error`, `ess`,
+        `khat`, `samples`, `rounding`, `reach`), the ends of `interval` as ``lower`` and ``upper``, the verdicts
+        (`unreliable`, `unresolved`, `withheld`, `stage`), and what else is in `diagnostics`. Units are in the
+        attributes; ``to_netcdf`` writes it. xarray comes with ArviZ.
+
+        Args:
+            coords: One entry for each datum, by name: ``"datum"`` labels the rows, which are numbered otherwise;
+                others, such as ``"label"``, stand beside it.
+            level: Of the interval.
+
+        Raises:
+            ArgumentError: A coordinate has not one entry for each datum, or a column's name; or there is no such level.
+        """
+        from pvae.evidence.tables import as_dataset
+
+        return as_dataset(self, coords, level=level)
 
     def __repr__(self) -> str:
         return summarize(self)
-
-
-_COLUMNS = ("log_px", "std_error", "ess", "khat", "elbo", "elbo_std_error", "samples")
 
 
 def _both(mine: str, theirs: str) -> str:
