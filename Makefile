@@ -9,7 +9,7 @@ ifneq ($(words $(VENV)),1)
 $(error VENV must be one path without spaces, got "$(VENV)")
 endif
 
-.PHONY: help demo readme test test-ci test-all lint types docs bench clean
+.PHONY: help demo readme test test-ci test-all test-arviz lint types docs bench clean
 
 help:  ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,9 @@ test-ci: test  ## run the tests, with the slow ones of resuming, ranks and examp
 
 test-all: $(VENV)/.test  ## run all tests; those on real MNIST need PVAE_DATA to name its folder
 	$(PYTEST)
+
+test-arviz: $(VENV)/.test  ## test what ArviZ reads; PYTHON=python3.13 VENV=.venv-arviz1 gets ArviZ 1.x, Python 3.11 gets 0.x
+	$(PYTEST) tests/test_io_arviz.py tests/test_estimates.py
 
 lint: $(VENV)/.dev  ## check style and formatting
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ from pvae.errors import (
 )
 from pvae.evidence import EvidenceEstimate, compare, log_evidence, log_weights
 from pvae.hierarchical import HierarchicalVAE
+from pvae.io_arviz import to_arviz
 from pvae.masked import MaskedVAE
 from pvae.semi_supervised import SemiSupervisedVAE
 from pvae.svi import FitResult, fit, objectives, schedules
@@ -78,6 +79,7 @@ __all__ = [
     "schedules",
     "svi",
     "testing",
+    "to_arviz",
     "use_onednn",
 ]
 
