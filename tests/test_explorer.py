@@ -8,12 +8,15 @@ import math
 import re
 import shutil
 import subprocess
+import types
 from importlib.resources import files
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from browser import Browser, find_chromium
+from pyro import distributions as dist
 from torch import nn
 
 import pvae
@@ -25,6 +28,7 @@ from pvae.explorer.planes import choose_plane
 from pvae.runtime import isolate
 
 SMALL = {"num_data": 12, "num_samples": 60, "num_prior_samples": 300}
+NEEDED = ("model", "guide", "prior", "encode", "decode", "decoder")
 HOSTILE = "</script><script>document.title='broken'</script><!--"
 
 
@@ -315,6 +319,47 @@ def test_what_is_unlike_an_image_is_refused():
         writing._find_picture((6,), (2, 4))
 
 
+class ByHand(nn.Module):
+    """Somebody else's pair, in float64, with a site of another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = likelihoods.Gaussian(networks.mlp(3, [4], 6), scale=0.5)
+        self.encoder = networks.mlp(6, [4], 6)
+        self.double()
+
+    def prior(self):
+        return dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1)
+
+    def encode(self, x):
+        loc, log_scale = self.encoder(x).chunk(2, -1)
+        return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("obs", self.decode(pyro.sample("latent", self.prior())), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("latent", self.encode(x))
+
+
+def test_a_pair_of_somebody_elses_kind(tmp_path):
+    pair = ByHand()
+    path = write_explorer(
+        pair, np.random.default_rng(0).normal(size=(9, 6)), path=tmp_path / "a.html", budget_seconds=1.0, **SMALL
+    )
+    contents = contents_of(path)
+    z, means = (torch.tensor(unpacked(contents["examples"][name])) for name in ("z", "means"))
+    torch.testing.assert_close(pair.decode(z.double()).mean.detach().float(), means, rtol=0, atol=1e-5)
+    assert len(contents["reference"]["value"]) == 9
+
+
 # --- errors, before anything is written -------------------------------------------------------------------------------
 
 
@@ -357,6 +402,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_written(vae, tmp_path, 
         ),
         (lambda: pvae.MaskedVAE.mlp((8, 8), 2, [4]), "pvae.VAE"),
         (lambda: nn.Linear(2, 2), "needs a pair with model, guide"),
+        (lambda: types.SimpleNamespace(**dict.fromkeys(NEEDED)), "nn.Module"),
     ],
 )
 def test_pairs_of_other_forms_are_refused(pair, words, tmp_path):

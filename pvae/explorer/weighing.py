@@ -16,11 +16,20 @@ from pvae.explorer.planes import Plane, spread
 __all__ = ["weigh"]
 
 _LATER = 60  # points of the longer run's curve
+_ROWS = 500  # data at once in it
 
 
 def weigh(
-    vae: Any, x: Tensor, plane: Plane, *, num_samples: int, num_prior_samples: int, seed: int, device: Any
-) -> Any:
+    vae: Any,
+    x: Tensor,
+    plane: Plane,
+    *,
+    num_samples: int,
+    num_prior_samples: int,
+    budget_seconds: float | None,
+    seed: int,
+    device: Any,
+) -> dict[str, Any]:
     """Parts of the page's contents: ``"guide"``, ``"prior"``, ``"later"`` and ``"reference"``.
 
     Args:
@@ -29,10 +38,11 @@ def weigh(
         plane: On which the draws are shown.
         num_samples: Draws that are shown, for each datum and proposal.
         num_prior_samples: How many of the prior's the curve goes on to.
+        budget_seconds: For the reference.
         seed: Of the draws.
         device: Where to compute.
     """
-    found = {}
+    found: dict[str, Any] = {}
     options: dict[str, Any] = {"seed": seed, "device": device}
     for name in ("guide", "prior"):
         z, weights, khat = _draw(vae, x, name, num_samples, options)
@@ -41,7 +51,9 @@ def weigh(
         found[name] = {**packed, "khat": [_show_khat(k) for k in khat.tolist()]}
         if name == "prior":
             found["later"] = _go_on(vae, x, weights, num_prior_samples - num_samples, {**options, "seed": seed + 1})
-    estimate = evidence.log_evidence(vae.model, vae.guide, x, **{**options, "seed": seed + 2})
+    estimate = evidence.log_evidence(
+        vae.model, vae.guide, x, budget_seconds=budget_seconds, **{**options, "seed": seed + 2}
+    )
     low, high = estimate.interval()
     numbers = {"value": estimate.corrected, "low": low, "high": high}
     found["reference"] = {key: [_number(v) for v in value.tolist()] for key, value in numbers.items()}
@@ -73,11 +85,14 @@ def _go_on(vae: Any, x: Tensor, first: Tensor, count: int, options: dict[str, An
     """The prior's estimates from the first draws and ever more of later ones."""
     if count < 1:
         return None
-    later = evidence.log_weights(vae.model, vae.guide, x, num_samples=count, proposal="prior", **options)
     steps = torch.logspace(math.log10(len(first) + 1), math.log10(len(first) + count), _LATER, dtype=torch.float64)
     draws = sorted({int(step) for step in steps.round().clamp(max=len(first) + count).tolist()})
-    sums = torch.logaddexp(later.logcumsumexp(0), first.logsumexp(0))[[k - len(first) - 1 for k in draws]]
-    estimates = sums - torch.tensor(draws, dtype=torch.float64).log()[:, None]
+    sums = []
+    for some, before in zip(x.split(_ROWS), first.split(_ROWS, 1), strict=True):  # for want of memory
+        later = evidence.log_weights(vae.model, vae.guide, some, num_samples=count, proposal="prior", **options)
+        whole = torch.logaddexp(later.logcumsumexp(0), before.logsumexp(0))
+        sums.append(whole[[k - len(first) - 1 for k in draws]])
+    estimates = torch.cat(sums, 1) - torch.tensor(draws, dtype=torch.float64).log()[:, None]
     return {"draws": draws, "estimates": pack(estimates.T)}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pvae.data import Array, as_tensors, check_shape
 from pvae.errors import ArgumentError, DataError, ProgramError, positive_int
@@ -43,6 +43,7 @@ def write_explorer(
     num_prior_samples: int = 20_000,
     plane: str | Sequence[int] = "active",
     image_shape: Sequence[int] | None = None,
+    budget_seconds: float | None = None,
     title: str = "The latent space of a VAE",
     seed: int | None = 0,
     device: str | torch.device = "auto",
@@ -59,7 +60,7 @@ def write_explorer(
     draws to less than a dot.
 
     Args:
-        vae: A `pvae.VAE`, or another pair with a latent vector for each datum: ``model``, ``guide``, ``prior()``,
+        vae: A `pvae.VAE`, or another module with a latent vector for each datum: ``model``, ``guide``, ``prior()``,
             ``encode(x)``, ``decode(z)`` and a ``decoder``, one of `pvae.likelihoods`. The network below it is made of
             torch's linear and convolutional layers, usual activations and normalizations, and `pvae.networks`.
         x: Data ``(N, *event)``.
@@ -73,6 +74,7 @@ def write_explorer(
             the chosen datum's code, or at zero; the page says so.
         image_shape: To show each datum as an image of ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)``. Left out, the shape
             of a datum; vectors are shown as bars.
+        budget_seconds: For log p(x), as for `pvae.log_evidence`, which takes long for data that nothing explains.
         title: Of the page.
         seed: Of the choice of data and of all draws. ``None`` for a fresh one.
         device: Where to compute, as for `pvae.log_evidence`.
@@ -103,7 +105,14 @@ def write_explorer(
     contents = _show(chosen, image_shape)
     looked, map_plane = _look(vae, chosen, plane, seed)
     weights = weigh(
-        vae, chosen, map_plane, num_samples=num_samples, num_prior_samples=num_prior_samples, seed=seed, device=device
+        vae,
+        chosen,
+        map_plane,
+        num_samples=num_samples,
+        num_prior_samples=num_prior_samples,
+        budget_seconds=budget_seconds,
+        seed=seed,
+        device=device,
     )
     contents |= (
         looked
@@ -159,7 +168,8 @@ def _choose_rows(total: int, num_data: int, seed: int) -> Tensor:
 def _look(vae: Any, x: Tensor, plane: str | Sequence[int], seed: int) -> tuple[dict[str, Any], Plane]:
     """What of the page comes from the pair's parts, and the plane."""
     missing = [name for name in ("model", "guide", "prior", "encode", "decode", "decoder") if not hasattr(vae, name)]
-    if missing:
+    if missing or not issubclass(type(vae), nn.Module):
+        missing = missing or ["the methods of an nn.Module"]
         raise ProgramError(
             f"the explorer needs a pair with {', '.join(missing)}, which {type(vae).__name__} has not. Pass a pvae.VAE."
         )
@@ -203,7 +213,7 @@ def _show(x: Tensor, image_shape: Sequence[int] | None) -> dict[str, Any]:
 def _encode(vae: Any, x: Tensor) -> Tensor:
     """The codes ``E[z|x]``, float64, shape ``(N, D)``."""
     try:
-        qz = vae.encode(x)
+        qz = vae.encode(x.to(next(vae.parameters(), x)))
     except TypeError as error:
         raise ProgramError(
             f"the explorer calls encode(x) with data alone, which {type(vae).__name__} cannot take: {error}. Pass a "
