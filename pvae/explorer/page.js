@@ -171,6 +171,8 @@ const Explorer = (() => {
   }
 
   function drawAxes(context, size) {
+    context.font = "600 12.5px system-ui, sans-serif";
+    const taken = context.measureText(`${page.axes[0].long} \u2192`).width + 24;
     context.font = "12px system-ui, sans-serif";
     const step = niceStep(view.high[0] - view.low[0], size < 450 ? 5 : 8), digits = step < 1 ? 1 : 0;
     context.strokeStyle = colour("line");
@@ -184,7 +186,7 @@ const Explorer = (() => {
         context.stroke();
         context.globalAlpha = 1;
         context.textAlign = a === 0 ? "center" : "left";
-        const clear = a === 0 ? x > 90 && x < size - 14 : y > 40 && y < size - 26;
+        const clear = a === 0 ? x > taken && x < size - 14 : y > 40 && y < size - 26;
         if (clear) context.fillText(fixed(v, digits), a === 0 ? x : 5, a === 0 ? size - 6 : y + 4);
       }
     }
@@ -300,7 +302,7 @@ const Explorer = (() => {
     const ends = [guide.estimates[K - 1], prior.estimates[K - 1], ...later.map(([, value]) => value)];
     const known = reference ? [reference.low, reference.high, reference.value] : [];
     const shown = [...guide.estimates, ...ends, ...known].filter(Number.isFinite);
-    const high = Math.max(...shown), last = ends[ends.length - 1];
+    const high = Math.max(...shown, ...prior.estimates.filter(Number.isFinite)), last = ends[ends.length - 1];
     // The prior's first draws may be thousands of nats below: its line comes in from below the chart.
     const low = Math.min(...shown, high - 2 * (high - (Number.isFinite(last) ? last : high)));
     const width = Math.max(high - low, 1);
@@ -398,9 +400,9 @@ const Explorer = (() => {
     const sentence = `Of ${whole(K)} draws about ${counts(effective.guide)} of the guide\u2019s count, and `
       + `${counts(effective.prior)} of the prior\u2019s.`;
     const off = ["guide", "prior"].map((name) => reference && drawn[name].estimates[K - 1] - reference.value);
-    const way = (value) => !Number.isFinite(value) ? "no number yet"
-      : Math.abs(value) < 0.05 ? "on it" : `${fixed(Math.abs(value), 1)} nats ${value < 0 ? "below" : "above"}`;
-    const say = reference ? ` From the level line the guide is ${way(off[0])}, the prior ${way(off[1])}.` : "";
+    const way = (value) => !Number.isFinite(value) ? "without a number yet"
+      : Math.abs(value) < 0.05 ? "within 0.05 nats" : `${fixed(Math.abs(value), 1)} nats ${value < 0 ? "below" : "above"}`;
+    const say = reference ? ` Against the level line: guide ${way(off[0])}, prior ${way(off[1])}.` : "";
     element("verdict").textContent = sentence + say;
   }
 
@@ -416,7 +418,7 @@ const Explorer = (() => {
 
   function showKey() {
     element("map-key").innerHTML = state.chosen === null
-      ? (page.labels ? "Marks are labels, at the code E[z|x] of each datum." : "Marks are the codes E[z|x] of the data.")
+      ? (isWord ? "Marks are labels, at the code E[z|x] of each datum." : "Marks are the codes E[z|x] of the data.")
       : "<b class=\"guide\">\u25cf guide draws</b> &nbsp; <b class=\"prior\">\u25cf prior draws</b> &nbsp; "
         + "The larger a dot, the more of the weight it has. \u25a1 is the datum\u2019s code.";
     const rest = latentDim - 2, held = state.chosen === null ? page.held : "the chosen datum\u2019s code";
