@@ -124,9 +124,11 @@ def kl_per_dimension(kl: Tensor | Any, ax: Axes | None = None, *, threshold: flo
 
 
 def _over(color: str) -> str:
-    """Black or white, whichever is read on a colour: by its luma, as of ITU-R BT.601."""
+    """Black or white, whichever is read on a colour: by its luma, as of ITU-R BT.601, also where a dark page
+    makes figures lighter.
+    """
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 100 else "white"
 
 
 def _move_apart(places: np.ndarray, distance: float) -> np.ndarray:
