@@ -167,7 +167,8 @@ def test_plain_data_have_high_scores_and_a_warning(right):
     found = out_of_distribution(estimate(right, plain, 1), estimate(right, right.sample(200)))
     assert found.auroc < 0.1
     assert found.typicality_auroc > 0.8
-    assert "higher log p(x) than the reference, which does not make them of its kind" in repr(found)
+    assert "higher log p(x) than the reference, which does not make them of its kind" in found.verdict
+    assert max(map(len, repr(found).splitlines())) <= 88
 
 
 def test_data_of_the_same_kind_are_not_told_apart(right):

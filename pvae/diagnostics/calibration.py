@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 
 import torch
@@ -103,7 +104,7 @@ class Calibration:
                 f"ranks of {self.num_simulations} simulated codes among {self.num_draws} draws of the guide, "
                 f"{len(self.names)} latent numbers"
             ]
-        lines.append(f"  {self.verdict}")
+        lines.append(textwrap.fill(self.verdict, 88, initial_indent="  ", subsequent_indent="    "))
         if self.weighted is not None:
             ess = self.weighted.ess.median().item()
             few = f", few for {self.num_draws} draws: raise num_samples" if ess < 2 * self.num_draws else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -136,10 +137,10 @@ class OutOfDistribution:
             f"  by typicality{self.typicality_auroc:10.3f}",
             f"  below 5% of the reference: {low} of {m} data",
         ]
-        for name, one in (("data", self.estimate), ("reference", self.reference)):
+        for name, one in (("data", self.estimate), ("reference data", self.reference)):
             if bad := int(one.unresolved.sum()):
-                lines.append(f"  {bad} of the {one.num_data} {name} are unresolved: their log p(x) is too low")
-        return "\n".join([*lines, f"  {self.verdict}"])
+                lines.append(f"  {bad} of {one.num_data} {name} are unresolved: their log p(x) may be too low")
+        return "\n".join([*lines, textwrap.fill(self.verdict, 88, initial_indent="  ", subsequent_indent="    ")])
 
 
 def out_of_distribution(estimate: EvidenceEstimate, reference: EvidenceEstimate) -> OutOfDistribution:

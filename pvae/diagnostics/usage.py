@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -103,8 +104,8 @@ class LatentUsage:
             )
         return (
             f"posterior collapse: all {total} units are inactive ({listed}), and codes say nothing of data. Raise the "
-            "KL divergence's weight from 0 during training (pvae.svi.schedules), leave each unit some nats "
-            f"(MeanFieldELBO(free_bits=...)), or give the decoder less to do without codes.{waste}"
+            "KL divergence's weight from 0 during training (pvae.schedules), leave each unit some nats "
+            f"(pvae.objectives.MeanFieldELBO(free_bits=...)), or give the decoder less to do without codes.{waste}"
         )
 
     def __repr__(self) -> str:
@@ -122,7 +123,7 @@ class LatentUsage:
         order = self.kl.nan_to_num(-1.0).argsort(descending=True).tolist()
         top = ", ".join(f"{self.names[i]} {self.kl[i].item():.2f}" for i in order[:_NAMED])
         lines.append(f"  largest KL         {top}{', ...' if len(order) > _NAMED else ''}")
-        return "\n".join([*lines, f"  {self.verdict}"])
+        return "\n".join([*lines, textwrap.fill(self.verdict, 88, initial_indent="  ", subsequent_indent="    ")])
 
 
 @in_turn
