@@ -158,14 +158,14 @@ class ModelTable:
         width = max(8, *map(len, self.names))
         lines = [
             f"{what}, {unit}; +- from the samples" + " / from the choice of data" * (not self.is_joint),
-            f"  {'model':<{width}}{what:>12}{'':>17}{'difference':>14}{'':>17}{'weight':>9}{'unresolved':>12}",
+            f"  {'model':<{width}}{what:>12}{'':>17}{'difference':>11}{'':>17}{'weight':>8}{'unresolved':>11}",
         ]
         values = (self.mean, self.mean_std_error, self.data_std_error, self.difference, self.difference_std_error)
         rows = zip(self.names, *values, self.difference_data_std_error, self.weights, self.unresolved, strict=True)
         for name, mean, error, data, difference, d_error, d_data, weight, bad in rows:
             both = [f"+- {e:.3f}" + f" / {d:.3f}" * (not self.is_joint) for e, d in ((error, data), (d_error, d_data))]
             lines.append(
-                f"  {name:<{width}}{mean:12.3f} {both[0]:<16}{difference:14.3f} {both[1]:<16}{weight:9.2f}{bad:12d}"
+                f"  {name:<{width}}{mean:12.3f} {both[0]:<16}{difference:11.3f} {both[1]:<16}{weight:8.2f}{bad:11d}"
             )
         others = self.close[1:]
         if others:

@@ -23,7 +23,7 @@ ACTIVE_VARIANCE = 0.01
 
 _PRIOR_DRAWS = 4000
 _IDLE_COST = 0.1  # nats, for a unit that says nothing
-_NAMED = 8
+_NAMED = 5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,7 +122,7 @@ class LatentUsage:
         ]
         order = self.kl.nan_to_num(-1.0).argsort(descending=True).tolist()
         top = ", ".join(f"{self.names[i]} {self.kl[i].item():.2f}" for i in order[:_NAMED])
-        lines.append(f"  largest KL         {top}{', ...' if len(order) > _NAMED else ''}")
+        lines.append(f"  largest KL              {top}{', ...' if len(order) > _NAMED else ''}")
         return "\n".join([*lines, textwrap.fill(self.verdict, 88, initial_indent="  ", subsequent_indent="    ")])
 
 
