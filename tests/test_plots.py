@@ -238,3 +238,10 @@ def test_neighbors_that_fit_no_query_are_refused():
     with pytest.raises(DataError, match="labels must have shape"):
         plots.neighbors(queries, torch.rand(2, 4, 3, 3), labels=[1, 2], found_labels=[1, 2])
     plots.neighbors(queries[:1], torch.rand(1, 1, 3, 3))  # one neighbour of one
+
+
+def test_samples_are_images_with_a_title():
+    x = torch.rand(5, 1, 4, 3)
+    ax = plots.samples(x, columns=2)
+    np.testing.assert_array_equal(ax.images[0].get_array(), plots.images(x, columns=2).images[0].get_array())
+    assert "prior" in ax.get_title()

@@ -262,3 +262,35 @@ def test_one_model_or_data_together_can_be_drawn(tmp_path):
     assert bars(ax)[-13.0, 2.17, 1] == pytest.approx(0.6), "the draws' error is all there is"
     assert ax.get_xlabel() == "nats, of all data"
     ax.figure.savefig(tmp_path / "comparison.png")
+
+
+def test_results_of_diagnostics_are_drawn_by_what_they_have():
+    pair = pvae.testing.linear_gaussian(2, 4)
+    x = pair.sample(40)
+    calibration = pvae.diagnostics.simulation_based_calibration(
+        pair.model, pair.guide, x, num_simulations=40, num_draws=15, num_samples=20, device="cpu"
+    )
+    ax = plots.ranks(calibration)
+    assert len(ax.lines) == 4, "two latents, by the guide and re-weighted"
+    usage = pvae.diagnostics.latent_usage(pair.model, pair.guide, x, num_samples=10, device="cpu")
+    ax = plots.kl_per_dimension(usage)
+    np.testing.assert_allclose([bar.get_height() for bar in ax.patches], usage.kl.sort(descending=True).values)
+    estimates = {name: estimate(guide_scale=scale) for name, scale in (("exact", 1.0), ("wide", 1.5))}
+    models = pvae.diagnostics.compare_models(estimates)
+    ax = plots.comparison(models)
+    assert [label.get_text() for label in ax.get_yticklabels()] == models.names
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (plots.reliability, "estimate must be what pvae.log_evidence returns, got dict, which has no khat"),
+        (plots.gap_decomposition, "gaps must be what pvae.diagnostics.gaps returns, got str, which has no evidence"),
+        (plots.ranks, "calibration must be what pvae.diagnostics.simulation_based_calibration returns, got dict"),
+        (plots.comparison, "table must be what pvae.diagnostics.compare_models returns, got dict, which has no names"),
+    ],
+)
+def test_results_of_another_function_are_refused(draw, message):
+    with pytest.raises(ArgumentError, match=message):
+        draw({"": "something else"})
+    assert not plt.get_fignums(), "no figure is left open"

@@ -135,6 +135,11 @@ def test_a_map_of_one_datum_or_without_labels():
     assert ax.get_ylabel() == "second"
 
 
+def test_labels_may_be_words():
+    ax = plots.latent_map(torch.randn(4, 2), ["cat", "dog", "dog", "cat"])
+    assert {text.get_text() for text in ax.texts} == {"cat", "dog"}
+
+
 def test_a_map_of_fifty_latents_is_refused():
     with pytest.raises(DataError, match=r"shape \(N, 2\), got \(7, 50\). Of more latents choose two"):
         plots.latent_map(torch.randn(7, 50))

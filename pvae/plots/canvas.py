@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.errors import DataError, PVAEError
+from pvae.errors import ArgumentError, DataError, PVAEError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = [
     "COLORS",
     "as_array",
+    "as_labels",
     "as_tensor",
+    "check_result",
     "count_label",
     "get_ink",
     "name_lines",
@@ -148,6 +150,20 @@ def name_lines(ax: Axes, names: Iterable[tuple[str, float, Any]], *, gap: float 
         style: dict[str, Any] = {"ha": "left", "va": "center", "color": color, "fontsize": "medium"}
         ax.annotate(words, (1.02, place - max(over, 0.0)), xycoords="axes fraction", annotation_clip=False, **style)
     ax.set_ylim(lower, upper)
+
+
+def as_labels(values: Any) -> np.ndarray:
+    """Labels of any kind: whole numbers, words."""
+    return np.asarray(as_tensor(values) if isinstance(values, Tensor) else values)
+
+
+def check_result(name: str, result: Any, attributes: Iterable[str], maker: str) -> None:
+    """Raises `ArgumentError` if a result lacks what is drawn of it: it is another function's."""
+    missing = [attribute for attribute in attributes if not hasattr(result, attribute)]
+    if missing:
+        raise ArgumentError(
+            f"{name} must be what {maker} returns, got {type(result).__name__}, which has no {', '.join(missing)}."
+        )
 
 
 def as_tensor(values: Any) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from pvae.errors import ArgumentError, DataError, positive_int
-from pvae.plots.canvas import COLORS, WIDTH, as_array, get_ink, new_axes, show_number
+from pvae.plots.canvas import COLORS, WIDTH, as_array, check_result, get_ink, new_axes, show_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,11 +43,14 @@ def gap_decomposition(gaps: _Gaps | Mapping[str, _Gaps], ax: Axes | None = None)
         ax: Where to draw; a new figure if left out. Errors are two Monte Carlo standard errors to each side.
 
     Raises:
+        ArgumentError: They are another function's results.
         DataError: There are none.
     """
     models = gaps if isinstance(gaps, Mapping) else {"": gaps}
     if not models:
         raise DataError("gaps must name a model at least, got an empty mapping.")
+    for one in models.values():
+        check_result("gaps", one, ("evidence", "refined", "guide", "amortization"), "pvae.diagnostics.gaps")
     ax = new_axes(ax, figsize=(WIDTH, 1.0 + 1.6 * len(models)))
     rows: list[str] = []
     for name, one in models.items():
@@ -118,7 +121,7 @@ def ranks(calibration: _Calibration, ax: Axes | None = None, *, level: float = 0
         level: Coverage of the band, between 0 and 1.
 
     Raises:
-        ArgumentError: ``level`` is no such number.
+        ArgumentError: ``level`` is no such number, or the calibration another function's result.
         DataError: Ranks have another shape, or lie outside of 0 to ``num_draws``.
 
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman, 2018, Validating Bayesian Inference Algorithms with
@@ -127,6 +130,8 @@ def ranks(calibration: _Calibration, ax: Axes | None = None, *, level: float = 0
     """
     if not 0 < level < 1:
         raise ArgumentError(f"level must be between 0 and 1, got {level!r}.")
+    maker = "pvae.diagnostics.simulation_based_calibration"
+    check_result("calibration", calibration, ("ranks", "num_draws", "names"), maker)
     weighted: _Calibration | None = getattr(calibration, "weighted", None)
     curves = [_deviations(one) for one in (calibration, *([] if weighted is None else [weighted]))]
     ax = new_axes(ax)
@@ -210,8 +215,12 @@ def comparison(table: _Table, ax: Axes | None = None) -> Axes:
         table: From `pvae.diagnostics.compare_models`.
         ax: Where to draw; a new figure if left out.
 
+    Raises:
+        ArgumentError: The table is another function's result.
+
     Source: in the manner of ``arviz.plot_compare``, after McElreath, 2020, Statistical Rethinking.
     """
+    check_result("table", table, ("names", "mean", "difference_data_std_error"), "pvae.diagnostics.compare_models")
     ax = new_axes(ax, figsize=(WIDTH, 1.2 + 0.75 * len(table.names)))
     ink, color = get_ink(ax), COLORS["data"]
     _draw_errors(ax, table.mean, table.mean_std_error, table.data_std_error, "o", ink, -0.13)

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from pvae.errors import DataError
-from pvae.plots.canvas import COLORS, WIDTH, as_array, as_tensor, count_label, get_ink, name_sets, new_axes, pick_color
+from pvae.plots.canvas import (
+    COLORS,
+    WIDTH,
+    as_array,
+    as_labels,
+    as_tensor,
+    count_label,
+    get_ink,
+    name_sets,
+    new_axes,
+    pick_color,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +66,7 @@ def latent_map(
 
     Args:
         codes: Such as E[z|x], ``vae.encode(x).mean``, shape ``(N, 2)``.
-        labels: Whole numbers, shape ``(N,)``; all points in one colour if left out.
+        labels: Whole numbers or words, shape ``(N,)``; all points in one colour if left out.
         ax: Where to draw; a new figure if left out.
         names: Of the two dimensions.
 
@@ -81,7 +92,7 @@ def latent_map(
         ax.scatter(*points.T.numpy(), color=COLORS["data"], **style)
         groups = {}
     else:
-        given = np.asarray(as_tensor(labels))
+        given = as_labels(labels)
         groups = {str(label): points[torch.from_numpy(given == label)] for label in np.unique(given).tolist()}
     colors = {label: _CLASSES[i % len(_CLASSES)] for i, label in enumerate(groups)}
     for label, own in groups.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import DataError, positive_int
-from pvae.plots.canvas import WIDTH, as_tensor, get_ink, new_axes
+from pvae.plots.canvas import WIDTH, as_labels, as_tensor, get_ink, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +100,7 @@ def neighbors(
     places = [width / 2, 2 * (width + 1) + (count * (width + 1) - 1) / 2]
     name_columns(ax, places, ["query", f"{count} nearest" if count > 1 else "nearest"])
     if labels is not None:
-        own, theirs = np.asarray(as_tensor(labels)), np.asarray(as_tensor(found_labels))
+        own, theirs = as_labels(labels), as_labels(found_labels)
         if own.shape != (len(rows),) or theirs.shape != (len(rows), count):
             raise DataError(f"labels must have shape {(len(rows),)}, found_labels {(len(rows), count)}.")
         name_rows(ax, [str(label) for label in own.tolist()], height)

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from pvae.errors import ArgumentError, DataError
 from pvae.evidence import KHAT_LIMIT, MIN_ESS, EvidenceEstimate
-from pvae.plots.canvas import COLORS, count_label, get_ink, name_lines, name_sets, new_axes, pick_color, show_number
+from pvae.plots.canvas import (
+    COLORS,
+    check_result,
+    count_label,
+    get_ink,
+    name_lines,
+    name_sets,
+    new_axes,
+    pick_color,
+    show_number,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +116,11 @@ def reliability(estimate: EvidenceEstimate, ax: Axes | None = None) -> Axes:
     Args:
         estimate: Of any number of data, from `pvae.log_evidence`. A k-hat of inf, -inf or nan is drawn at the margin.
         ax: Where to draw; a new figure if left out.
+
+    Raises:
+        ArgumentError: It is another function's result.
     """
+    check_result("estimate", estimate, ("khat", "ess", "withheld", "proposal"), "pvae.log_evidence")
     ax = new_axes(ax)
     khat, ess = estimate.khat.double().numpy(), estimate.ess.double().numpy()
     finite = khat[np.isfinite(khat)]
