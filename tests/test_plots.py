@@ -191,8 +191,7 @@ def contrast(one, other):
     """That of WCAG 2.1, from 1 to 21."""
     lights = []
     for color in (one, other):
-        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(color)]
-        lights.append(np.dot([0.2126, 0.7152, 0.0722], parts) + 0.05)
+        lights.append(np.dot([0.2126, 0.7152, 0.0722], linear(color)) + 0.05)
     return max(lights) / min(lights)
 
 
@@ -245,3 +244,34 @@ def test_samples_are_images_with_a_title():
     ax = plots.samples(x, columns=2)
     np.testing.assert_array_equal(ax.images[0].get_array(), plots.images(x, columns=2).images[0].get_array())
     assert "prior" in ax.get_title()
+
+
+# What a colour looks like to readers without one kind of cones, in linear RGB: Machado, Oliveira and Fernandes, 2009, A
+# Physiologically-based Model for Simulation of Color Vision Deficiency.
+BLIND = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("kind", BLIND)
+def test_colours_stay_apart_for_colour_blind_readers(kind):
+    """By their distance in CIE L*a*b*, in which 2.3 is what is just noticed."""
+    ink = matplotlib.colors.to_hex(plots.learning_curve({"elbo": [-1.0]}).xaxis.label.get_color())
+    seen = {name: lab(np.array(BLIND[kind]) @ linear(color)) for name, color in {**plots.COLORS, "ink": ink}.items()}
+    assert np.linalg.norm(seen["guide"] - seen["prior"]) > 40
+    names = list(seen)
+    assert all(np.linalg.norm(seen[a] - seen[b]) > 10 for i, a in enumerate(names) for b in names[i + 1 :])
+
+
+def linear(color):
+    return np.array(
+        [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(color)]
+    )
+
+
+def lab(rgb):
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(to_xyz @ np.clip(rgb, 0, 1) / [0.95047, 1.0, 1.08883])  # none so dark that the cube root ends
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])

@@ -34,7 +34,7 @@ __all__ = [
 #: What each colour means, in every plot. They stay apart for colour-blind readers, after Wong, 2011, Points of View:
 #: Color blindness, and each has a contrast of at least 3:1 to a white page and to a dark one. The truth, and all that
 #: is neither, is drawn in the colour of the Axes' own letters.
-COLORS = {"guide": "#0072B2", "prior": "#C95800", "refined": "#00855F", "data": "#A65C9B"}
+COLORS = {"guide": "#0072B2", "prior": "#C95800", "refined": "#2E8B3D", "data": "#B3589A"}
 # A grey of 4.5:1 to white and of 4:1 to the dark pages of documentation; no grey has 4.5:1 to both.
 INK = "#767676"
 WIDTH = 4.8  # inches: its letters stay large when a phone makes it as narrow as itself
