@@ -139,6 +139,13 @@ class Cascade:
         for rows in numbers.split(self.few):
             with _take(block, rows, floor) as data:
                 pilots.append(self._try(name, data, torch.arange(len(rows))))
+        needed = self.judge.find_needed(name, WeightSums.cat(pilots), floor[numbers])
+        if not self.judge.is_target:
+            return needed
+        for i, rows in enumerate(numbers.split(self.few)):
+            with _take(block, rows, floor) as data:
+                wanted = needed.split(self.few)[i]
+                pilots[i] = self._try_as_often(name, data, torch.arange(len(rows)), pilots[i], wanted)
         return self.judge.find_needed(name, WeightSums.cat(pilots), floor[numbers])
 
     def _resolve(self, data: _Data) -> None:
@@ -153,7 +160,7 @@ class Cascade:
             self.bar.set_postfix_str(name)
             if self.can_fit and data.fitted is None:
                 data = data._replace(fitted=_FIT.gaussian(self.densities, data.batch))
-            needed, last = self.judge.find_needed(name, self._try(name, data, some), data.floor[some]), name
+            needed, last = self._find_needed(name, data, some), name
             self._answer(name, data, some[needed > 0], needed[needed > 0])
             left = left[~torch.isin(left, some[needed > 0])]
         if self.can_fit and not self._is_late:
@@ -244,6 +251,23 @@ class Cascade:
             more = self._draw(name, data, rows[unsure], _MORE_PILOTS).weights
             sums = sums.put(unsure, sums[unsure].merge(more))
         return sums
+
+    def _find_needed(self, name: str, data: _Data, rows: Tensor) -> Tensor:
+        """How many draws of a stage some of the data need; 0 where they will not do."""
+        pilots = self._try(name, data, rows)
+        needed = self.judge.find_needed(name, pilots, data.floor[rows])
+        if self.judge.is_target:
+            pilots = self._try_as_often(name, data, rows, pilots, needed)
+            needed = self.judge.find_needed(name, pilots, data.floor[rows])
+        return needed
+
+    def _try_as_often(self, name: str, data: _Data, rows: Tensor, pilots: WeightSums, needed: Tensor) -> WeightSums:
+        """Pilots, and as many more as draws seem to be needed: of heavy tails a few show too small an error."""
+        for num_samples in needed[needed > 0].unique().tolist():
+            some = (needed == num_samples).nonzero()[:, 0]
+            more = self._draw(name, data, rows[some], num_samples).weights
+            pilots = pilots.put(some, pilots[some].merge(more))
+        return pilots
 
     @property
     def _is_late(self) -> bool:
