@@ -100,7 +100,9 @@ def try_pair(
         try:
             trial = _try_together(placed, data, nesting)
         except ProgramError as error:
-            raise ProgramError(f"{reason} Nor is there one log p(data) of all of them together: {error}") from None
+            raise ProgramError(
+                f"{reason} Nor is there one log p(data) of all of them together: {_first_part(error)}"
+            ) from None
         logger.info("one log p(data) of all data together: %s", first_line(reason))
         return trial
     if not in_memory:
@@ -139,8 +141,23 @@ def _trace_each(placed: Pair, batch: Batch) -> dict[str, Sites]:
     except ProgramError as error:
         raise NotForEachError(
             "log p(x) for each datum needs programs that can be run on any number of data; on "
-            f"{len(batch[0])} this pair failed: {error}"
+            f"{len(batch[0])} this pair failed: {_explain(error)}"
         ) from None
+
+
+def _first_part(error: ProgramError) -> str:
+    """What an error says, as a sentence without Pyro's table of shapes."""
+    text = str(error).partition("Trace Shapes:")[0].strip()
+    return text if text.endswith(".") else f"{text}."
+
+
+def _explain(error: ProgramError) -> str:
+    """The same, and what helps."""
+    text = _first_part(error)
+    is_event = text.startswith("Shape mismatch inside plate")
+    return (
+        f"{text} A dimension that is of one draw, and of no plate, is declared by .to_event(1)." if is_event else text
+    )
 
 
 def _try_together(placed: Pair, data: Batch, nesting: int) -> Trial:
