@@ -62,57 +62,63 @@ const Network = (() => {
     return {data: y, shape: [...x.shape.slice(0, -1), rows]};
   }
 
+  // One weight of a convolution joins pixel (i, j) of the smaller image with pixel (i * stride + u * dilation - padding,
+  // ...) of the larger. This is where in the larger one, for each pixel of the smaller; -1 where there is none.
+  function findPartners(o, u, v, [h, w], [height, width]) {
+    const places = new Int32Array(h * w);
+    for (let i = 0, n = 0; i < h; i++) for (let j = 0; j < w; j++, n++) {
+      const row = i * o.stride[0] + u * o.dilation[0] - o.padding[0];
+      const column = j * o.stride[1] + v * o.dilation[1] - o.padding[1];
+      places[n] = row < 0 || row >= height || column < 0 || column >= width ? -1 : row * width + column;
+    }
+    return places;
+  }
+
+  const reach = (o, a) => o.dilation[a] * (o.weight.shape[2 + a] - 1) + 1;
+
+  function biased(o, outputs, pixels) {
+    const y = new Float64Array(outputs * pixels);
+    if (o.bias) for (let c = 0; c < outputs; c++) y.fill(o.bias.data[c], c * pixels, (c + 1) * pixels);
+    return y;
+  }
+
   function conv2d(x, o) {
-    const [, height, width] = x.shape, [outputs, perGroup, kh, kw] = o.weight.shape;
-    const [sh, sw] = o.stride, [ph, pw] = o.padding, [dh, dw] = o.dilation;
-    const h = Math.floor((height + 2 * ph - dh * (kh - 1) - 1) / sh) + 1;
-    const w = Math.floor((width + 2 * pw - dw * (kw - 1) - 1) / sw) + 1;
-    const y = new Float32Array(outputs * h * w), each = outputs / o.groups;
-    for (let c = 0; c < outputs; c++) {
-      const first = Math.floor(c / each) * perGroup;
-      for (let i = 0; i < h; i++) for (let j = 0; j < w; j++) {
-        let sum = o.bias ? o.bias.data[c] : 0;
-        for (let b = 0; b < perGroup; b++) for (let u = 0; u < kh; u++) {
-          const row = i * sh - ph + u * dh;
-          if (row < 0 || row >= height) continue;
-          for (let v = 0; v < kw; v++) {
-            const column = j * sw - pw + v * dw;
-            if (column < 0 || column >= width) continue;
-            sum += o.weight.data[((c * perGroup + b) * kh + u) * kw + v]
-              * x.data[((first + b) * height + row) * width + column];
-          }
+    const [inputs, ...large] = x.shape, [outputs, perGroup, kh, kw] = o.weight.shape, each = outputs / o.groups;
+    const small = [0, 1].map((a) => Math.floor((large[a] + 2 * o.padding[a] - reach(o, a)) / o.stride[a]) + 1);
+    const pixels = size(small), area = size(large), y = biased(o, outputs, pixels), moved = new Float64Array(pixels);
+    for (let u = 0; u < kh; u++) for (let v = 0; v < kw; v++) {
+      const places = findPartners(o, u, v, small, large);
+      for (let a = 0; a < inputs; a++) {
+        for (let n = 0; n < pixels; n++) moved[n] = places[n] < 0 ? 0 : x.data[a * area + places[n]];
+        const group = Math.floor(a / perGroup), b = a % perGroup;
+        for (let c = group * each; c < (group + 1) * each; c++) {
+          const factor = o.weight.data[((c * perGroup + b) * kh + u) * kw + v], start = c * pixels;
+          for (let n = 0; n < pixels; n++) y[start + n] += factor * moved[n];
         }
-        y[(c * h + i) * w + j] = sum;
       }
     }
-    return {data: y, shape: [outputs, h, w]};
+    return {data: Float32Array.from(y), shape: [outputs, ...small]};
   }
 
   function convTranspose2d(x, o) {
-    const [inputs, height, width] = x.shape, [, perGroup, kh, kw] = o.weight.shape;
-    const [sh, sw] = o.stride, [ph, pw] = o.padding, [dh, dw] = o.dilation, [eh, ew] = o.outputPadding;
-    const h = (height - 1) * sh - 2 * ph + dh * (kh - 1) + eh + 1;
-    const w = (width - 1) * sw - 2 * pw + dw * (kw - 1) + ew + 1;
-    const outputs = perGroup * o.groups, sums = new Float64Array(outputs * h * w), each = inputs / o.groups;
-    if (o.bias) for (let c = 0; c < outputs; c++) sums.fill(o.bias.data[c], c * h * w, (c + 1) * h * w);
-    for (let a = 0; a < inputs; a++) {
-      const first = Math.floor(a / each) * perGroup;
-      for (let i = 0; i < height; i++) for (let j = 0; j < width; j++) {
-        const value = x.data[(a * height + i) * width + j];
-        if (value === 0) continue;
-        for (let b = 0; b < perGroup; b++) for (let u = 0; u < kh; u++) {
-          const row = i * sh - ph + u * dh;
-          if (row < 0 || row >= h) continue;
-          for (let v = 0; v < kw; v++) {
-            const column = j * sw - pw + v * dw;
-            if (column < 0 || column >= w) continue;
-            sums[((first + b) * h + row) * w + column]
-              += value * o.weight.data[((a * perGroup + b) * kh + u) * kw + v];
-          }
+    const [inputs, ...small] = x.shape, [, perGroup, kh, kw] = o.weight.shape, each = inputs / o.groups;
+    const large = [0, 1].map((a) =>
+      (small[a] - 1) * o.stride[a] - 2 * o.padding[a] + reach(o, a) + o.outputPadding[a]);
+    const outputs = perGroup * o.groups, pixels = size(small), area = size(large);
+    const y = biased(o, outputs, area), sums = new Float64Array(pixels);
+    for (let u = 0; u < kh; u++) for (let v = 0; v < kw; v++) {
+      const places = findPartners(o, u, v, small, large);
+      for (let c = 0; c < outputs; c++) {
+        const group = Math.floor(c / perGroup), b = c % perGroup;
+        sums.fill(0);
+        for (let a = group * each; a < (group + 1) * each; a++) {
+          const factor = o.weight.data[((a * perGroup + b) * kh + u) * kw + v], start = a * pixels;
+          for (let n = 0; n < pixels; n++) sums[n] += factor * x.data[start + n];
         }
+        for (let n = 0; n < pixels; n++) if (places[n] >= 0) y[c * area + places[n]] += sums[n];
       }
     }
-    return {data: Float32Array.from(sums), shape: [outputs, h, w]};
+    return {data: Float32Array.from(y), shape: [outputs, ...large]};
   }
 
   function upsample(x, o) { // nearest
