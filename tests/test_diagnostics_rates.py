@@ -7,7 +7,7 @@ import math
 import pyro
 import pytest
 import torch
-from pairs import RowGaussian
+from pairs import ModulePair, RowGaussian
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 from torch.distributions import kl_divergence
@@ -131,6 +131,31 @@ def test_pairs_of_any_kind():
     assert usage.active.all()
 
 
+class NotBroadcasting(ModulePair):
+    """A pair whose decoder takes rows alone, so that particles are run as copies of the data."""
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("latent", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("obs", dist.Bernoulli(logits=self.decoder(z.reshape(len(x), 2))).to_event(1), obs=x)
+
+
+def test_particles_that_run_as_copies(bits):
+    """The same reports, whichever way particles are run."""
+    pair, x = ModulePair(), bits[:30]
+    copies = NotBroadcasting()
+    copies.load_state_dict(pair.state_dict())
+    ours, theirs = (rate_distortion(p.model, p.guide, x, num_samples=400) for p in (pair, copies))
+    torch.testing.assert_close(ours.rate, theirs.rate)
+    errors = torch.hypot(ours.elbo_std_error, theirs.elbo_std_error)
+    assert ((ours.elbo - theirs.elbo).abs() < 5 * errors).all()
+    ours, theirs = (latent_usage(p.model, p.guide, x) for p in (pair, copies))
+    torch.testing.assert_close(ours.kl, theirs.kl)
+    torch.testing.assert_close(ours.variance_of_means, theirs.variance_of_means)
+    assert ours.names == theirs.names == ("latent[0]", "latent[1]")
+
+
 def test_the_split_describes_itself(small_vae, bits):
     lines = repr(rate_distortion(small_vae.model, small_vae.guide, bits[:30], num_samples=10)).splitlines()
     assert lines[0] == "ELBO of 30 data, 10 draws each: means, nats per datum"
@@ -213,7 +238,7 @@ def test_collapse_is_told_by_name(idle):
     assert found.is_collapsed == (idle == 3)
     assert (found.kl[:idle] == 0).all()
     if idle == 1:
-        assert found.verdict.startswith("1 of 3 units are inactive: z[0]. The other 2 are in use.")
+        assert found.verdict.startswith("inactive: 1 of 3 units (z[0]); the others are in use.")
     else:
         assert found.verdict.startswith("posterior collapse: all 3 units are inactive (z[0], z[1], z[2])")
         assert found.mutual_information == pytest.approx(0.0, abs=1e-12)

@@ -99,7 +99,7 @@ class LatentUsage:
         )
         if len(idle) < total:
             return (
-                f"{len(idle)} of {total} units are inactive: {listed}. The other {total - len(idle)} are in use. "
+                f"inactive: {len(idle)} of {total} units ({listed}); the others are in use. "
                 f"A model wider than its data need leaves some out, at no cost; fewer latents would do.{waste}"
             )
         return (
