@@ -622,6 +622,26 @@ def test_the_page_works_in_a_frame(browser, page, tmp_path):
     assert not browser.faults
 
 
+def test_the_page_owns_up_to_what_it_does_not_know(browser, page, tmp_path):
+    """A decoder that is not torch's, and a datum whose log p(x) nobody could find."""
+    contents = contents_of(page)
+    contents["reference"]["low"][0] = contents["reference"]["high"][0] = None
+    contents["reference"]["withheld"][0] = "k-hat is 0.9"
+    changed = to_json(contents).replace('"op":"relu"', '"op":"tanh"')
+    old = re.search(r'id="contents">(.*?)</script>', page.read_text("utf-8"), re.S)[1]
+    path = tmp_path / "changed.html"
+    path.write_text(page.read_text("utf-8").replace(old, changed), "utf-8")
+    browser.show()
+    browser.open(path)
+    assert "do not trust its pictures" in browser.run("document.getElementById('about').textContent")
+    browser.run("Explorer.choose(0)")
+    browser.settle()
+    words = browser.run("document.getElementById('reference').textContent")
+    assert "no level line" in words
+    assert "k-hat is 0.9" in words
+    assert browser.run("document.querySelectorAll('#chart line.reference').length") == 0
+
+
 @pytest.mark.parametrize("latent_dim, event_shape", [(1, (5,)), (5, (3, 4, 4))])
 def test_other_pairs_have_pages_that_run(browser, latent_dim, event_shape, tmp_path):
     """One latent and bars; many latents, colours, and words as labels."""

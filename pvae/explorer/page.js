@@ -10,7 +10,7 @@ const Explorer = (() => {
   const fixed = (value, digits = 2) => value.toFixed(digits).replace("-", "\u2212").replace(/^\u2212(0\.?0*)$/, "$1");
   const whole = (value) => Math.round(value).toLocaleString("en");
 
-  // --- State: where the cursor is on the map, which datum is chosen, how many draws are shown -----------------------
+  // --- State: where the cursor is on the map, which datum is chosen, how many draws are shown ----------------------
 
   const state = {cursor: null, chosen: null, draws: page.numSamples};
 
@@ -35,7 +35,7 @@ const Explorer = (() => {
 
   const nameOf = (n) => `${page.indices[n]}` + (page.labels ? `, label ${page.labels[n]}` : "");
 
-  // --- Log-weights of one datum, and what is computed of them ----------------------------------------------------------
+  // --- Log-weights of one datum, and what is computed of them ------------------------------------------------------
 
   function unpackWeights(packed, n) {
     const K = page.numSamples, rate = Math.log1p(packed.deepest) / 65534;
@@ -75,7 +75,7 @@ const Explorer = (() => {
 
   let drawn = null; // of the chosen datum
 
-  // --- Pictures of data ------------------------------------------------------------------------------------------------
+  // --- Pictures of data --------------------------------------------------------------------------------------------
 
   const rgb = (text) => [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16));
 
@@ -144,12 +144,16 @@ const Explorer = (() => {
     element("reconstruction-words").textContent = "reconstruction";
   }
 
-  // --- The map ---------------------------------------------------------------------------------------------------------
+  // --- The map -----------------------------------------------------------------------------------------------------
 
   const map = element("map");
   // Ten colours for labels, none of which is the guide's blue or the prior's orange; marks are their label, too.
-  const LIGHT = ["#882255", "#117733", "#332288", "#8a6d00", "#aa4499", "#2f7f73", "#a33a48", "#666666", "#6b4c2a", "#4d6b00"];
-  const DARK = ["#d67ba5", "#5fbf7f", "#a79cf0", "#ddcc77", "#d98ccb", "#66ccbb", "#e58a94", "#b5b5b5", "#c9a27c", "#b5cc5e"];
+  const LIGHT = [
+    "#882255", "#117733", "#332288", "#8a6d00", "#aa4499", "#2f7f73", "#a33a48", "#666666", "#6b4c2a", "#4d6b00",
+  ];
+  const DARK = [
+    "#d67ba5", "#5fbf7f", "#a79cf0", "#ddcc77", "#d98ccb", "#66ccbb", "#e58a94", "#b5b5b5", "#c9a27c", "#b5cc5e",
+  ];
   const classes = page.labels ? [...new Set(page.labels)] : [];
   const isWord = page.labels !== null && page.labels.every((label) => label.length <= 2);
   const isColoured = classes.length > 1 && classes.length <= LIGHT.length;
@@ -182,7 +186,8 @@ const Explorer = (() => {
         const [x, y] = toScreen(a === 0 ? [v, view.low[1]] : [view.low[0], v]);
         context.globalAlpha = Math.abs(v) < step / 2 ? 1 : 0.5;
         context.beginPath();
-        if (a === 0) { context.moveTo(x, 0); context.lineTo(x, size); } else { context.moveTo(0, y); context.lineTo(size, y); }
+        context.moveTo(a === 0 ? x : 0, a === 0 ? 0 : y);
+        context.lineTo(a === 0 ? x : size, a === 0 ? size : y);
         context.stroke();
         context.globalAlpha = 1;
         context.textAlign = a === 0 ? "center" : "left";
@@ -288,7 +293,7 @@ const Explorer = (() => {
     schedule();
   }
 
-  // --- The chart -------------------------------------------------------------------------------------------------------
+  // --- The chart ---------------------------------------------------------------------------------------------------
 
   const svg = (name, attributes, text) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -337,7 +342,8 @@ const Explorer = (() => {
     const inside = svg("g", {"clip-path": "url(#inside)"}), ends = [];
     if (reference) {
       const from = y(reference.high), to = y(reference.low), span = {x1: left, x2: width - right};
-      inside.append(svg("rect", {class: "reference", x: left, width: width - left - right, y: from, height: Math.max(to - from, 1)}));
+      const band = {x: left, width: width - left - right, y: from, height: Math.max(to - from, 1)};
+      inside.append(svg("rect", {class: "reference", ...band}));
       inside.append(svg("line", {class: "reference", ...span, y1: y(reference.value), y2: y(reference.value)}));
       ends.push(["reference", "log p(x)", y(reference.value)]);
     }
@@ -365,7 +371,8 @@ const Explorer = (() => {
     ends.sort((a, b) => a[2] - b[2]);
     for (let i = 1; i < ends.length; i++) ends[i][2] = Math.max(ends[i][2], ends[i - 1][2] + 15);
     for (const [name, text, at] of ends) {
-      root.append(svg("text", {class: `halo ${name}`, x: width - right + 6, y: Math.min(at + 4, height - bottom)}, text));
+      const corner = {x: width - right + 6, y: Math.min(at + 4, height - bottom)};
+      root.append(svg("text", {class: `halo ${name}`, ...corner}, text));
     }
     element("chart").replaceChildren(root);
   }
@@ -376,12 +383,12 @@ const Explorer = (() => {
   }
 
   function chartWords(reference) {
-    const K = page.numSamples, guide = fixed(drawn.guide.estimates[K - 1], 1), prior = fixed(drawn.prior.estimates[K - 1], 1);
+    const K = page.numSamples, [guide, prior] = ["guide", "prior"].map((name) => fixed(drawn[name].estimates[K - 1], 1));
     const truth = reference ? ` The reference is ${fixed(reference.value, 1)}.` : "";
     return `Estimates of log p(x) as draws are added. After ${K}: guide ${guide}, prior ${prior} nats.${truth}`;
   }
 
-  // --- Words and numbers beside it -------------------------------------------------------------------------------------
+  // --- Words and numbers beside it ---------------------------------------------------------------------------------
 
   function showNumbers() {
     const K = state.draws, effective = {};
@@ -411,9 +418,13 @@ const Explorer = (() => {
     element("reference").textContent = reference
       ? `The level line is log p(x) = ${fixed(reference.value)} nats, 95% interval ${fixed(reference.low)} to `
         + `${fixed(reference.high)}, as pvae.log_evidence found it by the proposal \u201c${page.reference.stage[n]}\u201d.`
-      : `There is no level line: pvae.log_evidence left log p(x) of this datum unresolved, as ${page.reference.withheld[n]}.`;
+      : "There is no level line: pvae.log_evidence left log p(x) of this datum unresolved, as "
+        + `${page.reference.withheld[n]}.`;
     const late = page.later && page.later.draws[page.later.draws.length - 1];
-    if (late) element("reference").textContent += ` Dotted: the prior\u2019s estimate from up to ${whole(late)} draws, of which the map shows ${whole(page.numSamples)}.`;
+    if (late) {
+      element("reference").textContent += ` Dotted: the prior\u2019s estimate from up to ${whole(late)} draws, of which `
+        + `the map shows ${whole(page.numSamples)}.`;
+    }
   }
 
   function showKey() {
@@ -441,7 +452,8 @@ const Explorer = (() => {
     showDatum();
     showKey();
     schedule();
-    say(n === null ? "No datum is chosen." : `Datum ${nameOf(n)}. ${chartWords(referenceOf(n))} ${element("verdict").textContent}`);
+    say(n === null ? "No datum is chosen."
+      : `Datum ${nameOf(n)}. ${chartWords(referenceOf(n))} ${element("verdict").textContent}`);
   }
 
   function setDraws(count) {
@@ -470,7 +482,7 @@ const Explorer = (() => {
     });
   }
 
-  // --- Events ----------------------------------------------------------------------------------------------------------
+  // --- Events ------------------------------------------------------------------------------------------------------
 
   const at = (event) => {
     const box = map.getBoundingClientRect();
@@ -495,7 +507,8 @@ const Explorer = (() => {
     if (moves) {
       moveTo(state.cursor.map((value, a) => value + step * moves[a]));
       const found = nearest(state.cursor);
-      say(`${page.axes[0].short} ${fixed(state.cursor[0])}, ${page.axes[1].short} ${fixed(state.cursor[1])}. Nearest: datum ${nameOf(found.n)}.`);
+      const where = page.axes.map((axis, a) => `${axis.short} ${fixed(state.cursor[a])}`).join(", ");
+      say(`${where}. Nearest: datum ${nameOf(found.n)}.`);
     } else if (event.key === "Enter" || event.key === " ") choose(nearest(state.cursor).n);
     else if (event.key === "Escape") choose(null);
     else return;
@@ -506,7 +519,7 @@ const Explorer = (() => {
   choice.append(new Option("choose one", ""));
   for (let n = 0; n < numData; n++) choice.append(new Option(nameOf(n), String(n)));
   choice.addEventListener("change", () => choose(choice.value === "" ? null : Number(choice.value)));
-  const go = (step) => choose(state.chosen === null ? (step > 0 ? 0 : numData - 1) : (state.chosen + step + numData) % numData);
+  const go = (step) => choose(((state.chosen ?? (step > 0 ? -1 : 0)) + step + numData) % numData);
   element("previous").addEventListener("click", () => go(-1));
   element("next").addEventListener("click", () => go(1));
 
@@ -532,7 +545,7 @@ const Explorer = (() => {
     playing = requestAnimationFrame(frame);
   });
 
-  // --- Beginning -------------------------------------------------------------------------------------------------------
+  // --- Beginning ---------------------------------------------------------------------------------------------------
 
   // The decoder here against torch's, at latents that were drawn when the page was written.
   function compare() {
