@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import pvae
 from pvae import plots
 from pvae.errors import DataError, PVAEError
 
@@ -43,6 +44,12 @@ def test_learning_curve_shows_the_rate_between_distortion_and_elbo():
     corners = ax.collections[0].get_paths()[0].vertices
     assert {-21.0, -20.0, -18.0, -15.0} == set(corners[:, 1])
     assert "rate" in words(ax)
+
+
+def test_learning_curve_of_what_fit_returns():
+    pair = pvae.VAE.mlp(3, 1, [4])
+    result = pvae.fit(pair.model, pair.guide, torch.zeros(8, 3), epochs=2, progress=False, device="cpu", compile=False)
+    np.testing.assert_array_equal(plots.learning_curve(result).lines[0].get_ydata(), result.history["elbo"])
 
 
 def test_learning_curve_of_nothing_is_refused():

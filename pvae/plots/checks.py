@@ -88,9 +88,11 @@ def _draw_gaps(ax: Axes, gaps: _Gaps, row: int) -> None:
     for place, level, errors, color in ends:
         error = 2 * errors.norm().item() / len(errors)
         ax.errorbar(level, place, xerr=error, fmt="o", color=color, capsize=3)
-        side = {"xytext": (8, 0), "ha": "left"} if place == row else {"xytext": (-8, 0), "ha": "right"}
+        sign = 1 if place == row else -1  # the lowest at its right, the highest at its left
+        reach = level + sign * (0.0 if np.isnan(error) else error)
+        side: dict[str, Any] = {"xytext": (8 * sign, 0), "ha": "left" if sign > 0 else "right"}
         words = show_number(level, ".2f")
-        ax.annotate(words, (level, place), textcoords="offset points", color=color, va="center", **side)
+        ax.annotate(words, (reach, place), textcoords="offset points", color=color, va="center", **side)
     for place, level in zip((row + 0.5, row + 1.5, row + 2.5), levels, strict=True):
         ax.plot([level] * 2, [place - 0.5, place + 0.5], color=ink, linewidth=0.8, linestyle=":")
 

@@ -8,35 +8,42 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pvae.errors import DataError
-from pvae.plots.canvas import COLORS, get_ink, name_lines, new_axes
+from pvae.plots.canvas import COLORS, check_result, get_ink, name_lines, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from pvae.svi import FitResult
 
 __all__ = ["learning_curve"]
 
 _LABELS = {"elbo": "training (while learning)", "objective": "training objective", "validation_elbo": "validation"}
 
 
-def learning_curve(history: Mapping[str, Any], ax: Axes | None = None) -> Axes:
-    """Draws the ELBO of each epoch, as in ``FitResult.history``, in nats per datum.
+def learning_curve(history: Mapping[str, Any] | FitResult, ax: Axes | None = None) -> Axes:
+    """Draws the ELBO of each epoch, in nats per datum.
 
     Args:
-        history: ``"elbo"``, ``"objective"``, ``"validation_elbo"``, those that are there, shape ``(epochs,)`` each.
+        history: What `pvae.fit` returns, or its ``history``: of ``"elbo"``, ``"objective"`` and ``"validation_elbo"``
+            those that are there, shape ``(epochs,)`` each.
             With ``"distortion"`` and ``"rate"``, nats per datum, ``-distortion`` is drawn above the ELBO, and the rate
             as the band between the two: ``ELBO = -distortion - rate``.
         ax: Where to draw; a new figure if left out.
 
     Raises:
+        ArgumentError: It is neither.
         DataError: The history has none of these, or no epoch.
     """
-    drawn = {name: np.asarray(history[name], float) for name in _LABELS if len(history.get(name, ()))}
-    if not drawn and not len(history.get("rate", ())):
-        raise DataError(f"history must have an epoch of one of {', '.join(_LABELS)}; it has {sorted(history)}.")
+    if not isinstance(history, Mapping):
+        check_result("history", history, ["history"], "pvae.fit")
+    curves: Mapping[str, Any] = history if isinstance(history, Mapping) else history.history
+    drawn = {name: np.asarray(curves[name], float) for name in _LABELS if len(curves.get(name, ()))}
+    if not drawn and not len(curves.get("rate", ())):
+        raise DataError(f"history must have an epoch of one of {', '.join(_LABELS)}; it has {sorted(curves)}.")
     ax = new_axes(ax)
     ink, names = get_ink(ax), []
-    if len(history.get("rate", ())) and len(history.get("distortion", ())):
-        names += _draw_rate(ax, np.asarray(history["rate"], float), np.asarray(history["distortion"], float))
+    if len(curves.get("rate", ())) and len(curves.get("distortion", ())):
+        names += _draw_rate(ax, np.asarray(curves["rate"], float), np.asarray(curves["distortion"], float))
     for name, values in drawn.items():
         style: dict[str, Any] = {"color": ink, "linestyle": "--"}
         if name == "validation_elbo":
