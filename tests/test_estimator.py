@@ -261,12 +261,12 @@ def test_held_out_log_px_chooses_the_latent_dimension(x):
 @pytest.mark.slow
 def test_a_pipeline_of_three_steps_on_the_digits():
     x = load_digits().data.astype(np.float32)
-    options = {"likelihood": "bernoulli", "hidden_layer_sizes": (128,), "max_epochs": 40, "learning_rate": 2e-3}
-    model = pipeline(**options, batch_size=64, n_samples=200, random_state=0)
-    search = GridSearchCV(model, {"vae__n_components": [2, 8]}, cv=3).fit(x)
+    options = {"likelihood": "bernoulli", "hidden_layer_sizes": (128,), "max_epochs": 25, "learning_rate": 2e-3}
+    model = pipeline(**options, batch_size=64, n_samples=100, random_state=0)
+    search = GridSearchCV(model, {"vae__n_components": [2, 8]}, cv=2).fit(x)
     assert search.best_params_ == {"vae__n_components": 8}
     low, high = search.cv_results_["mean_test_score"]
-    assert high > low + 1  # nats per datum; three folds scatter by 0.2
+    assert high > low + 1  # nats per datum; two folds scatter by 0.2
 
 
 @pytest.mark.slow

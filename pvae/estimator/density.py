@@ -34,8 +34,8 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
     The nearest relative in scikit-learn is ``FactorAnalysis``, whose decoder is linear. `score_samples` is log p(x)
     itself, by importance sampling, and not the ELBO, so that models of different ``n_components`` compare.
 
-    Computes in the dtype of ``X``: float32 takes about half of the time. Columns that are in units of their own go
-    through a ``StandardScaler`` first; log p(x) is then in nats with respect to standardized units.
+    Computes in the dtype of ``X``; float32 is faster. Columns that are in units of their own go through a
+    ``StandardScaler`` first; log p(x) is then in nats with respect to standardized units.
 
     Args:
         n_components: Latent dimensions D.
