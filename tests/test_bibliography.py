@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 import unicodedata
 from pathlib import Path
 
@@ -80,3 +81,10 @@ def test_entries_are_in_order_and_only_once():
     assert len(known) == len(set(known))
     keys = [(re.sub("[^a-z]", "", plain(author)), year, title) for author, year, title in known]
     assert keys == sorted(keys)
+
+
+def test_the_citation_file_names_this_version():
+    lines = (DOCS.parent / "CITATION.cff").read_text().splitlines()
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+    assert f"version: {project['version']}" in lines
+    assert f"license: {project['license']}" in lines
