@@ -28,6 +28,8 @@ TINY = ["--dataset", "digits", *SMALL]
 # Tiny arguments for each script; --output-dir is added.
 RUNS = {
     "mnist_svi.py": TINY,
+    "any_pyro_model.py": ["--num-data", "8", "--epochs", "3", "--num-samples", "200"],
+    "bayesian_workflow.py": ["--num-plants", "6", "--epochs", "1", "--num-samples", "200"],
     "ae_vs_vae.py": ["--epochs", "1", "--num-eval", "12", "--hidden", "8", "--latent-dim", "2"],
     "frey_like_gaussian.py": [
         *["--epochs", "1", "--num-images", "60", "--hidden", "8", "--num-samples", "30", "--num-eval", "3"]
