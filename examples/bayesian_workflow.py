@@ -75,7 +75,6 @@ class Growth(nn.Module):
         super().__init__()
         self.log_noise = nn.Parameter(torch.zeros(()))
         self.encoder = pvae.networks.mlp(len(TIMES), [32], 4)
-        self.register_buffer("times", TIMES)
 
     def model(self, x: Tensor) -> None:
         """The generative program."""
@@ -83,7 +82,7 @@ class Growth(nn.Module):
         with pyro.plate("plants", len(x)):
             height = pyro.sample("height", dist.LogNormal(math.log(30), 0.4))
             rate = pyro.sample("rate", dist.LogNormal(math.log(0.5), 0.3))
-            mean = height[..., None] * -torch.expm1(-rate[..., None] * self.times)
+            mean = height[..., None] * -torch.expm1(-rate[..., None] * TIMES.to(x))
             pyro.sample("x", dist.Normal(mean, self.log_noise.exp()).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
@@ -126,7 +125,8 @@ def draw_heights(heights: Any, truth: Tensor) -> Figure:
     ax = figure.subplots()
     low, middle, high = heights.quantile([0.05, 0.5, 0.95], dim=("chain", "draw")).to_numpy()
     ax.errorbar(truth, middle, [middle - low, high - middle], fmt=".", color=DATA, elinewidth=0.6, markersize=3)
-    ax.axline((truth.mean().item(),) * 2, slope=1, color="grey", linewidth=0.8)
+    centre = truth.mean().item()
+    ax.axline((centre, centre), slope=1, color="grey", linewidth=0.8)
     ax.set(xlabel="true final height (cm)", ylabel="posterior: median and 90%")
     return figure
 
