@@ -297,7 +297,8 @@ class Categorical(_Likelihood):
     Args:
         network: ``(..., D) -> (..., C, *event)``, the logits ``l``, classes first.
         num_classes: ``C``.
-        event_shape: As for `Bernoulli`.
+        event_shape: Shape of one datum. Left out, it is that of the network's output with a C-th of the first
+            dimension, as of feature maps: outputs ``(C, 64)`` are for data of shape ``(1, 64)``.
     """
 
     def __init__(self, network: nn.Module, *, num_classes: int, event_shape: Sequence[int] | None = None) -> None:
