@@ -40,7 +40,7 @@ types: $(VENV)/.dev  ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.docs  ## build the site into docs/_build/html, running its tutorials
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -j auto -b html docs docs/_build/html
 
 bench: $(VENV)/.bench  ## measure training and evidence beside Pyro, estimators and families side by side
 	$(BIN)/python benchmarks/train.py

@@ -1,13 +1,19 @@
 """How the site is built: ``python -m sphinx -W --keep-going -b html docs docs/_build/html``, without a network."""
 
+import atexit
 import os
 import re
+import shutil
+import sys
+import tempfile
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 import matplotlib.font_manager  # noqa: F401  (makes its font cache now; a page's kernel would print that it does)
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "pvae"
 version = release = version_of("pvae")
@@ -17,6 +23,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "executed_pages",
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -33,6 +40,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same pages on every machine
 os.environ["OMP_NUM_THREADS"] = "1"  # networks this small gain nothing by threads, which wait for each other
 os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)  # figures for light and dark pages
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm, imported by Pyro, where ipywidgets is missing
+
+# No start-up files of the reader's own IPython; and ipykernel's warning that it uses TCP is no news.
+_profile = Path(tempfile.mkdtemp()) / "profile_default"
+atexit.register(shutil.rmtree, _profile.parent, ignore_errors=True)
+_profile.mkdir()
+(_profile / "ipython_kernel_config.py").write_text('get_config().IPKernelApp.log_level = "ERROR"\n')
+os.environ["IPYTHONDIR"] = str(_profile.parent)
 
 # --- The API from docstrings ------------------------------------------------------------------------------------------
 
@@ -51,6 +65,8 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_title = f"pvae {release}"
+html_short_title = "pvae: variational autoencoders as Pyro programs"
+html_favicon = "_static/favicon.svg"
 html_show_copyright = False
 html_show_sphinx = False
 html_math_renderer = "mathml"
@@ -60,9 +76,14 @@ copybutton_prompt_text = "$ "
 
 
 def _mathml(tex, as_block=False):
+    # An index of \hat k is beside it, and not below it: after {} docutils takes it for no limit of a sign.
+    accent = r"(\\(?:hat|bar|tilde)\s*(?:\{[^{}]*\}|\\[A-Za-z]+|\w))(?=[_^])"
+    mathml = tex2mathml(re.sub(accent, r"{{}\1}", tex), as_block)
     # Browsers put no space between a function's name and its argument; TeX does, except before a parenthesis.
-    apply = r"(<mo>&ApplyFunction;</mo>)(?!\s*<mo[^>]*>\()"
-    return re.sub(apply, r'\1<mspace width="0.17em"/>', tex2mathml(tex, as_block))
+    mathml = re.sub(r"(<mo>&ApplyFunction;</mo>)(?!\s*<mo[^>]*>\()", r'\1<mspace width="0.17em"/>', mathml)
+    # Where the font can, browsers let bars grow to the height of their line; TeX does so after \left alone.
+    bar = r"(?<!<mrow>)(?<!\s)(\s*)<mo>([|\u2016\u2223\u2225])</mo>(?!\s*</mrow>)"
+    return re.sub(bar, r'\1<mo stretchy="false">\2</mo>', mathml)
 
 
 def _inline_math(translator, node):
