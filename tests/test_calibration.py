@@ -132,3 +132,25 @@ def test_a_guide_of_all_data_is_refused():
 
     with pytest.raises(pvae.ProgramError, match="does not answer to simulated ones"):
         simulation_based_calibration(model, guide, torch.zeros(4))
+
+
+def uniform(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+        pyro.sample("x", dist.Uniform(z - 1, z + 1, validate_args=False), obs=x)
+
+
+@pytest.mark.parametrize("loc", [500.0, torch.nan])
+def test_draws_that_explain_nothing_count_as_none_and_nan_is_an_error(loc):
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.full_like(x, loc), 0.01, validate_args=False))
+
+    options = {"num_simulations": 20, "num_samples": 63}
+    if loc != loc:
+        with pytest.raises(pvae.NumericalError, match=r"begins with datum 0: .* log-weights are nan"):
+            simulation_based_calibration(uniform, guide, torch.zeros(5), **options)
+        return
+    found = simulation_based_calibration(uniform, guide, torch.zeros(5), **options)
+    assert not found.weighted.ess.any()
+    assert "median ESS of its weights 0.0, few" in repr(found)

@@ -195,8 +195,43 @@ def test_one_datum_and_bad_input(right):
         out_of_distribution(reference, joint)
 
 
+def uniform(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Uniform(0.0, 1.0))
+        pyro.sample("x", dist.Uniform(z, z + 1, validate_args=False), obs=x)
+
+
+def guide_of_uniform(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Uniform(0.0, 1.0))
+
+
+def test_data_that_nothing_explains_are_the_worst():
+    """A log p(x) of -inf has no error: it is below all others, and no model with one is the best."""
+    usual, odd = torch.linspace(0.2, 1.8, 30), torch.tensor([5.0, 1.0, 7.0])
+    options = {"num_samples": 100, "proposal": "guide"}
+    reference, other = (pvae.log_evidence(uniform, guide_of_uniform, x, **options) for x in (usual, odd))
+    found = out_of_distribution(other, reference)
+    assert found.percentile[[0, 2]].tolist() == [0.0, 0.0]
+    assert found.typicality.isinf().tolist() == [True, False, True]
+    assert found.auroc > 0.6
+    x = torch.cat([odd[:1], usual[1:]])
+    impossible = pvae.log_evidence(uniform, guide_of_uniform, x, seed=1, **options)
+    table = compare_models({"impossible": impossible, "usual": reference})
+    assert table.names == ["usual", "impossible"]
+    assert table.difference == [0.0, -math.inf]
+
+
+def test_errors_that_are_not_known_decide_nothing(right):
+    """Of one draw."""
+    x = right.sample(20)
+    found = compare_models({name: estimate(right, x, seed, 1) for seed, name in enumerate("ab")})
+    assert len(found.close) == 2
+    assert repr(found).endswith("within 2 errors, or these are not known")
+
+
 def test_errors_of_the_draws_are_apart(right):
-    """Fewer draws make the Monte Carlo part larger, and a log p(x) of -inf is below all."""
+    """Fewer draws make the Monte Carlo part larger."""
     poor = replace(right, guide_scale=2.0)
     x = right.sample(60)
     few, many = (out_of_distribution(estimate(poor, x[:20], 1, k), estimate(poor, x[20:], 0, k)) for k in (10, 1000))

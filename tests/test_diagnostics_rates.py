@@ -327,3 +327,24 @@ def test_what_has_no_codes_is_refused(small_vae, bits):
 
     with pytest.raises(pvae.ProgramError, match="codes of single data are not defined"):
         latent_usage(model, guide, torch.zeros(4))
+
+
+@pytest.mark.parametrize("report", [rate_distortion, latent_usage])
+def test_densities_that_are_nan_are_an_error(report):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0, validate_args=False), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x * torch.nan, 1.0, validate_args=False))
+
+    with pytest.raises(pvae.NumericalError, match="log-weights are nan"):
+        report(model, guide, torch.zeros(5))
+
+
+def test_one_draw_tells_no_scatter():
+    oracle = linear_gaussian(1, 2)
+    with pytest.raises(pvae.ArgumentError, match="num_samples must be at least 2"):
+        latent_usage(oracle.model, oracle.guide, oracle.sample(5), num_samples=1)

@@ -100,6 +100,15 @@ def test_the_corrected_value_is_less_biased():
     torch.testing.assert_close(estimate.corrected, estimate.log_px + estimate.std_error.square() / 2)
 
 
+@pytest.mark.parametrize("log_weights", [torch.full((30, 2), -torch.inf), torch.zeros(1, 2)])
+def test_where_no_error_is_known_there_is_no_correction(log_weights):
+    """A datum that no draw explains is below all others, not nowhere."""
+    sums = WeightSums.of(log_weights)
+    estimate = EvidenceEstimate(sums, "guide", 0, shared_draws=False, seconds=0.0)
+    assert estimate.std_error.isnan().all()
+    assert torch.equal(estimate.corrected, estimate.log_px)
+
+
 # --- spending where it matters ------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pvae.data import Data, as_tensors
 from pvae.errors import ArgumentError, ProgramError, positive_int, real_number
-from pvae.evidence import Batch, Densities, flatten_entries, map_batches, name_entries
+from pvae.evidence import Batch, Densities, WeightSums, flatten_entries, map_batches, name_entries
 from pvae.runtime import Program, in_turn
 
 __all__ = ["Calibration", "simulation_based_calibration"]
@@ -32,7 +32,8 @@ class Calibration:
             the draws are the posterior's.
         num_draws: ``L``.
         names: Of the latent numbers, such as ``"z[3]"``, D of them.
-        ess: The effective number of draws behind each simulation's L, shape ``(S,)``.
+        ess: The effective number of draws behind each simulation's L, shape ``(S,)``; 0 where no draw explains the
+            datum, and L are chosen at random.
         is_weighted: Whether the draws were chosen among more by their importance weights.
         weighted: The same simulations with draws that were chosen so; none where this is that.
     """
@@ -152,6 +153,7 @@ def simulation_based_calibration(
     Raises:
         ArgumentError: See the message.
         ProgramError: The model does not observe a data tensor as it is, has no latents, or one posterior of all data.
+        NumericalError: A log-weight is nan or ``+inf``.
 
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman, 2018, Validating Bayesian Inference Algorithms with
     Simulation-Based Calibration; Yao, Vehtari, Simpson and Gelman, 2018, Yes, but Did It Work?
@@ -219,11 +221,11 @@ def _rank(
         drawn, log_qz = densities.draw_guide(simulated, span)
         values.append(flatten_entries(drawn.values))
         weights.append(densities.log_pxz(simulated, drawn) - log_qz)
-    draws, shares = torch.cat(values), torch.cat(weights).double().softmax(0)
-    shares = shares.nan_to_num(1.0)  # where no draw explains the datum, all count alike
+    draws, log_weights = torch.cat(values), torch.cat(weights).double()
+    ess = WeightSums.of(log_weights).ess  # raises where a weight is no number
+    shares = log_weights.softmax(0).nan_to_num(1.0)  # where no draw explains the datum, each is as likely to be chosen
     chosen = torch.multinomial(shares.T, num_draws, replacement=True).T
     resampled = draws.gather(0, chosen[..., None].expand(-1, -1, draws.shape[-1]))
-    ess = shares.sum(0).square() / shares.square().sum(0)
     ranks, weighted = (_ranks_among(z, some).cpu() for some in (draws[:num_draws], resampled))
     return name_entries(latents.values), ranks, weighted, ess.cpu()
 

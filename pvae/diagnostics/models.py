@@ -6,6 +6,7 @@ report of many for a reader.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,11 +117,14 @@ class ModelTable:
 
     @property
     def close(self) -> list[str]:
-        """The models within two standard errors of the best, that one among them; errors of draws and of data."""
+        """The models within two standard errors of the best, that one among them; errors of draws and of data.
+
+        Also those whose errors are not known: of one draw, or where no draw explains a datum.
+        """
         errors = zip(self.difference_std_error, self.difference_data_std_error, strict=True)
         # The error over data has the scatter of the draws in it; of all data together there is no other.
         total = [draws if self.is_joint or data != data else max(draws, data) for draws, data in errors]
-        return [n for n, d, e in zip(self.names, self.difference, total, strict=True) if d >= -_SURE * e]
+        return [n for n, d, e in zip(self.names, self.difference, total, strict=True) if not d < -_SURE * e]
 
     def to_dataframe(self) -> pandas.DataFrame:
         """A table as ``arviz.compare`` makes it, for ``arviz.plot_compare`` of either version, in nats of all data.
@@ -169,7 +173,10 @@ class ModelTable:
             )
         others = self.close[1:]
         if others:
-            lines.append(f"  {self.names[0]} is not surely better than {', '.join(others)}: within {_SURE} errors")
+            unknown = ", or these are not known" * any(map(math.isnan, self.difference_std_error))
+            lines.append(
+                f"  {self.names[0]} is not surely better than {', '.join(others)}: within {_SURE} errors{unknown}"
+            )
         elif len(self.names) > 1:
             lines.append(f"  {self.names[0]} is better than all others by more than {_SURE} errors")
         return "\n".join(lines)

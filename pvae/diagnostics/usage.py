@@ -11,7 +11,7 @@ from scipy.stats import differential_entropy
 from torch import Tensor
 
 from pvae.data import Data
-from pvae.errors import DataError, positive_int
+from pvae.errors import ArgumentError, DataError, positive_int
 from pvae.evidence import Batch, Densities, draw_entries, draw_rates, flatten_entries, map_batches, name_entries
 from pvae.evidence.proposals import Latents
 from pvae.runtime import Program, in_turn, resolve_seed
@@ -156,6 +156,7 @@ def latent_usage(
         `LatentUsage`.
 
     Raises:
+        ArgumentError: ``num_samples`` is below 2.
         DataError: There is only one datum.
         ProgramError: There are no latents, or those of all data have one posterior together; the guide knows only of
             its own draws; or as by `pvae.log_evidence`.
@@ -164,7 +165,9 @@ def latent_usage(
     Johnson, 2016, ELBO Surgery, for the identity; Poole, Ozair, van den Oord, Alemi and Tucker, 2019, On Variational
     Bounds of Mutual Information, for both bounds.
     """
-    k, seed = max(2, positive_int("num_samples", num_samples)), resolve_seed(seed)
+    k, seed = positive_int("num_samples", num_samples), resolve_seed(seed)
+    if k < 2:
+        raise ArgumentError("num_samples must be at least 2, to tell codes' scatter from that of their means; got 1.")
     found = map_batches(_measure_batch, model, guide, data, num_samples=k, seed=seed, device=device)
     names = found[0][0]
     kl, means, spread, rate = (torch.cat([part[1][i] for part in found]) for i in range(4))

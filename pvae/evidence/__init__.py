@@ -14,7 +14,7 @@ from pvae.evidence.quadrature import QuadratureEstimate, gauss_hermite
 from pvae.evidence.references import Reference, reference
 from pvae.evidence.verdicts import MIN_ESS
 from pvae.evidence.weighted_draws import weighted_draws
-from pvae.evidence.weights import iwae_bounds
+from pvae.evidence.weights import WeightSums, iwae_bounds
 
 __all__ = [
     "KHAT_LIMIT",
@@ -27,6 +27,7 @@ __all__ = [
     "Predictive",
     "QuadratureEstimate",
     "Reference",
+    "WeightSums",
     "WeightedDraws",
     "bidirectional_monte_carlo",
     "compare",

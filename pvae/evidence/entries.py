@@ -16,6 +16,7 @@ from pvae.errors import ProgramError
 from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.exponential_families import leaf_of
 from pvae.evidence.latents import Latents
+from pvae.evidence.weights import WeightSums
 
 __all__ = ["Entries", "draw_entries", "draw_rates", "flatten_entries", "name_entries"]
 
@@ -61,7 +62,16 @@ def draw_rates(densities: Densities, batch: Batch, num_samples: int) -> tuple[Te
 
     A site's share of the rate is its divergence from the prior, given earlier sites, in closed form where torch has
     one; else ``log q - log p`` at the draw. Each is of shape ``(K, N)``, float64.
+
+    Raises:
+        NumericalError: A log-weight is nan or ``+inf``.
     """
+    log_weights, rates = _draw_rates(densities, batch, num_samples)
+    WeightSums.of(log_weights)  # raises where one is no number
+    return log_weights, rates
+
+
+def _draw_rates(densities: Densities, batch: Batch, num_samples: int) -> tuple[Tensor, Tensor]:
     runner, names = densities.runner, densities.tried.names
     if not names or runner.summed or runner.made or runner.layout.one_by_one:
         latents, log_qz = densities.draw_guide(batch, num_samples)

@@ -112,8 +112,11 @@ class EvidenceEstimate:
 
     @cached_property
     def corrected(self) -> Tensor:
-        """`log_px` with its second-order bias ``-std_error^2 / 2`` taken out, nats per datum, shape ``(N,)``."""
-        return self.log_px - self.sums.bias
+        """`log_px` with its second-order bias ``-std_error^2 / 2`` taken out, nats per datum, shape ``(N,)``.
+
+        `log_px` itself where no error is known: for K = 1, and where all weights are zero.
+        """
+        return self.log_px - self.sums.bias.nan_to_num(0.0)
 
     @cached_property
     def log_px_psis(self) -> Tensor:
