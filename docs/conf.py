@@ -20,6 +20,7 @@ version = release = version_of("pvae")
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -51,6 +52,7 @@ os.environ["IPYTHONDIR"] = str(_profile.parent)
 # --- The API from docstrings ------------------------------------------------------------------------------------------
 
 default_role = "py:obj"
+autosummary_generate = False  # entries are in api/*.md
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

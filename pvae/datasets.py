@@ -32,6 +32,7 @@ from pvae.errors import ArgumentError, DataError, DatasetError, folder_path, one
 __all__ = ["BINARIZATIONS", "Dataset", "binarize", "digits", "fresh_bits", "mnist"]
 
 BINARIZATIONS = ("none", "threshold", "static", "dynamic")
+"""What `mnist` and `digits` can make of grey pixels."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

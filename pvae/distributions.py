@@ -138,7 +138,7 @@ def _even(small: Tensor) -> Tensor:
 
 
 class Grid(constraints.Constraint):
-    """The numbers ``k / (num_levels - 1)`` for ``k = 0 ... num_levels - 1``, to rounding in float32.
+    """The numbers ``k / (num_levels - 1)`` for k from 0 to num_levels - 1, to rounding in float32.
 
     Attributes:
         num_levels: How many.

@@ -21,10 +21,11 @@ __all__ = ["HierarchicalVAE"]
 
 
 class HierarchicalVAE(Composite):
-    """A VAE with L layers of latents, ``p(x, z) = p(z_L) p(z_{L-1}|z_L) ... p(z_1|z_2) p(x|z_1)``.
+    """A VAE with L layers of latents, each drawn given the one above it.
 
-    The guide goes the other way, ``q(z|x) = q(z_1|x) q(z_2|z_1) ... q(z_L|z_{L-1})``. Sites are ``"z1"``, next to x, to
-    ``"zL"``. Any of `pvae.posteriors` can be a layer, and any of `pvae.priors` the one on top.
+    The model is ``p(x, z) = p(z_L) p(z_{L-1}|z_L) ... p(z_1|z_2) p(x|z_1)``, and the guide goes the other way,
+    ``q(z|x) = q(z_1|x) q(z_2|z_1) ... q(z_L|z_{L-1})``. Sites are ``"z1"``, next to x, to ``"zL"``. Any of
+    `pvae.posteriors` can be a layer, and any of `pvae.priors` the one on top.
 
     Args:
         prior: ``prior()`` is p(z_L), with event shape ``(D_L,)``.
