@@ -12,11 +12,26 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 INDEX = DOCS / "api.md"
 
-FACES = """
-pvae pvae.svi pvae.svi.objectives pvae.svi.schedules pvae.evidence pvae.evidence.proposals pvae.diagnostics
-pvae.estimator pvae.explorer pvae.plots pvae.priors pvae.likelihoods pvae.distributions pvae.posteriors pvae.flows
-pvae.networks pvae.datasets pvae.testing
-""".split()
+FACES = [
+    "pvae",
+    "pvae.svi",
+    "pvae.svi.objectives",
+    "pvae.svi.schedules",
+    "pvae.evidence",
+    "pvae.evidence.proposals",
+    "pvae.diagnostics",
+    "pvae.estimator",
+    "pvae.explorer",
+    "pvae.plots",
+    "pvae.priors",
+    "pvae.likelihoods",
+    "pvae.distributions",
+    "pvae.posteriors",
+    "pvae.flows",
+    "pvae.networks",
+    "pvae.datasets",
+    "pvae.testing",
+]
 
 # In an `__all__` for other modules of the package, and not for users.
 INTERNAL = {
