@@ -68,11 +68,26 @@ def test_gaps_describe_themselves(small_vae, bits):
         gaps(small_vae.model, small_vae.guide, bits, num_samples=0)
 
 
+def test_gaps_of_data_together_say_so():
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("loc", dist.Normal(x.mean(), 0.5))
+
+    found = gaps(model, guide, torch.arange(4.0), num_samples=100, refined=Refined(full=False, steps=5))
+    assert str(found).startswith("log p(x) - ELBO of 4 data together, nats\n")
+
+
 def test_interpolations_are_straight():
     start, end = torch.zeros(3, 2), torch.arange(6.0).reshape(3, 2)
     steps = interpolate(start, end, 5)
     assert steps.shape == (5, 3, 2)
     torch.testing.assert_close(steps, torch.linspace(0, 1, 5)[:, None, None] * end)
+    with pytest.raises(pvae.ArgumentError, match="num_steps must be at least 2"):
+        interpolate(start, end, 1)
     with pytest.raises(pvae.DataError, match="same shape"):
         interpolate(start, end[:2])
 

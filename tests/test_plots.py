@@ -10,7 +10,7 @@ import torch
 
 import pvae
 from pvae import plots
-from pvae.errors import DataError, PVAEError
+from pvae.errors import ArgumentError, DataError, PVAEError
 
 matplotlib.use("Agg")
 plt = pytest.importorskip("matplotlib.pyplot")
@@ -53,7 +53,7 @@ def test_learning_curve_of_what_fit_returns():
 
 
 def test_learning_curve_of_nothing_is_refused():
-    for history in ({}, {"elbo": []}, {"seconds": [1.0]}):
+    for history in ({}, {"elbo": []}, {"seconds": [1.0]}, {"rate": [1.0]}):
         with pytest.raises(DataError, match="must have an epoch"):
             plots.learning_curve(history)
 
@@ -107,6 +107,12 @@ def test_running_estimate_of_repetitions_is_their_median_in_a_band():
     corners = ax.collections[0].get_paths()[0].vertices
     np.testing.assert_allclose([corners[:, 1].min(), corners[:, 1].max()], [ordered[:, 2].min(), ordered[:, 18].max()])
     assert ax.get_legend_handles_labels()[1] == [f"prior: {ordered[-1, 10]:.1f} at K = 40"]
+
+
+def test_a_share_of_runs_is_a_number():
+    for share in (0, "most"):
+        with pytest.raises(ArgumentError, match=f"share must be a number above 0 and at most 1, got {share!r}"):
+            plots.running_estimate({"prior": torch.zeros(5)}, share=share)
 
 
 def test_running_estimate_where_the_first_draws_explain_nothing():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import matplotlib
@@ -71,6 +72,17 @@ def test_reliability_where_all_are_bad_or_without_a_khat(options, bad, tmp_path)
     ax.figure.savefig(tmp_path / "reliability.png")
 
 
+def test_data_that_no_draw_explains_are_at_the_margin():
+    """They have 0 effective samples, and axes of logarithms have no 0."""
+    sums = pvae.evidence.WeightSums.of(torch.tensor([[-torch.inf, 0.0, -1.0]] * 30))
+    ax = plots.reliability(replace(estimate(num_data=3), sums=sums))
+    at = marks(ax)["not to be believed"]
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    assert len(at) == 1
+    assert ((at > [left, bottom]) & (at < [right, top])).all()
+    assert at[0, 1] < 1
+
+
 @pytest.fixture(scope="module")
 def gaps():
     pair = pvae.testing.linear_gaussian(guide_shift=0.5)
@@ -136,8 +148,9 @@ def test_ranks_that_cannot_be_are_refused(ranks, message):
 
 
 def test_a_band_of_no_level_is_refused():
-    with pytest.raises(ArgumentError, match="level must be between 0 and 1, got 1"):
-        plots.ranks(calibration(torch.zeros(2, 1), 3), level=1)
+    for level in (1, "wide"):
+        with pytest.raises(ArgumentError, match=f"level must be a number above 0 and below 1, got {level!r}"):
+            plots.ranks(calibration(torch.zeros(2, 1), 3), level=level)
 
 
 def lecture(**changes):

@@ -143,8 +143,10 @@ def test_labels_may_be_words():
 def test_a_map_of_fifty_latents_is_refused():
     with pytest.raises(DataError, match=r"shape \(N, 2\), got \(7, 50\). Of more latents choose two"):
         plots.latent_map(torch.randn(7, 50))
-    with pytest.raises(DataError, match="labels must be as many as codes, 7; got 6"):
+    with pytest.raises(DataError, match=r"labels must have shape \(7,\), one for each code; got \(6,\)"):
         plots.latent_map(torch.randn(7, 2), torch.zeros(6))
+    with pytest.raises(DataError, match=r"got \(7, 10\). Of one-hot rows pass labels.argmax\(1\)"):
+        plots.latent_map(torch.randn(7, 2), torch.eye(10)[:7])
     with pytest.raises(DataError, match=r"samples of guide must have shape \(K, 2\)"):
         plots.latent_plane({"guide": torch.randn(7, 50)})
 
@@ -159,6 +161,13 @@ def test_kl_of_each_dimension_from_the_largest():
     assert len(plots.kl_per_dimension(torch.rand(50)).patches) == 50
     with pytest.raises(DataError, match=r"kl must have shape \(D,\)"):
         plots.kl_per_dimension(torch.rand(2, 3, 4))
+    with pytest.raises(ArgumentError, match="threshold must be a number, got 'low'"):
+        plots.kl_per_dimension(torch.rand(3), threshold="low")
+
+
+def test_a_kl_that_is_not_known_hides_no_other():
+    ax = plots.kl_per_dimension(torch.tensor([1.5, torch.nan, 0.5]))
+    assert ax.get_title() == "2 of 3 dimensions above 0.01 nats\n2.0 nats in all, 1 unknown"
 
 
 def test_a_result_that_has_a_kl_is_taken():

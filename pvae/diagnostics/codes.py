@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.errors import DataError, positive_int
+from pvae.errors import ArgumentError, DataError, positive_int
 from pvae.runtime import in_turn, isolate, resolve_seed
 
 __all__ = ["Coverage", "SideBySide", "classification", "coverage", "interpolate", "retrieval", "side_by_side"]
@@ -28,7 +28,9 @@ def interpolate(start: Tensor, end: Tensor, num_steps: int = 8) -> Tensor:
     """
     if start.shape != end.shape:
         raise DataError(f"start and end must have the same shape, got {tuple(start.shape)} and {tuple(end.shape)}.")
-    shares = torch.linspace(0, 1, positive_int("num_steps", num_steps)).to(start)
+    if positive_int("num_steps", num_steps) < 2:
+        raise ArgumentError("num_steps must be at least 2, for both ends are among them; got 1.")
+    shares = torch.linspace(0, 1, num_steps).to(start)
     return torch.lerp(start, end, shares.reshape(-1, *[1] * start.dim()))
 
 
@@ -117,7 +119,7 @@ class SideBySide:
 
 @in_turn
 def side_by_side(
-    models: Mapping[str, Any], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, seed: int = 0
+    models: Mapping[str, Any], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, seed: int | None = 0
 ) -> SideBySide:
     """Measures what trained models of the same data are good for, such as an `Autoencoder` beside a `VAE`.
 
@@ -128,12 +130,12 @@ def side_by_side(
         models: By name, each with ``encode``, ``decode`` and ``reconstruct``.
         train: Data ``(N, *event)`` and labels ``(N,)``, whole numbers.
         test: Others, on which all is measured; at least 11.
-        seed: Of samples and of the pairs that are interpolated.
+        seed: Of samples and of the pairs that are interpolated. ``None`` for a fresh one.
     """
-    (train_x, train_y), (x, y) = train, test
+    (train_x, train_y), (x, y), seed = train, test, resolve_seed(seed)
     rows: dict[str, dict[str, float]] = {}
     for name, model in models.items():
-        with isolate([model], seed=resolve_seed(seed)):
+        with isolate([model], seed=seed):
             codes, train_codes = _codes(model, x), _codes(model, train_x)
             halfway = interpolate(codes, codes[torch.randperm(len(codes))], 3)[1]
             if hasattr(model, "sample"):

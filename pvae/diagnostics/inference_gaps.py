@@ -56,11 +56,13 @@ class Gaps:
             ("amortization", self.amortization, self.amortization_std_error),
             ("ELBO", self.guide.elbo, self.guide.elbo_std_error),
         )
-        bad = int(self.evidence.unreliable.sum())
+        bad, together = int(self.evidence.unreliable.sum()), self.evidence.num_together
+        what = f"{together} data together, nats" if together else f"{self.evidence.num_data} data, nats per datum"
         return "\n".join(
-            [f"log p(x) - ELBO of {self.evidence.num_data} data, nats per datum"]
+            [f"log p(x) - ELBO of {what}"]
             + [f"  {n:<14}{v.mean().item():10.3f} +- {e.norm().item() / len(e):.3f}" for n, v, e in rows]
-            + [f"  log p(x) is unreliable for {bad} data: their approximation gaps are lower bounds"] * bool(bad)
+            + [f"  log p(x) is unreliable for {together or bad} data: the approximation gap is a lower bound"]
+            * bool(bad)
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from pvae.errors import ArgumentError, DataError, positive_int
+from pvae.errors import DataError, positive_int, real_number
 from pvae.plots.canvas import COLORS, WIDTH, as_array, check_result, get_ink, new_axes, show_number
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ def ranks(calibration: _Calibration, ax: Axes | None = None, *, level: float = 0
     Simulation-Based Calibration; for the band Massart, 1990, The Tight Constant in the Dvoretzky-Kiefer-Wolfowitz
     Inequality.
     """
-    if not 0 < level < 1:
-        raise ArgumentError(f"level must be between 0 and 1, got {level!r}.")
+    level = real_number("level", level, above=0, below=1)
     maker = "pvae.diagnostics.simulation_based_calibration"
     check_result("calibration", calibration, ("ranks", "num_draws", "names"), maker)
     weighted: _Calibration | None = getattr(calibration, "weighted", None)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.errors import DataError
+from pvae.errors import DataError, real_number
 from pvae.plots.canvas import (
     COLORS,
     WIDTH,
@@ -79,8 +79,12 @@ def latent_map(
             f"a map takes codes of shape (N, 2), got {tuple(points.shape)}. Of more latents choose two, as "
             "codes[:, [i, j]], or project them, as sklearn.decomposition.PCA(2).fit_transform(codes) does."
         )
-    if labels is not None and len(labels) != len(points):
-        raise DataError(f"labels must be as many as codes, {len(points)}; got {len(labels)}.")
+    given = None if labels is None else as_labels(labels)
+    if given is not None and given.shape != (len(points),):
+        raise DataError(
+            f"labels must have shape ({len(points)},), one for each code; got {given.shape}. Of one-hot rows pass "
+            "labels.argmax(1)."
+        )
     ax = new_axes(ax, figsize=(WIDTH, WIDTH))
     style: dict[str, Any] = {
         "s": float(np.clip(3e4 / len(points), 3, 20)),
@@ -88,11 +92,10 @@ def latent_map(
         "alpha": 0.7,
         "rasterized": True,
     }
-    if labels is None:
+    if given is None:
         ax.scatter(*points.T.numpy(), color=COLORS["data"], **style)
         groups = {}
     else:
-        given = as_labels(labels)
         groups = {str(label): points[torch.from_numpy(given == label)] for label in np.unique(given).tolist()}
     colors = {label: _CLASSES[i % len(_CLASSES)] for i, label in enumerate(groups)}
     for label, own in groups.items():
@@ -117,8 +120,10 @@ def kl_per_dimension(kl: Tensor | Any, ax: Axes | None = None, *, threshold: flo
         threshold: Nats per datum, drawn as a line: the title counts the dimensions above it.
 
     Raises:
+        ArgumentError: ``threshold`` is no number.
         DataError: It has another shape.
     """
+    threshold = real_number("threshold", threshold)
     values = as_tensor(getattr(kl, "kl", kl)).double()
     values = as_array("kl", values.mean(0) if values.dim() == 2 and len(values) else values, "(D,)")
     order = np.argsort(-values, kind="stable")
@@ -128,9 +133,12 @@ def kl_per_dimension(kl: Tensor | Any, ax: Axes | None = None, *, threshold: flo
     step = max(1, round(len(values) / 12))
     shown = np.arange(0, len(values), step)
     ax.set_xticks(shown, [str(order[i]) for i in shown])
-    active = int((values > threshold).sum())
+    active, unknown = int((values > threshold).sum()), int(np.isnan(values).sum())
+    rest = f", {unknown} unknown" * bool(unknown)
     ax.set(xlabel="latent dimension, by its KL", ylabel="KL, nats per datum")
-    ax.set_title(f"{active} of {len(values)} dimensions above {threshold:g} nats\n{values.sum():.1f} nats in all")
+    ax.set_title(
+        f"{active} of {len(values)} dimensions above {threshold:g} nats\n{np.nansum(values):.1f} nats in all{rest}"
+    )
     return ax
 
 

@@ -38,11 +38,12 @@ def learning_curve(history: Mapping[str, Any] | FitResult, ax: Axes | None = Non
         check_result("history", history, ["history"], "pvae.fit")
     curves: Mapping[str, Any] = history if isinstance(history, Mapping) else history.history
     drawn = {name: np.asarray(curves[name], float) for name in _LABELS if len(curves.get(name, ()))}
-    if not drawn and not len(curves.get("rate", ())):
+    has_rate = bool(len(curves.get("rate", ())) and len(curves.get("distortion", ())))
+    if not drawn and not has_rate:
         raise DataError(f"history must have an epoch of one of {', '.join(_LABELS)}; it has {sorted(curves)}.")
     ax = new_axes(ax)
     ink, names = get_ink(ax), []
-    if len(curves.get("rate", ())) and len(curves.get("distortion", ())):
+    if has_rate:
         names += _draw_rate(ax, np.asarray(curves["rate"], float), np.asarray(curves["distortion"], float))
     for name, values in drawn.items():
         style: dict[str, Any] = {"color": ink, "linestyle": "--"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pvae.errors import ArgumentError, DataError
+from pvae.errors import DataError, real_number
 from pvae.evidence import KHAT_LIMIT, MIN_ESS, EvidenceEstimate
 from pvae.plots.canvas import (
     COLORS,
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["reliability", "running_estimate", "weight_histogram"]
+
+_LEAST_ESS = 0.7  # is drawn, on an axis of logarithms: of weights that are not all 0 it is at least 1
 
 
 def weight_histogram(log_weights: Mapping[str, Tensor], ax: Axes | None = None) -> Axes:
@@ -82,8 +84,7 @@ def running_estimate(
     Raises:
         ArgumentError: ``share`` is no such number.
     """
-    if not 0 < share <= 1:
-        raise ArgumentError(f"share must be above 0 and at most 1, got {share!r}.")
+    share = real_number("share", share, above=0, most=1)
     if not log_weights or not all(map(len, log_weights.values())):
         raise DataError("log_weights must name a proposal or more, each with a log-weight at least.")
     ax = new_axes(ax)
@@ -114,7 +115,8 @@ def reliability(estimate: EvidenceEstimate, ax: Axes | None = None) -> Axes:
     have no answer to be believed, nor have those of which `EvidenceEstimate.withheld` says why.
 
     Args:
-        estimate: Of any number of data, from `pvae.log_evidence`. A k-hat of inf, -inf or nan is drawn at the margin.
+        estimate: Of any number of data, from `pvae.log_evidence`. A k-hat of inf, -inf or nan is drawn at the margin,
+            and so are data that no draw explains, which have 0 effective samples.
         ax: Where to draw; a new figure if left out.
 
     Raises:
@@ -122,7 +124,7 @@ def reliability(estimate: EvidenceEstimate, ax: Axes | None = None) -> Axes:
     """
     check_result("estimate", estimate, ("khat", "ess", "withheld", "proposal"), "pvae.log_evidence")
     ax = new_axes(ax)
-    khat, ess = estimate.khat.double().numpy(), estimate.ess.double().numpy()
+    khat, ess = estimate.khat.double().numpy(), estimate.ess.double().clamp(min=_LEAST_ESS).numpy()
     finite = khat[np.isfinite(khat)]
     left, right = min([-0.2, *finite]) - 0.15, max([1.2, *finite]) + 0.15
     places = np.clip(np.nan_to_num(khat, nan=right, posinf=right, neginf=left), left, right)
@@ -134,7 +136,7 @@ def reliability(estimate: EvidenceEstimate, ax: Axes | None = None) -> Axes:
     ax.axvline(KHAT_LIMIT, color=ink, linestyle="--", linewidth=1)
     ax.axhline(MIN_ESS, color=ink, linestyle="--", linewidth=1)
     ax.set_yscale("log")
-    ax.set_ylim(min(0.7, ess.min() * 0.7), 1.5 * max(estimate.num_samples, 2 * MIN_ESS))
+    ax.set_ylim(0.9 * _LEAST_ESS, 1.5 * max(estimate.num_samples, 2 * MIN_ESS))
     ax.set_xlim(left - 0.1, right + 0.1)
     ax.set(
         xlabel=f"Pareto k-hat (above {KHAT_LIMIT}: heavy tails)",
