@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae.data import Data
-from pvae.errors import ArgumentError
+from pvae.errors import ArgumentError, ProgramError
 from pvae.evidence import Predictive, WeightedDraws, posterior_predictive, prior_predictive
 from pvae.evidence.proposals import Proposal
 from pvae.runtime import Program, resolve_seed
@@ -26,6 +26,7 @@ Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 __all__ = ["to_arviz"]
 
 _DRAWS = ("chain", "draw")
+_RESERVED = {*_DRAWS, "datum"}
 
 
 def to_arviz(
@@ -58,6 +59,8 @@ def to_arviz(
     Dimensions are ``chain`` (of one) and ``draw``; ``datum`` over the data; plates by their names in the model; and the
     entries of a site, ``z_dim_0`` and so on unless `dims` names them. Where all data are one datum, as with latents
     outside of the data plate, the plate over data is ``datum``, and latents and weights that lie outside have none.
+    A slash in a name, as ``pyro.contrib.autoname.scope`` makes them, becomes a dot: files and trees take it for a
+    folder's.
 
     Args:
         model: The generative program.
@@ -75,7 +78,7 @@ def to_arviz(
 
     Raises:
         ArgumentError: Names or labels do not fit; or as by `pvae.evidence.weighted_draws`.
-        ProgramError: As by `pvae.evidence.posterior_predictive`.
+        ProgramError: A site has the name of a dimension; or as by `pvae.evidence.posterior_predictive`.
 
     Source: Kumar, Carroll, Hartikainen and Martin, 2019, ArviZ, a Unified Library for Exploratory Analysis of Bayesian
     Models in Python.
@@ -127,6 +130,10 @@ class _Groups:
         for name in self.dims:
             if name not in known:
                 raise ArgumentError(f"dims: there is no site '{name}'; the sites are {sorted(known)}.")
+        for name in sorted(_RESERVED & {*known}):
+            raise ProgramError(
+                f"site '{name}' has the name of a dimension, of which ArviZ has {sorted(_RESERVED)}: call it otherwise."
+            )
 
     @property
     def _is_joint(self) -> bool:
@@ -137,7 +144,7 @@ class _Groups:
         named = {}
         for name, value in values.items():
             is_joint = self._is_joint and not (name in self.posterior.draws and self.posterior.data_plate)
-            named[name] = _name_draws(value, self._behind(name, value.dim() - 2), is_joint=is_joint)
+            named[_plain(name)] = _name_draws(value, self._behind(name, value.dim() - 2), is_joint=is_joint)
         return named
 
     def name_data(self) -> Variables:
@@ -151,7 +158,7 @@ class _Groups:
         for name, value in self.weighted.log_likelihood.items():
             rows = self.chosen.expand(-1, value.shape[1])  # where all data are one datum, they have its draws
             has_data = not self._is_joint or value.shape[1] == self.weighted.num_together
-            named[name] = _name_draws(value.gather(0, rows), [], is_joint=not has_data)
+            named[_plain(name)] = _name_draws(value.gather(0, rows), [], is_joint=not has_data)
         return named
 
     def name_weights(self) -> Variables:
@@ -173,8 +180,10 @@ class _Groups:
         for name, labels in self.coords.items():
             if name not in sizes:
                 raise ArgumentError(f"coords: there is no dimension '{name}'; the dimensions are {sorted(sizes)}.")
-            if len(labels) != sizes[name]:
-                raise ArgumentError(f"coords: '{name}' has {sizes[name]} entries, and {len(labels)} labels were given.")
+            shape = np.shape(labels)
+            if shape != (sizes[name],):
+                count = f"{shape[0]} labels" if len(shape) == 1 else f"labels of shape {shape}"
+                raise ArgumentError(f"coords: '{name}' has {sizes[name]} entries, and {count} were given.")
         labels = {name: np.asarray(self.coords.get(name, range(size))) for name, size in sizes.items()}
         attributes = {"inference_library": "pvae", "proposal": self.weighted.proposal, "seed": self.posterior.seed}
         groups = {}
@@ -185,19 +194,23 @@ class _Groups:
 
     def _behind(self, name: str, count: int) -> list[str]:
         """Names of the dimensions behind ``(K, N)``: plates, and a site's own."""
-        reserved = {*_DRAWS, "datum"}
         plates = [
-            "datum" if plate == self.posterior.data_plate else f"{plate}_plate" if plate in reserved else plate
+            "datum" if plate == self.posterior.data_plate else f"{plate}_plate" if plate in _RESERVED else _plain(plate)
             for plate in self.posterior.plates[name]
         ]
-        own = list(self.dims.get(name, [f"{name}_dim_{i}" for i in range(count - len(plates))]))
-        taken = sorted(reserved | {*plates})
+        own = list(self.dims.get(name, [f"{_plain(name)}_dim_{i}" for i in range(count - len(plates))]))
+        taken = sorted({*_RESERVED, *plates, *map(_plain, [*self.posterior.latents, *self.posterior.draws])})
         if len(own) != count - len(plates) or len({*taken, *own}) < len(taken) + len(own):
             raise ArgumentError(
                 f"dims: site '{name}' needs {count - len(plates)} different names for its entries, none of them among "
                 f"{taken}; got {own}."
             )
         return plates + own
+
+
+def _plain(name: str) -> str:
+    """A name as netCDF and trees of groups can have it."""
+    return name.replace("/", ".")
 
 
 def _name_draws(value: Tensor, behind: Sequence[str], *, is_joint: bool) -> tuple[tuple[str, ...], np.ndarray]:

@@ -192,6 +192,8 @@ def test_discrete_latents_plates_and_names_that_are_taken():
         ({"dims": {"y": ["a"]}}, r"there is no site 'y'; the sites are \['x', 'z'\]"),
         ({"dims": {"z": ["a", "b"]}}, r"site 'z' needs 1 different names.*got \['a', 'b'\]"),
         ({"dims": {"z": ["draw"]}}, r"site 'z' needs 1 different names"),
+        ({"dims": {"z": ["x"]}}, r"site 'z' needs 1 different names.*'x'"),
+        ({"coords": {"datum": 8}}, r"'datum' has 8 entries, and labels of shape \(\) were given"),
         ({"coords": {"factor": [1, 2]}}, r"there is no dimension 'factor'; the dimensions are"),
         ({"coords": {"datum": [1, 2]}}, r"'datum' has 8 entries, and 2 labels were given"),
         ({"result": 3}, r"result must be what pvae.fit returned, got int"),
@@ -201,3 +203,32 @@ def test_discrete_latents_plates_and_names_that_are_taken():
 def test_names_that_do_not_fit(oracle, x, options, words):
     with pytest.raises(pvae.ArgumentError, match=words):
         pvae.to_arviz(oracle.model, oracle.guide, x, num_samples=30, resample=False, **options)
+
+
+def pair_of(latent, observed):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample(latent, dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample(observed, dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample(latent, dist.Normal(x / 2, 0.7).to_event(1))
+
+    return model, guide
+
+
+def test_names_with_slashes_are_no_folders(tmp_path):
+    """As of sites in a ``pyro.contrib.autoname.scope``."""
+    data = pvae.to_arviz(*pair_of("top/z", "top/x"), draws(4, 2), num_samples=30, resample=False)
+    assert data["posterior"]["top.z"].dims == ("chain", "draw", "datum", "top.z_dim_0")
+    data.to_netcdf(tmp_path / "data.nc")
+    read = arviz.from_netcdf(tmp_path / "data.nc")
+    assert read["log_likelihood"]["top.x"].shape == (1, 30, 4)
+    assert read["observed_data"]["top.x"].shape == (4, 2)
+
+
+@pytest.mark.parametrize("names", [("datum", "x"), ("z", "draw")])
+def test_sites_with_names_of_dimensions_are_refused(names):
+    with pytest.raises(pvae.ProgramError, match="has the name of a dimension"):
+        pvae.to_arviz(*pair_of(*names), draws(4, 2), num_samples=30, resample=False)
