@@ -109,6 +109,12 @@ def decoders():
         nn.Upsample((9, 5)), nn.Conv2d(4, 3, (1, 2), stride=(2, 1), bias=False), nn.Flatten(), nn.Identity(),
     ]  # fmt: skip
     yield "layers", likelihoods.Laplace(networks.Batched(nn.Sequential(*layers), 3))
+    layers = [
+        nn.Linear(3, 35), nn.Unflatten(1, (1, 7, 5)), nn.Upsample(scale_factor=(1.5, 2.7)),
+        nn.Upsample(scale_factor=1.3), nn.Upsample(scale_factor=1.7, recompute_scale_factor=True),
+        nn.UpsamplingNearest2d(scale_factor=0.6),
+    ]  # fmt: skip
+    yield "factors that are no whole numbers", likelihoods.Laplace(networks.Batched(nn.Sequential(*layers), 3))
 
 
 def run_in_node(cases, folder):

@@ -108,7 +108,9 @@ def _convolution(op: str) -> Callable[[Any, Tensor], Layer]:
 def _upsample(module: Any, out: Tensor) -> Layer:
     if module.mode != "nearest" or out.dim() != 4:
         raise ValueError("of images, by mode='nearest', and no other.")
-    return {"op": "upsample", "shape": list(out.shape[1:])}
+    factor = None if module.recompute_scale_factor else module.scale_factor
+    factors = factor if isinstance(factor, tuple) else (factor, factor)
+    return {"op": "upsample", "shape": list(out.shape[1:]), "factors": factors}
 
 
 def _normalization(module: Any, _: Tensor) -> Layer:

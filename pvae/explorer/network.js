@@ -121,12 +121,19 @@ const Network = (() => {
     return {data: Float32Array.from(y), shape: [outputs, ...large]};
   }
 
+  // Where each of `to` rows comes from, of `from`, rounded as torch does: by the factor asked for, which may differ from
+  // that of the sizes.
+  function findSources(from, to, factor) {
+    const step = Math.fround(factor ? 1 / factor : from / to);
+    return Array.from({length: to}, (_, i) => Math.min(Math.floor(Math.fround(i * step)), from - 1));
+  }
+
   function upsample(x, o) { // nearest
     const [channels, height, width] = x.shape, [, h, w] = o.shape;
+    const rows = findSources(height, h, o.factors[0]), columns = findSources(width, w, o.factors[1]);
     const y = new Float32Array(channels * h * w);
     for (let c = 0; c < channels; c++) for (let i = 0; i < h; i++) for (let j = 0; j < w; j++) {
-      const row = Math.floor(i * height / h), column = Math.floor(j * width / w);
-      y[(c * h + i) * w + j] = x.data[(c * height + row) * width + column];
+      y[(c * h + i) * w + j] = x.data[(c * height + rows[i]) * width + columns[j]];
     }
     return {data: y, shape: o.shape};
   }
