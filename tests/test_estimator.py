@@ -205,10 +205,15 @@ def test_bits_by_name(x):
         ({"max_epochs": 0.5}, "max_epochs must be a whole number"),
         ({"n_samples": 0}, "n_samples must be a whole number"),
         ({"hidden_layer_sizes": (8, 0)}, "hidden"),
+        ({"hidden_layer_sizes": 8}, r"hidden_layer_sizes must be a sequence of widths, such as \(256,\); got 8"),
         ({"learning_rate": -1}, "lr must be a positive number"),
         ({"likelihood": "cauchy"}, "likelihood must be one of"),
         ({"likelihood": "bernoulli"}, "site 'x'"),
-        ({"early_stopping": True, "validation_fraction": 1.0}, "validation_fraction must lie between 0 and 1"),
+        (
+            {"early_stopping": True, "validation_fraction": 1.0},
+            "validation_fraction must be a number above",
+        ),
+        ({"early_stopping": True, "validation_fraction": "a"}, "validation_fraction must be a number"),
     ],
 )
 def test_wrong_parameters_are_value_errors(wrong, match, x):

@@ -14,7 +14,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Density
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from pvae.errors import ArgumentError, DataError, positive_int, warn
+from pvae.errors import ArgumentError, DataError, positive_int, real_number, warn
 from pvae.estimator.draws import estimate_by_datum
 from pvae.evidence import EvidenceEstimate, log_evidence
 from pvae.evidence.proposals import Proposal
@@ -124,6 +124,10 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
         positive_int("n_components", self.n_components)
         positive_int("max_epochs", self.max_epochs)
         positive_int("n_samples", self.n_samples)
+        if isinstance(self.hidden_layer_sizes, str) or not np.iterable(self.hidden_layer_sizes):
+            raise ArgumentError(
+                f"hidden_layer_sizes must be a sequence of widths, such as (256,); got {self.hidden_layer_sizes!r}."
+            )
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         vae, result = _train(self, x, seed)
         self.vae_, self.history_, self.n_epochs_ = vae, result.history, len(result.history["seconds"])
@@ -235,8 +239,7 @@ def _train(of: VAEDensity, x: np.ndarray, seed: int) -> tuple[VAE, FitResult]:
 
 def _split(x: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Data to train on, and others held out."""
-    if not 0 < fraction < 1:
-        raise ArgumentError(f"validation_fraction must lie between 0 and 1, got {fraction!r}.")
+    fraction = real_number("validation_fraction", fraction, above=0, below=1)
     order = np.random.default_rng(seed).permutation(len(x))
     count = min(max(1, round(fraction * len(x))), len(x) - 1)
     return x[order[count:]], x[order[:count]]
