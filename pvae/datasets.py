@@ -134,6 +134,14 @@ def digits(binarization: str = "threshold", *, seed: int = 0) -> Dataset:
         DatasetError: scikit-learn cannot be imported.
 
     Source: Alpaydin and Kaynak, 1998, Optical Recognition of Handwritten Digits.
+
+    Example:
+        >>> import pvae
+        >>> data = pvae.datasets.digits()
+        >>> data.test_x.shape[1:]
+        torch.Size([8, 8])
+        >>> data.train_x.unique().tolist()
+        [0.0, 1.0]
     """
     one_of("binarization", binarization, BINARIZATIONS)
     try:

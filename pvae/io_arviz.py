@@ -82,6 +82,14 @@ def to_arviz(
 
     Source: Kumar, Carroll, Hartikainen and Martin, 2019, ArviZ, a Unified Library for Exploratory Analysis of Bayesian
     Models in Python.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> data = pvae.to_arviz(pair.model, pair.guide, x, num_samples=100)
+        >>> data.posterior["z"].shape
+        (1, 100, 20, 2)
     """
     options: dict[str, Any] = {"num_samples": num_samples, "device": device, "chunk_size": chunk_size}
     if result is not None and not isinstance(result, FitResult):

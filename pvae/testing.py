@@ -104,6 +104,13 @@ def linear_gaussian(
         guide_scale: 1 for the exact posterior scale; see `LinearGaussian`.
         seed: Of the weights.
         dtype: Of everything.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5)
+        >>> x = pair.sample(3, seed=0)
+        >>> x.shape, pair.log_px(x).shape
+        (torch.Size([3, 5]), torch.Size([3]))
     """
     latent_dim, event_dim = positive_int("latent_dim", latent_dim), positive_int("event_dim", event_dim)
     for name, value in (("noise", noise), ("guide_scale", guide_scale)):

@@ -78,6 +78,14 @@ class VAE(Composite):
                 give locations and scales in these units, so that a learned scale starts at ``scale``. Left out,
                 `pvae.fit` finds them in the data, and so does `find_units`; ``(0, 1)`` leaves x as it is, and adds
                 nothing to the parts.
+
+        Example:
+            >>> import pvae
+            >>> vae = pvae.VAE.mlp(event_shape=(8, 8), latent_dim=2, hidden=[16])
+            >>> vae.encode(pvae.datasets.digits().test_x[:5]).mean.shape
+            torch.Size([5, 2])
+            >>> vae.sample(3, seed=0).shape
+            torch.Size([3, 8, 8])
         """
         event_shape = make_shape(event_shape)
         names = PartNames(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)

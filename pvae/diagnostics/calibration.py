@@ -157,6 +157,15 @@ def simulation_based_calibration(
 
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman, 2018, Validating Bayesian Inference Algorithms with
     Simulation-Based Calibration; Yao, Vehtari, Simpson and Gelman, 2018, Yes, but Did It Work?
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5)
+        >>> found = pvae.diagnostics.simulation_based_calibration(
+        ...     pair.model, pair.guide, pair.sample(10, seed=0), num_simulations=100
+        ... )
+        >>> found.is_uniform(level=0.001)
+        True
     """
     num_draws, num_samples = positive_int("num_draws", num_draws), positive_int("num_samples", num_samples)
     if num_samples < num_draws:

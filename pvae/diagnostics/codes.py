@@ -25,6 +25,12 @@ def interpolate(start: Tensor, end: Tensor, num_steps: int = 8) -> Tensor:
 
     Returns:
         Shape ``(num_steps, N, D)``, to be decoded.
+
+    Example:
+        >>> import torch
+        >>> import pvae
+        >>> pvae.diagnostics.interpolate(torch.zeros(2), torch.ones(2), num_steps=3).tolist()
+        [[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]]
     """
     if start.shape != end.shape:
         raise DataError(f"start and end must have the same shape, got {tuple(start.shape)} and {tuple(end.shape)}.")
@@ -60,6 +66,13 @@ def coverage(points: Tensor, data: Tensor, *, num_neighbors: int = 3) -> Coverag
 
     Source: Kynkäänniemi, Karras, Laine, Lehtinen and Aila, 2019, Improved Precision and Recall Metric for Assessing
     Generative Models.
+
+    Example:
+        >>> import torch
+        >>> import pvae
+        >>> data = torch.arange(20.0)[:, None]
+        >>> pvae.diagnostics.coverage(data[:5] + 0.1, data)
+        Coverage(precision=1.0, recall=0.4)
     """
     points, data = points.flatten(1).double(), data.flatten(1).double()
     return Coverage(_share_inside(points, data, num_neighbors), _share_inside(data, points, num_neighbors))
@@ -72,6 +85,13 @@ def retrieval(codes: Tensor, labels: Tensor, *, num_neighbors: int = 10) -> floa
         codes: Shape ``(N, D)``.
         labels: Shape ``(N,)``.
         num_neighbors: How many to retrieve.
+
+    Example:
+        >>> import torch
+        >>> import pvae
+        >>> labels = torch.arange(2).repeat_interleave(10)
+        >>> pvae.diagnostics.retrieval(10.0 * labels[:, None], labels, num_neighbors=5)
+        1.0
     """
     near = _neighbors(codes, codes, num_neighbors + 1)[1]
     # Itself is left out by its place: of equal codes another one may come first.
@@ -92,6 +112,14 @@ def classification(
         test_codes: Shape ``(M, D)``.
         test_labels: Shape ``(M,)``.
         num_neighbors: How many vote.
+
+    Example:
+        >>> import torch
+        >>> import pvae
+        >>> labels = torch.arange(2).repeat_interleave(10)
+        >>> codes = 10.0 * labels[:, None]
+        >>> pvae.diagnostics.classification(codes, labels, codes + 1, labels, num_neighbors=5)
+        1.0
     """
     votes = labels[_neighbors(test_codes, codes, num_neighbors)[1]]
     return (votes.mode(1).values == test_labels).double().mean().item()

@@ -104,6 +104,14 @@ def gaps(
         ProgramError: Latents are not continuous; or as by `pvae.log_evidence`.
 
     Source: Cremer, Li and Duvenaud, 2018, Inference Suboptimality in Variational Autoencoders.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> found = pvae.diagnostics.gaps(pair.model, pair.guide, x)
+        >>> bool((found.approximation.abs() < 0.1).all())  # the posterior is Gaussian, and so is the guide
+        True
     """
     best, seed = Refined(full=False, steps=200) if refined is None else refined, resolve_seed(seed)
     estimates = [

@@ -200,6 +200,18 @@ def compare_models(estimates: Mapping[str, EvidenceEstimate]) -> ModelTable:
 
     Source: Vehtari, Gelman and Gabry, 2017, Practical Bayesian Model Evaluation Using Leave-One-Out Cross-Validation
     and WAIC, for paired errors; Kass and Raftery, 1995, Bayes Factors.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> estimate = pvae.log_evidence(pair.model, pair.guide, x)
+        >>> other = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, seed=1)
+        >>> table = pvae.diagnostics.compare_models(
+        ...     {"other": pvae.log_evidence(other.model, other.guide, x), "true": estimate}
+        ... )
+        >>> table.names
+        ['true', 'other']
     """
     if not isinstance(estimates, Mapping) or not estimates:
         raise ArgumentError(f"estimates must be a dictionary of estimates by their models' names, got {estimates!r}.")

@@ -165,6 +165,15 @@ def out_of_distribution(estimate: EvidenceEstimate, reference: EvidenceEstimate)
     Source: Nalisnick, Matsukawa, Teh, Gorur and Lakshminarayanan, 2019, Do Deep Generative Models Know What They Don't
     Know?; Nalisnick, Matsukawa, Teh and Lakshminarayanan, 2019, Detecting Out-of-Distribution Inputs to Deep Generative
     Models Using Typicality.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> estimate = pvae.log_evidence(pair.model, pair.guide, x)
+        >>> strange = pvae.log_evidence(pair.model, pair.guide, x + 10)
+        >>> pvae.diagnostics.out_of_distribution(strange, estimate).auroc
+        1.0
     """
     for name, one in (("estimate", estimate), ("reference", reference)):
         if not isinstance(one, EvidenceEstimate):

@@ -164,6 +164,14 @@ def latent_usage(
     Source: Burda, Grosse and Salakhutdinov, 2015, Importance Weighted Autoencoders, for active units; Hoffman and
     Johnson, 2016, ELBO Surgery, for the identity; Poole, Ozair, van den Oord, Alemi and Tucker, 2019, On Variational
     Bounds of Mutual Information, for both bounds.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> found = pvae.diagnostics.latent_usage(pair.model, pair.guide, x)
+        >>> found.active.tolist()
+        [True, True]
     """
     k, seed = positive_int("num_samples", num_samples), resolve_seed(seed)
     if k < 2:

@@ -106,6 +106,17 @@ def compare(a: EvidenceEstimate, b: EvidenceEstimate) -> Comparison:
         ArgumentError: They are of different numbers of data, or one of all data together and the other of each.
 
     Source: Kass and Raftery, 1995, Bayes Factors.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> estimate = pvae.log_evidence(pair.model, pair.guide, x)
+        >>> other = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, seed=1)
+        >>> found = pvae.compare(estimate, pvae.log_evidence(other.model, other.guide, x))
+        >>> exact = (pair.log_px(x) - other.log_px(x)).mean().item()
+        >>> abs(found.difference - exact) < 5 * found.std_error
+        True
     """
     for name, one in (("a", a), ("b", b)):
         if not isinstance(one, EvidenceEstimate):

@@ -229,6 +229,15 @@ class EvidenceEstimate:
 
         Returns:
             Lower and upper ends, nats per datum, each of shape ``(N,)``.
+
+        Example:
+            >>> import pvae
+            >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+            >>> x = pair.sample(20, seed=0)
+            >>> estimate = pvae.log_evidence(pair.model, pair.guide, x)
+            >>> low, high = estimate.interval(0.999)
+            >>> bool(((low < pair.log_px(x)) & (pair.log_px(x) < high)).all())
+            True
         """
         level = real_number("level", level, above=0, below=1)
         lower, upper = interval(self.sums, level, self.diagnostics.get("stage"))

@@ -105,6 +105,14 @@ def log_evidence(
 
     Source: Rezende, Mohamed and Wierstra, 2014, Stochastic Backpropagation and Approximate Inference in Deep
     Generative Models, appendix E; Burda, Grosse and Salakhutdinov, 2015, Importance Weighted Autoencoders.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> estimate = pvae.log_evidence(pair.model, pair.guide, x)
+        >>> (estimate.log_px - pair.log_px(x)).abs().max().item() < 0.2
+        True
     """
     start = time.perf_counter()
     processes = resolve_processes(distributed)
@@ -167,6 +175,13 @@ def log_weights(
 
     Returns:
         Nats, float64, on the CPU, of shape ``(K, N)``, which takes ``8 K N`` bytes of memory.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> pvae.log_weights(pair.model, pair.guide, x, num_samples=50).shape
+        torch.Size([50, 20])
     """
     processes = resolve_processes(distributed)
     settings = Settings.of(

@@ -97,6 +97,14 @@ def posterior_predictive(
             `weighted_draws`.
 
     Source: Rubin, 1984, Bayesianly Justifiable and Relevant Frequency Calculations for the Applied Statistician.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> predictive = pvae.evidence.posterior_predictive(pair.model, pair.guide, x, num_samples=500)
+        >>> predictive.draws["x"].shape
+        torch.Size([500, 20, 5])
     """
     drawer = Drawer(resolve(proposal), seed=resolve_seed(seed))
 
@@ -151,6 +159,14 @@ def prior_predictive(
         ProgramError: As by `posterior_predictive`.
 
     Source: Box, 1980, Sampling and Bayes' Inference in Scientific Modelling and Robustness.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> predictive = pvae.evidence.prior_predictive(pair.model, pair.guide, x, num_samples=500)
+        >>> predictive.draws["x"].shape
+        torch.Size([500, 20, 5])
     """
     drawer = Drawer(Prior(), seed=resolve_seed(seed))
 

@@ -83,6 +83,14 @@ def gauss_hermite(
         ProgramError: The latents have more than 3 dimensions, or are discrete; or as by `pvae.log_evidence`.
 
     Source: Liu and Pierce, 1994, A Note on Gauss-Hermite Quadrature.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> found = pvae.evidence.gauss_hermite(pair.model, pair.guide, x)
+        >>> (found.log_px - pair.log_px(x)).abs().max().item() < 1e-6
+        True
     """
     if positive_int("num_nodes", num_nodes) % 2:
         raise ArgumentError(f"num_nodes must be even, as the error is taken from half of them; got {num_nodes}.")

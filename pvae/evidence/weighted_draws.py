@@ -56,6 +56,14 @@ def weighted_draws(
 
     Raises:
         PVAEError: As by `pvae.log_evidence`; and an `ArgumentError` where the proposal keeps no draws with a density.
+
+    Example:
+        >>> import pvae
+        >>> pair = pvae.testing.linear_gaussian(latent_dim=2, event_dim=5, guide_scale=1.2)
+        >>> x = pair.sample(20, seed=0)
+        >>> draws = pvae.evidence.weighted_draws(pair.model, pair.guide, x, num_samples=500)
+        >>> draws.latents["z"].shape
+        torch.Size([500, 20, 2])
     """
     drawer = Drawer(resolve(proposal), seed=resolve_seed(seed))
 

@@ -125,6 +125,14 @@ def fit(
 
     Source: Kingma and Welling, 2014, Auto-Encoding Variational Bayes; Kingma and Ba, 2015, Adam; Hoffman et al., 2013,
     Stochastic Variational Inference; for the warm-up, Sønderby et al., 2016, Ladder Variational Autoencoders.
+
+    Example:
+        >>> import pvae
+        >>> x = pvae.datasets.digits().train_x[:256]
+        >>> vae = pvae.VAE.mlp(event_shape=(8, 8), latent_dim=2, hidden=[16])
+        >>> result = pvae.fit(vae.model, vae.guide, x, epochs=5, batch_size=32, progress=False)
+        >>> bool(result.history["elbo"][-1] > result.history["elbo"][0])
+        True
     """
     check_surroundings()
     processes = resolve_processes(distributed)

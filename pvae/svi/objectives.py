@@ -191,6 +191,13 @@ class IWAE(Bound):
     are ``p(x|z) (p(z) / q(z|x))^beta``: no bound on log p(x), but what is trained stays continuous in beta.
 
     Source: Burda, Grosse and Salakhutdinov, 2015, Importance Weighted Autoencoders.
+
+    Example:
+        >>> import pvae
+        >>> vae = pvae.VAE.mlp(event_shape=(8, 8), latent_dim=2, hidden=[16])
+        >>> x = pvae.datasets.digits().train_x[:64]
+        >>> bound = pvae.objectives.IWAE(num_particles=8)
+        >>> result = pvae.fit(vae.model, vae.guide, x, objective=bound, epochs=1, progress=False)
     """
 
     num_particles: int = 5

@@ -22,6 +22,12 @@ def linear_warmup(epochs: int, start: float = 0.0, end: float = 1.0) -> Callable
 
     Source: Bowman et al., 2016, Generating Sentences from a Continuous Space; Sønderby et al., 2016, Ladder
     Variational Autoencoders.
+
+    Example:
+        >>> import pvae
+        >>> weight = pvae.schedules.linear_warmup(epochs=4)
+        >>> [weight(epoch) for epoch in range(1, 6)]
+        [0.25, 0.5, 0.75, 1.0, 1.0]
     """
     epochs = positive_int("epochs", epochs)
     start, end = real_number("start", start, least=0), real_number("end", end, least=0)
@@ -51,6 +57,12 @@ def cyclical(
         ArgumentError: Something is not such a number, or there are more cycles than epochs.
 
     Source: Fu et al., 2019, Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing.
+
+    Example:
+        >>> import pvae
+        >>> weight = pvae.schedules.cyclical(epochs=8, cycles=2)
+        >>> [weight(epoch) for epoch in range(1, 9)]
+        [0.5, 1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
     """
     epochs, cycles = positive_int("epochs", epochs), positive_int("cycles", cycles)
     start, end = real_number("start", start, least=0), real_number("end", end, least=0)
