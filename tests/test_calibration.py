@@ -154,3 +154,15 @@ def test_draws_that_explain_nothing_count_as_none_and_nan_is_an_error(loc):
     found = simulation_based_calibration(uniform, guide, torch.zeros(5), **options)
     assert not found.weighted.ess.any()
     assert "median ESS of its weights 0.0, few" in repr(found)
+
+
+def test_a_factor_cannot_be_simulated():
+    oracle = linear_gaussian(1, 2)
+
+    def model(x):
+        oracle.model(x)
+        with pyro.plate("more", len(x)):
+            pyro.factor("f", -x[..., 0].square())
+
+    with pytest.raises(pvae.ProgramError, match=r"site 'f' is a pyro.factor, a number that is added"):
+        simulation_based_calibration(model, oracle.guide, oracle.sample(5), num_simulations=20, num_samples=63)

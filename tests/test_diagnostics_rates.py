@@ -348,3 +348,25 @@ def test_one_draw_tells_no_scatter():
     oracle = linear_gaussian(1, 2)
     with pytest.raises(pvae.ArgumentError, match="num_samples must be at least 2"):
         latent_usage(oracle.model, oracle.guide, oracle.sample(5), num_samples=1)
+
+
+def test_masked_latents_have_a_rate_and_no_mutual_information():
+    """Those of other data have no density under a masked one."""
+
+    def model(x, is_there):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=is_there.bool()):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x, is_there):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=is_there.bool()):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+    x, is_there = torch.randn(40), torch.arange(40.0) % 4
+    found = latent_usage(model, guide, (x, is_there.clamp(max=1)))
+    exact = kl_divergence(dist.Normal(x / 2, 0.7), dist.Normal(0.0, 1.0)) * (is_there > 0)
+    assert found.rate == pytest.approx(exact.mean().item(), abs=0.1)  # of 4000 draws, each by 0.5 or so: 0.01
+    assert math.isnan(found.mutual_information)
+    assert "nan" in repr(found)
+    everything = latent_usage(model, guide, (x, torch.ones(40)))
+    assert everything.mutual_information > 0.1

@@ -39,7 +39,8 @@ class LatentUsage:
         rate: Mean over data of ``KL(q(z|x) || p(z))``.
         rate_std_error: Its standard error, over the choice of data and the draws.
         mutual_information: ``I_q(x; z)`` of the N data and their codes: ``E log q(z|x) - log q(z)`` with the aggregate
-            posterior ``q(z) = (1/N) sum_n q(z|x_n)``. Never above log N; low in the mean as that of the population.
+            posterior ``q(z) = (1/N) sum_n q(z|x_n)``. Never above log N; low in the mean as that of the population. nan
+            where the guide masks latents, of which some data then have others than the rest.
         mutual_information_std_error: Its standard error, over the choice of data and the draws.
         mutual_information_upper: The same with each datum left out of the q(z) that it is held against: high in the
             mean. The population's lies between the two.
@@ -183,7 +184,10 @@ def latent_usage(
     n = len(kl)
     if n < 2:
         raise DataError("data must be at least two, to tell how codes differ between them; got 1.")
-    lower, upper = _inform(model, guide, data, codes, seed + 1, device)
+    if any(part[3] for part in found):
+        lower = upper = torch.full((n,), torch.nan, dtype=torch.float64)
+    else:
+        lower, upper = _inform(model, guide, data, codes, seed + 1, device)
     return LatentUsage(
         names=names,
         kl=kl.mean(0),
@@ -202,8 +206,10 @@ def latent_usage(
 
 def _measure_batch(
     densities: Densities, batch: Batch, spans: list[int]
-) -> tuple[tuple[str, ...], tuple[Tensor, ...], dict[str, Tensor]]:
-    """Names of the entries; their divergences, means and the means' scatter, ``(N, U)``, and rates ``(N,)``; a code."""
+) -> tuple[tuple[str, ...], tuple[Tensor, ...], dict[str, Tensor], bool]:
+    """Names of the entries; their divergences, means and the means' scatter, ``(N, U)``, and rates ``(N,)``; a code;
+    and whether entries are masked.
+    """
     parts = [draw_entries(densities, batch, span) for span in spans]
     latents = parts[0].latents.values
     kl, means, values = (torch.cat([getattr(part, key) for part in parts]) for key in ("kl", "means", "values"))
@@ -214,7 +220,8 @@ def _measure_batch(
         kl[:, unknown] = _marginal_divergence(values[..., unknown], flatten_entries(prior.values)[:, 0, unknown])
     rate = torch.cat([draw_rates(densities, batch, span)[1] for span in spans]).mean(0)
     numbers = tuple(t.cpu() for t in (kl, means.mean(0), means.var(0), rate))
-    return name_entries(latents), numbers, {name: value[:1].cpu() for name, value in latents.items()}
+    codes = {name: value[:1].cpu() for name, value in latents.items()}
+    return name_entries(latents), numbers, codes, any(part.is_masked for part in parts)
 
 
 def _has_one_prior(densities: Densities, batch: Batch) -> bool:

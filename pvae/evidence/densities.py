@@ -289,6 +289,11 @@ class Densities:
         drawn = run.values(run.sites)
         simulated = list(batch)
         for name, site in observed.items():
+            if not site["value"].numel():
+                raise ProgramError(
+                    f"cannot simulate data: site '{name}' is a pyro.factor, a number that is added to the density, of "
+                    "which nothing can be drawn. Use sites with distributions instead."
+                )
             same = tensors_of(site["value"], batch)
             if len(same) != 1:
                 raise ProgramError(

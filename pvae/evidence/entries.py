@@ -33,12 +33,14 @@ class Entries:
         means: Those of the guide, given earlier sites, where it is normal; the value otherwise, whose mean it is.
         kl: ``KL(q(z_u|x) || p(z_u))``, given earlier sites: in closed form where torch has one, else ``log q - log p``
             at the draw, whose mean it is. Of a multivariate normal its marginals'. nan where neither is known.
+        is_masked: Whether the guide leaves some entries of some data out of its density.
     """
 
     latents: Latents
     values: Tensor
     means: Tensor
     kl: Tensor
+    is_masked: bool = False
 
 
 def name_entries(values: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -121,7 +123,9 @@ def draw_entries(densities: Densities, batch: Batch, num_samples: int) -> Entrie
         }
         means[name], divergences[name] = laid_out["means"], laid_out["kl"]
     flat = [flatten_entries(each) for each in (values, means, divergences)]
-    return Entries(Latents(values, num_samples), *flat)
+    masks = (run.sites[name]["mask"] for name in names)
+    is_masked = not all(mask is None or torch.as_tensor(mask).all() for mask in masks)
+    return Entries(Latents(values, num_samples), *flat, is_masked=is_masked)
 
 
 def _mean(site: Any) -> Tensor:
