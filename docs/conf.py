@@ -24,6 +24,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "elsewhere",
     "executed_pages",
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
