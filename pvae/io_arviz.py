@@ -44,7 +44,7 @@ def to_arviz(
     device: str | torch.device = "auto",
     chunk_size: int | None = None,
 ) -> Any:
-    """What ArviZ needs of a pair and its data: an `arviz.InferenceData` in ArviZ 0.x, an `xarray.DataTree` in ArviZ 1.x.
+    """What ArviZ needs of a pair and its data: `arviz.InferenceData` in ArviZ 0.x, `xarray.DataTree` in ArviZ 1.x.
 
     Groups: ``posterior``, ``log_likelihood`` and ``posterior_predictive`` (see `pvae.evidence.posterior_predictive`),
     of K draws of the proposal that were chosen by their importance weights where k-hat allows; ``sample_stats``;
