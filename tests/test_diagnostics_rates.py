@@ -178,11 +178,16 @@ def test_use_of_codes_has_its_closed_forms(caller_state):
     x, before = oracle.sample(600), caller_state()
     found = latent_usage(oracle.model, oracle.guide, x, num_samples=10)
     before.assert_unchanged()
-    torch.testing.assert_close(found.kl, marginal_kl(oracle, x).mean(0))
+    exact_kl = marginal_kl(oracle, x)
+    torch.testing.assert_close(found.kl, exact_kl.mean(0))
+    torch.testing.assert_close(found.kl_std_error, exact_kl.std(0) / 600**0.5)
     precision = torch.eye(3).double() + oracle.weight.T @ oracle.weight / oracle.noise**2
     exact, error = precision.logdet().item() / 2, found.mutual_information_std_error
     assert found.mutual_information - 4 * error < exact < found.mutual_information_upper + 4 * error
     assert found.mutual_information_upper - found.mutual_information < 0.2
+    # Of normal numbers the density's ratio has a variance of the sum of squared canonical correlations.
+    squares = 1 - 1 / torch.linalg.eigvalsh(precision)
+    assert error == pytest.approx((squares.sum().item() / 600) ** 0.5, rel=0.2)
     assert found.rate == pytest.approx(exact, abs=4 * found.rate_std_error)  # the guide is exact, so q(z) is p(z)
     assert found.aggregate_kl == pytest.approx(0.0, abs=0.15)
     assert found.rate == pytest.approx(found.mutual_information + found.aggregate_kl)
@@ -260,6 +265,21 @@ def test_a_unit_that_costs_and_says_nothing_is_told():
     assert "Of these 1 cost more than 0.1 nats" in found.verdict
     assert found.kl.item() == pytest.approx(2.0)
     assert found.aggregate_kl == pytest.approx(2.0, abs=1e-5)
+
+
+def test_scatter_of_estimated_means_is_no_activity():
+    """Means of 4 draws of variance 2 scatter by 0.5, which is taken out: up to 4 times 0.05 for 400 data."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Laplace(torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Laplace(torch.zeros_like(x), 1.0))
+
+    assert latent_usage(model, guide, torch.zeros(400), num_samples=4).variance_of_means < 0.2
 
 
 def test_marginals_of_what_has_no_density_for_each_number():
