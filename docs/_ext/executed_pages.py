@@ -1,7 +1,7 @@
 """What pages that are run have beside their text: a notebook to download, and words for pictures.
 
-A picture's words are the first that are there of: ``alt`` under ``mystnb: image:`` of its cell; what the functions of
-`pvae.plots` in its cell say of themselves; the titles and labels of its axes; the section that it is in.
+A picture's words are ``alt`` under ``mystnb: image:`` of its cell. Where there are none, they are the title of its
+section, with what the functions of `pvae.plots` in its cell say of themselves, or the titles and labels of its axes.
 """
 
 import html
@@ -50,7 +50,7 @@ def describe_images(app, doctree):
     for image in doctree.findall(nodes.image):
         cell = _cell_of(image)
         if cell is not None and not image.get("alt"):
-            image["alt"] = _plots(cell) or _axes(cell) or f"Figure in the section {_section_of(image)!r}"
+            image["alt"] = f"{_section_of(image)}: {_plots(cell) or _axes(cell) or 'a figure'}"
 
 
 def _cell_of(node):
@@ -66,9 +66,11 @@ def _source(cell):
 
 def _plots(cell):
     """What the functions of `pvae.plots` that a cell calls say they draw, by the first sentence of their docstrings."""
-    names = dict.fromkeys(re.findall(r"\bplots\.(\w+)\(", _source(cell)))
-    docs = [getattr(pvae.plots, name).__doc__ for name in names if name != "subplots"]
-    return " ".join(re.split(r"(?<=\.)\s", " ".join(doc.split()))[0] for doc in docs).replace("`", "")
+    called = dict.fromkeys(re.findall(r"\bplots\.(\w+)\(", _source(cell)))
+    names = [name for name in called if name in pvae.plots.__all__ and name != "subplots"]
+    docs = [" ".join(getattr(pvae.plots, name).__doc__.split()) for name in names]
+    firsts = [re.split(r"(?<=\.)\s", doc)[0].removeprefix("Draws ").replace("`", "") for doc in docs]
+    return " ".join(first[0].upper() + first[1:] for first in firsts)
 
 
 def _axes(cell):
@@ -81,7 +83,7 @@ def _axes(cell):
 
     titles, across, up = (", ".join(given(name)) for name in ("title", "xlabel", "ylabel"))
     axes = f"{up} against {across}" if up and across else up or across
-    return re.sub(r"[$\\]", "", "Figure: " + "; ".join(filter(None, [titles, axes]))) if titles or axes else ""
+    return re.sub(r"[$\\]", "", "; ".join(filter(None, [titles, axes])))
 
 
 def _section_of(node):
