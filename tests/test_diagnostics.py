@@ -6,6 +6,7 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
 from pvae.diagnostics import Coverage, classification, coverage, gaps, interpolate, retrieval, side_by_side
@@ -79,6 +80,13 @@ def test_gaps_of_data_together_say_so():
 
     found = gaps(model, guide, torch.arange(4.0), num_samples=100, refined=Refined(full=False, steps=5))
     assert str(found).startswith("log p(x) - ELBO of 4 data together, nats\n")
+
+
+def test_gaps_of_a_loader_that_shuffles_are_refused(small_vae, bits):
+    """Three estimates would be of different data in each row."""
+    loader = DataLoader(TensorDataset(bits), shuffle=True)
+    with pytest.raises(pvae.DataError, match="the loader shuffles"):
+        gaps(small_vae.model, small_vae.guide, loader)
 
 
 def test_interpolations_are_straight():

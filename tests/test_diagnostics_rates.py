@@ -11,6 +11,7 @@ from pairs import ModulePair, RowGaussian
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 from torch.distributions import kl_divergence
+from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
 from pvae.diagnostics import latent_usage, rate_distortion
@@ -198,6 +199,17 @@ def test_use_of_codes_has_its_closed_forms(caller_state):
     assert found.verdict == "no collapse: all 3 units are active"
     assert found.names == ("z[0]", "z[1]", "z[2]")
     assert not found.is_saturated
+
+
+@pytest.mark.filterwarnings("ignore:data. results are in the order")
+def test_codes_stay_with_their_data_where_a_loader_shuffles():
+    """It is read twice; with other data's codes the mutual information would be far below 0."""
+    oracle = linear_gaussian(2, 5)
+    x = oracle.sample(60)
+    loader = DataLoader(TensorDataset(x), batch_size=20, shuffle=True)
+    ordered, shuffled = (latent_usage(oracle.model, oracle.guide, data, num_samples=4) for data in (x, loader))
+    error = ordered.mutual_information_std_error + shuffled.mutual_information_std_error
+    assert shuffled.mutual_information == pytest.approx(ordered.mutual_information, abs=4 * error)
 
 
 def test_the_aggregate_posterior_of_a_guide_that_is_off():

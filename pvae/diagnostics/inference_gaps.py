@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
 
 from pvae.data import Data
+from pvae.errors import DataError
 from pvae.evidence import EvidenceEstimate, log_evidence
 from pvae.evidence.proposals import Guide, Proposal, Refined
 from pvae.runtime import Program, in_turn, resolve_seed
@@ -88,7 +90,7 @@ def gaps(
     Args:
         model: The generative program.
         guide: The recognition program.
-        data: As for `pvae.log_evidence`.
+        data: As for `pvae.log_evidence`; read three times, so a loader must not shuffle.
         num_samples: Draws for each datum and each of the three estimates.
         refined: How q* is found and of what family it is; ``Refined(full=False, steps=200)`` if left out, for guides
             with a diagonal covariance.
@@ -101,6 +103,7 @@ def gaps(
         `Gaps`.
 
     Raises:
+        DataError: A loader draws the data in another order each time.
         ProgramError: Latents are not continuous; or as by `pvae.log_evidence`.
 
     Source: Cremer, Li and Duvenaud, 2018, Inference Suboptimality in Variational Autoencoders.
@@ -113,6 +116,11 @@ def gaps(
         >>> bool((found.approximation.abs() < 0.1).all())  # the posterior is Gaussian, and so is the guide
         True
     """
+    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+        raise DataError(
+            "data: the loader shuffles, and three estimates of each datum are held against each other. Pass "
+            "shuffle=False, or the dataset."
+        )
     best, seed = Refined(full=False, steps=200) if refined is None else refined, resolve_seed(seed)
     estimates = [
         log_evidence(

@@ -187,7 +187,7 @@ def latent_usage(
     if any(part[3] for part in found):
         lower = upper = torch.full((n,), torch.nan, dtype=torch.float64)
     else:
-        lower, upper = _inform(model, guide, data, codes, seed + 1, device)
+        lower, upper = _inform(model, guide, data, codes, seed, device)  # by which a loader shuffles as before
     return LatentUsage(
         names=names,
         kl=kl.mean(0),
