@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.font_manager  # noqa: F401  (makes its font cache now; a page's kernel would print that it does)
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.ext.napoleon.docstring import GoogleDocstring
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
@@ -61,6 +62,8 @@ python_maximum_signature_line_length = 96
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_attr_annotations = False
+# The docstring of a property is a sentence: what stands before a colon in it is no type.
+GoogleDocstring._parse_attribute_docstring = GoogleDocstring._consume_to_end
 
 # --- How it looks -----------------------------------------------------------------------------------------------------
 
