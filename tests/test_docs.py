@@ -81,6 +81,11 @@ def test_every_page_is_in_one_table_of_contents():
     assert sorted(listed) == [page for page in pages if page.name != "index.md"]
 
 
+def test_a_target_is_named_once():
+    targets = [target for page in PAGES for target in _TARGET.findall(prose(page))]
+    assert [target for target in targets if targets.count(target) > 1] == []
+
+
 @pytest.mark.parametrize(
     "heading, anchor",
     [
