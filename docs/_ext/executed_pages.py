@@ -36,13 +36,22 @@ def offer_notebook(app, doctree):
 
 
 def tidy(path):
-    """Leaves out of a notebook what means something on the site alone: links to pages beside it, and directives."""
+    """Leaves out of a notebook what means something on the site alone: see `plain`."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            text = re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\.md[^)]*\)", r"*\1*", cell.source)
-            cell.source = re.sub(r"^```\{(?:toctree|eval-rst)\}.*?^```\n?", "", text, flags=re.DOTALL | re.MULTILINE)
+            cell.source = plain(cell.source)
     nbformat.write(notebook, path)
+
+
+def plain(text):
+    """MyST as Markdown: without labels, directives, and links to pages that are not beside a notebook."""
+    text = re.sub(r"^\([\w-]+\)=\n?", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^```\{.*?^```\n?", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^:::\{(\w+)\}", lambda match: f"**{match[1].capitalize()}**\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^:::\n?", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\[\]\(([^)\s#]*\.md)[^)]*\)", r"\1", text)
+    return re.sub(r"\[([^\]]+)\]\((?:#|(?!https?:)[^)\s]*\.md)[^)]*\)", r"*\1*", text)
 
 
 def describe_images(app, doctree):
