@@ -187,3 +187,12 @@ def test_wrong_arguments_are_named():
     vae = made()
     with pytest.raises(pvae.ProgramError, match=r"classifier.*3 logits"):
         SemiSupervisedVAE(vae.prior, vae.decoder, vae.encoder, nn.Linear(6, 4), num_classes=3)
+
+
+@pytest.mark.slow
+def test_training_on_vectors_is_compiled():
+    """The compiler lays out the tensors of all classes in another way than they were captured."""
+    vae = pvae.SemiSupervisedVAE.mlp(5, num_classes=3, latent_dim=2, hidden=[8], likelihood="gaussian", units=(0, 1))
+    x, y = torch.randn(64, 5), torch.arange(64) % 4 - 1
+    # A warning that a step runs uncompiled would be an error here.
+    pvae.fit(vae.model, vae.guide, (x, y), objective=vae.objective(3.0), epochs=1, batch_size=32, compile=True)
