@@ -18,6 +18,14 @@ from pvae.svi import step as engine
 torch.set_num_threads(1)  # the tensors are small, and the workers share the cores
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that need a CUDA device are left out where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Every test starts from the same random numbers and an empty param store."""

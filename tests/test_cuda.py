@@ -18,7 +18,7 @@ import pvae
 from pvae.evidence import bidirectional_monte_carlo, gauss_hermite
 from pvae.evidence.proposals import Annealed, Sobol
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = pytest.mark.cuda
 
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])

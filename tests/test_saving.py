@@ -260,7 +260,6 @@ def test_nothing_of_the_callers_is_changed(mode, tmp_path, caller_state):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_vae_on_the_gpu_is_saved_and_comes_back_on_the_cpu(tmp_path):
     vae = own().to("cuda")
     vae.save(tmp_path)
