@@ -61,6 +61,18 @@ def module_pair() -> ModulePair:
 
 
 @pytest.fixture
+def figures_closed():
+    """Closes what a test opened in matplotlib, whose global style it may not change."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    style = matplotlib.rcParams.copy()
+    yield
+    pyplot.close("all")
+    assert matplotlib.rcParams == style, "the global style is the caller's"
+
+
+@pytest.fixture
 def never_compiled(monkeypatch):
     """A function that makes a module of pvae capture and never compile: the graphs are the same, and take less time.
 

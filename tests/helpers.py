@@ -360,3 +360,8 @@ def assert_captured(pair, data, monkeypatch, objective=lambda pair: None):
         fit(one, data, compile=compile, lr=0.01, objective=objective(one))
     for p, q in zip(pair.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def words(ax):
+    """What is written on matplotlib's Axes, as texts."""
+    return [text.get_text() for text in ax.texts]

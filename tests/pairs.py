@@ -143,6 +143,17 @@ def bernoulli_pair(
     return Made
 
 
+def shared_mean(x):
+    """Data that share a latent, their mean: all have one posterior together."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def shared_mean_guide(x):
+    pyro.sample("loc", dist.Normal(0.0, 1.0))
+
+
 class RowGaussian(nn.Module):
     """A linear-Gaussian pair of latents ``a`` and ``b`` whose guide, ``q(a|x) q(b|a, x)``, can be the exact posterior.
 

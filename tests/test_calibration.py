@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyro
 import pytest
 import torch
+from pairs import shared_mean, shared_mean_guide
 from pyro import distributions as dist
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -122,16 +123,8 @@ def test_bad_numbers_are_named(options, words, small_vae, bits):
 
 
 def test_a_guide_of_all_data_is_refused():
-    def model(x):
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-
-    def guide(x):
-        pyro.sample("loc", dist.Normal(0.0, 1.0))
-
     with pytest.raises(pvae.ProgramError, match="does not answer to simulated ones"):
-        simulation_based_calibration(model, guide, torch.zeros(4))
+        simulation_based_calibration(shared_mean, shared_mean_guide, torch.zeros(4))
 
 
 def uniform(x):

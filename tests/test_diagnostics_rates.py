@@ -7,7 +7,7 @@ import math
 import pyro
 import pytest
 import torch
-from pairs import ModulePair, RowGaussian
+from pairs import ModulePair, RowGaussian, shared_mean, shared_mean_guide
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 from torch.distributions import kl_divergence
@@ -100,16 +100,10 @@ def test_several_sites_that_depend_on_each_other():
 
 def test_pairs_of_any_kind():
     """Data with latents together, and discrete latents that are summed out."""
-
-    def model(x):
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-
     x = torch.arange(5.0)
-    guide = AutoNormal(model)
+    guide = AutoNormal(shared_mean)
     guide(x)
-    found = rate_distortion(model, guide, x, num_samples=50)
+    found = rate_distortion(shared_mean, guide, x, num_samples=50)
     assert (found.num_together, found.elbo.shape) == (5, (1,))
     torch.testing.assert_close(found.elbo, -found.distortion - found.rate)
     assert "5 data together" in repr(found)
@@ -349,16 +343,8 @@ def test_what_has_no_codes_is_refused(small_vae, bits):
     with pytest.raises(pvae.ArgumentError, match="num_samples"):
         latent_usage(small_vae.model, small_vae.guide, bits, num_samples=0)
 
-    def model(x):
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-
-    def guide(x):
-        pyro.sample("loc", dist.Normal(0.0, 1.0))
-
     with pytest.raises(pvae.ProgramError, match="codes of single data are not defined"):
-        latent_usage(model, guide, torch.zeros(4))
+        latent_usage(shared_mean, shared_mean_guide, torch.zeros(4))
 
 
 @pytest.mark.parametrize("report", [rate_distortion, latent_usage])

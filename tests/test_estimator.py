@@ -94,7 +94,7 @@ def test_data_whose_weights_will_not_do_get_the_default(fitted, x):
 def test_only_these_data_do(fitted, x, monkeypatch):
     """Where 2 of 6 data are said to need more, the others keep their numbers."""
     before = fitted.evidence(x[:6]).log_px
-    monkeypatch.setattr(draws, "_MIN_ESS", fitted.evidence(x[:6]).ess.sort().values[1:3].mean().item())
+    monkeypatch.setattr(draws, "MIN_ESS", fitted.evidence(x[:6]).ess.sort().values[1:3].mean().item())
     after = fitted.evidence(x[:6])
     assert (after.log_px != before).sum() == 2
     assert set(after.stage) <= {"refined", "guide", "defensive"}

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers import words
 
 import pvae
 from pvae import plots
@@ -14,18 +15,7 @@ from pvae.errors import ArgumentError, DataError, PVAEError
 
 matplotlib.use("Agg")
 plt = pytest.importorskip("matplotlib.pyplot")
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    style = matplotlib.rcParams.copy()
-    yield
-    plt.close("all")
-    assert matplotlib.rcParams == style, "the global style is the caller's"
-
-
-def words(ax):
-    return [text.get_text() for text in ax.texts]
+pytestmark = pytest.mark.usefixtures("figures_closed")
 
 
 def test_learning_curve_draws_what_the_history_has():

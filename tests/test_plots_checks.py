@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from helpers import words
 from torch.distributions import Normal
 
 import pvae
@@ -16,18 +17,7 @@ from pvae.errors import ArgumentError, DataError
 
 matplotlib.use("Agg")
 plt = pytest.importorskip("matplotlib.pyplot")
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    style = matplotlib.rcParams.copy()
-    yield
-    plt.close("all")
-    assert matplotlib.rcParams == style, "the global style is the caller's"
-
-
-def words(ax):
-    return [text.get_text() for text in ax.texts]
+pytestmark = pytest.mark.usefixtures("figures_closed")
 
 
 def estimate(num_data=20, proposal="guide", num_samples=100, **options):

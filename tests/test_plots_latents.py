@@ -13,14 +13,7 @@ from pvae.errors import ArgumentError, DataError
 
 matplotlib.use("Agg")
 plt = pytest.importorskip("matplotlib.pyplot")
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    style = matplotlib.rcParams.copy()
-    yield
-    plt.close("all")
-    assert matplotlib.rcParams == style, "the global style is the caller's"
+pytestmark = pytest.mark.usefixtures("figures_closed")
 
 
 def shades(z):

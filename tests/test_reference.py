@@ -36,6 +36,10 @@ FACES = [
 # In an `__all__` for other modules of the package, and not for users.
 INTERNAL = {
     "pvae.evidence.Batch",
+    "pvae.evidence.STAGES",
+    "pvae.evidence.check_estimate",
+    "pvae.evidence.proposals.FIT_INFLATION",
+    "pvae.evidence.proposals.WIDE_START",
     "pvae.evidence.proposals.resolve",
     "pvae.likelihoods.NAMED",
     "pvae.likelihoods.Named",

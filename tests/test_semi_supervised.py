@@ -195,4 +195,5 @@ def test_training_on_vectors_is_compiled():
     vae = pvae.SemiSupervisedVAE.mlp(5, num_classes=3, latent_dim=2, hidden=[8], likelihood="gaussian", units=(0, 1))
     x, y = torch.randn(64, 5), torch.arange(64) % 4 - 1
     # A warning that a step runs uncompiled would be an error here.
-    pvae.fit(vae.model, vae.guide, (x, y), objective=vae.objective(3.0), epochs=1, batch_size=32, compile=True)
+    result = pvae.fit(vae.model, vae.guide, (x, y), objective=vae.objective(3.0), epochs=1, batch_size=32, compile=True)
+    assert result.compile_seconds > 0

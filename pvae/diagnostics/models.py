@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pvae.errors import ArgumentError
-from pvae.evidence import Comparison, EvidenceEstimate, compare
+from pvae.evidence import Comparison, EvidenceEstimate, check_estimate, compare
 
 if TYPE_CHECKING:
     import pandas
@@ -217,10 +217,7 @@ def compare_models(estimates: Mapping[str, EvidenceEstimate]) -> ModelTable:
         raise ArgumentError(f"estimates must be a dictionary of estimates by their models' names, got {estimates!r}.")
     first = next(iter(estimates))
     for name, one in estimates.items():
-        if not isinstance(one, EvidenceEstimate):
-            raise ArgumentError(
-                f"estimates[{name!r}] must be what pvae.log_evidence returns, got {type(one).__name__}."
-            )
+        check_estimate(f"estimates[{name!r}]", one)
         try:
             compare(one, estimates[first])
         except ArgumentError as error:

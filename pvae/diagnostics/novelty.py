@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import ArgumentError
-from pvae.evidence import EvidenceEstimate
+from pvae.evidence import EvidenceEstimate, check_estimate
 
 __all__ = ["OutOfDistribution", "out_of_distribution"]
 
@@ -176,8 +176,7 @@ def out_of_distribution(estimate: EvidenceEstimate, reference: EvidenceEstimate)
         1.0
     """
     for name, one in (("estimate", estimate), ("reference", reference)):
-        if not isinstance(one, EvidenceEstimate):
-            raise ArgumentError(f"{name} must be what pvae.log_evidence returns, got {type(one).__name__}.")
+        check_estimate(name, one)
         if one.is_joint:
             raise ArgumentError(
                 f"{name} is one log p of {one.num_together} data together, and single data have no score by it: use a "

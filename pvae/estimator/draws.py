@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.evidence import EvidenceEstimate, log_evidence
+from pvae.evidence import MIN_ESS, STAGES, EvidenceEstimate, log_evidence
 from pvae.evidence.proposals import (
+    FIT_INFLATION,
+    WIDE_START,
     Density,
     Elliptical,
     Gaussian,
@@ -30,9 +32,6 @@ from pvae.evidence.proposals import (
 from pvae.runtime import Program
 
 __all__ = ["DrawsByDatum", "estimate_by_datum"]
-
-_MIN_ESS = 20.0  # below which an error is a guess
-_REFINED = 2  # the stage of `pvae.evidence` that is nearest to this proposal
 
 
 class _Round(Gaussian):
@@ -50,7 +49,7 @@ class _Round(Gaussian):
 
 @dataclass(frozen=True)
 class _Start(Gaussian):
-    """Where a fit begins, three times as wide as the guide; its noise then is the same for any batch."""
+    """Where fits of the default begin; the noise then is the same for any batch."""
 
     seed: int
 
@@ -59,7 +58,7 @@ class _Start(Gaussian):
         return "start"
 
     def gaussian(self, pair: Any, batch: Any) -> Elliptical:
-        start = Inflated(Guide(), 3.0).gaussian(pair, batch)
+        start = WIDE_START.gaussian(pair, batch)
         torch.manual_seed(self.seed)  # inside of `log_evidence`, whose random numbers are its own
         return start
 
@@ -100,8 +99,7 @@ class DrawsByDatum(Proposal):
 
     def on(self, pair: Any, batch: Any) -> Sampler:
         """The proposal for the data of one batch."""
-        # The Gaussian of the highest ELBO is too narrow; what the guide covers stays covered.
-        fitted = Inflated(Refined(start=_Start(self.seed)), 1.05)
+        fitted = Inflated(Refined(start=_Start(self.seed)), FIT_INFLATION)
         mixture: Any = Mixture((fitted, Guide(), _Round()), (0.9, 0.05, 0.05)).on(pair, batch)
         size = mixture.components[0].loc.shape[1] + 1
         points = torch.rand(
@@ -177,9 +175,9 @@ def estimate_by_datum(
     """
     options |= {"num_samples": num_samples, "seed": seed}
     own = log_evidence(model, guide, data, proposal=DrawsByDatum(num_samples, seed), **options)
-    hard = (own.unreliable | ~(own.ess >= _MIN_ESS)).nonzero()[:, 0]
+    hard = (own.unreliable | ~(own.ess >= MIN_ESS)).nonzero()[:, 0]
     told = {
-        "stage": torch.full((own.num_data,), _REFINED),
+        "stage": torch.full((own.num_data,), STAGES.index("refined")),  # the nearest to this proposal
         "accepted": torch.ones(own.num_data, dtype=torch.float64),
         "khat": torch.full((own.num_data,), torch.nan, dtype=torch.float64),
     }

@@ -20,7 +20,7 @@ from pvae.data import InMemory
 from pvae.evidence.drawing import Draws, DrawSums
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings
-from pvae.evidence.proposals import Elliptical, GivenGaussian, Guide, Inflated, Refined, Sampler
+from pvae.evidence.proposals import WIDE_START, Elliptical, GivenGaussian, Guide, Refined, Sampler
 from pvae.evidence.stages import FEWEST_TEMPERATURES, WAYS, Judge, can_fit, can_mix, is_of_use, may_reach, surely_above
 from pvae.evidence.verdicts import KHAT_LIMIT, STAGES
 from pvae.evidence.weights import WeightSums
@@ -37,8 +37,7 @@ _FEW_DIMENSIONS = 5
 _SMALL = 64  # numbers in a datum
 _CHECKS = 3  # times as many draws look again at a k-hat that is too high
 
-# Where a posterior has modes, a fit that begins narrow may stay in a lower one; one that begins wide sees further.
-_FIT = Refined(start=Inflated(Guide(), 3.0))
+_FIT = Refined(start=WIDE_START)
 
 _CHAINS = 100
 _PILOT_CHAINS = 16

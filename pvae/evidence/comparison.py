@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pvae.errors import ArgumentError
 from pvae.evidence.estimates import EvidenceEstimate
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "check_estimate", "compare"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,6 +88,12 @@ class Comparison:
         )
 
 
+def check_estimate(name: str, value: object) -> None:
+    """Raises `ArgumentError` naming the argument ``name`` where a value is no estimate."""
+    if not isinstance(value, EvidenceEstimate):
+        raise ArgumentError(f"{name} must be what pvae.log_evidence returns, got {type(value).__name__}.")
+
+
 def compare(a: EvidenceEstimate, b: EvidenceEstimate) -> Comparison:
     """Compares two models by their estimates of log p for the same data, in the same order.
 
@@ -118,9 +124,8 @@ def compare(a: EvidenceEstimate, b: EvidenceEstimate) -> Comparison:
         >>> abs(found.difference - exact) < 5 * found.std_error
         True
     """
-    for name, one in (("a", a), ("b", b)):
-        if not isinstance(one, EvidenceEstimate):
-            raise ArgumentError(f"{name} must be what pvae.log_evidence returns, got {type(one).__name__}.")
+    check_estimate("a", a)
+    check_estimate("b", b)
     if a.is_joint != b.is_joint:
         joint, each = ("a", "b") if a.is_joint else ("b", "a")
         raise ArgumentError(

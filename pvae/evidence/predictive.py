@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pvae.data import Data
 from pvae.evidence.batchwise import map_batches
+from pvae.evidence.densities import Batch, Densities
+from pvae.evidence.drawer import Drawer, Part, cat_parts, to_cpu
 from pvae.evidence.posterior import WeightedDraws, choose_draws, warn_of_proposal_draws
 from pvae.evidence.proposals import Prior, Proposal, resolve
-from pvae.evidence.site_values import Batch, Densities, SiteValues
-from pvae.evidence.weighted_draws import Drawer, Part, cat_parts, to_cpu
+from pvae.evidence.site_values import SiteValues
 from pvae.runtime import Program, resolve_seed
 
 __all__ = ["Predictive", "posterior_predictive", "prior_predictive"]

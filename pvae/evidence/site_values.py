@@ -16,7 +16,7 @@ from pvae.evidence.pair_checks import latent_of, observed_of, plates_of
 from pvae.evidence.proposals import Density
 from pvae.evidence.traces import Run
 
-__all__ = ["Batch", "Densities", "SiteValues"]
+__all__ = ["SiteValues"]
 
 _PARTICLES = "pvae_particles"
 

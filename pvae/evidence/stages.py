@@ -12,6 +12,7 @@ from pvae.errors import ProgramError
 from pvae.evidence.densities import MAX_JOINT_DIM, Densities
 from pvae.evidence.intervals import pooled_khat
 from pvae.evidence.proposals import (
+    FIT_INFLATION,
     Annealed,
     Defensive,
     Gaussian,
@@ -33,8 +34,7 @@ _KHAT = 0.5  # the most of pilots: weights of a finite variance, and far from th
 _ERRORS = 4  # standard errors that two estimates may be apart
 _SHARE_OF_USE = 0.05
 
-# A Gaussian with the highest ELBO is too narrow. What the guide covers stays covered.
-_WIDER = 1.05
+# What the guide covers stays covered.
 _SHARES = (0.95, 0.05)
 
 
@@ -59,8 +59,8 @@ def _mix(wide: Gaussian) -> Proposal:
 
 WAYS = {
     "guide": Way(lambda *_: Guide(), 4),
-    "refined": Way(lambda fitted, _: _mix(Inflated(fitted, _WIDER)), 16),
-    "heavy-tailed": Way(lambda fitted, _: _mix(StudentT(Inflated(fitted, _WIDER))), 16, is_open=True),
+    "refined": Way(lambda fitted, _: _mix(Inflated(fitted, FIT_INFLATION)), 16),
+    "heavy-tailed": Way(lambda fitted, _: _mix(StudentT(Inflated(fitted, FIT_INFLATION))), 16, is_open=True),
     "defensive": Way(lambda *_: Defensive(), 16),
     "half from the prior": Way(lambda *_: Defensive(share=0.5), 16, is_open=True),
     "annealed": Way(lambda fitted, temperatures: Annealed(fitted, temperatures), 4),

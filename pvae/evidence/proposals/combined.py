@@ -27,7 +27,9 @@ from pvae.evidence.proposals.base import (
 from pvae.evidence.proposals.gaussians import Elliptical, SobolNormals
 from pvae.evidence.proposals.local import Laplace, Refined
 
-__all__ = ["Defensive", "Inflated", "Sobol", "StudentT", "resolve"]
+__all__ = ["FIT_INFLATION", "WIDE_START", "Defensive", "Inflated", "Sobol", "StudentT", "resolve"]
+
+FIT_INFLATION = 1.05  # a Gaussian with the highest ELBO is too narrow
 
 
 class _MadeOf(Proposal):
@@ -89,6 +91,10 @@ class Inflated(_Around):
         """The base's density, widened."""
         inner = self.base.gaussian(pair, batch)
         return replace(inner, factor=self.scale * inner.factor)
+
+
+# Where a posterior has modes, a fit that begins narrow may stay in a lower one; one that begins wide sees further.
+WIDE_START = Inflated(Guide(), 3.0)
 
 
 @dataclass(frozen=True)
