@@ -6,7 +6,6 @@ import textwrap
 from dataclasses import dataclass, field
 
 import torch
-from scipy.stats import chisquare
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -64,6 +63,8 @@ class Calibration:
     @property
     def p_values(self) -> Tensor:
         """Of Pearson's chi-squared test of uniformity, for each latent number, shape ``(D,)``."""
+        from scipy.stats import chisquare  # slow to import, and few need it
+
         return torch.as_tensor(chisquare(self.counts.double().numpy(), axis=1).pvalue)
 
     @property

@@ -7,7 +7,6 @@ import textwrap
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import differential_entropy
 from torch import Tensor
 
 from pvae.data import Data
@@ -238,6 +237,8 @@ def _marginal_divergence(z: Tensor, prior: Tensor) -> Tensor:
 
     Source: Vasicek, 1976, A Test for Normality Based on Sample Entropy.
     """
+    from scipy.stats import differential_entropy  # slow to import, and few need it
+
     columns = []
     for u in range(z.shape[-1]):
         points, values = prior[:, u].sort().values, z[..., u].contiguous()
