@@ -156,8 +156,8 @@ def compared(name, bits, compile=False):
         assert finite
         assert fast_finite
         # Parameters may be met in another order.
-        ours = {id(fast.params[n]): g for n, g in fast_grads.items()}
-        theirs = {id(plain.params[n]): g for n, g in grads.items()}
+        ours = {id(fast.adam.params[n]): g for n, g in fast_grads.items()}
+        theirs = {id(plain.adam.params[n]): g for n, g in grads.items()}
         assert ours.keys() == theirs.keys()
         for key, grad in theirs.items():
             assert torch.linalg.vector_norm(ours[key] - grad) <= 1e-5 * torch.linalg.vector_norm(grad) + 1e-6

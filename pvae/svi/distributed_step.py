@@ -45,7 +45,7 @@ class DistributedStep:
             NumericalError: The loss or a gradient is not finite on some process; nothing was updated.
             RankError: Another process raised something else; nothing was updated.
         """
-        step, before, known = self.step, torch.get_rng_state(), len(self.step.params)
+        step, before, known = self.step, torch.get_rng_state(), len(self.step.adam.params)
         seen, value, fine, grads = len(rows[0]) if rows else 0, 0.0, True, {}
         error, self._error = self._error, None
         try:
@@ -60,7 +60,7 @@ class DistributedStep:
         if rows and not fine:
             torch.set_rng_state(before)  # for the same noise again
             raise NumericalError(step.what_is_wrong(rows, value, grads))
-        step.update(grads)
+        step.adam.update(grads)
         return StepResult(value * step.pair.verified.share(rows) if rows else 0.0, seen, stop)
 
     def feed(self, batches: Iterable[Rows]) -> Iterator[Rows | None]:
@@ -103,7 +103,7 @@ class DistributedStep:
         Returns:
             Of all processes: data, whether all are fine, whether any is to stop, and gradients.
         """
-        params, processes = self.step.params, self.processes
+        params, processes = self.step.adam.params, self.processes
         if self._num_shared < known:  # at first
             processes.broadcast_tensors(params[self._num_shared : known], "parameter")
         flags = [not fine, self.stop(), error is not None, len(params) > known]
@@ -124,7 +124,7 @@ class DistributedStep:
         """Data, flags, and the gradients of some parameters, summed over all processes by one exchange."""
         # A plate that scales a shard up to all the data does so on each process: there, the shards are averaged.
         averages = self.step.pair.verified.subsampled_from is not None
-        params = [self.step.params[n] for n in numbers]
+        params = [self.step.adam.params[n] for n in numbers]
         kind = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)  # counts are exact to 2^24
         device = self.step.batches.device
         counts = torch.tensor([seen, *flags, *(n in grads for n in numbers)], dtype=kind, device=device)

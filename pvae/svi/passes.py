@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.capture import InPlace
 from pvae.data import InMemory
 from pvae.errors import NumericalError
 from pvae.runtime import Interrupted
+from pvae.svi.adam import clipping, move_where
 from pvae.svi.step import Step, StepLike
 
 __all__ = ["CudaEpochs", "Epochs", "fastest_epochs"]
@@ -101,6 +103,9 @@ class CudaEpochs(Epochs):
         self.good = torch.zeros((), device=device)  # steps before the first bad one
         self.bad = torch.zeros((), device=device)
         self.rows = torch.zeros(_STEPS_TO_A_REPLAY, self.batches.batch_size, dtype=torch.int64, device=device)
+        self.lr = torch.zeros((), dtype=torch.float64, device=device)
+        self.shares: dict[float, Tensor] = {}  # of the loss of a batch, as tensors
+        self.account = InPlace(_account, "what follows the gradients of pvae.fit's step")
         self.replay: Callable[[], None] | None = None
 
     @property
@@ -111,6 +116,7 @@ class CudaEpochs(Epochs):
         """Takes the steps of an epoch from where it stands, and yields how many data each replay saw."""
         self.step.look()
         self.sum.fill_(self.total)
+        self.lr.fill_(self.step.adam.optimizer.param_groups[0]["lr"])
         self.good.zero_()
         size, before = self.batches.batch_size, self.steps
         order = self.batches.order(number).to(self.batches.device)
@@ -158,18 +164,27 @@ class CudaEpochs(Epochs):
     def _one(self, rows: Tensor) -> None:
         batch = self.batches.take(rows)
         loss, finite, grads = self.step.evaluate(batch)
-        self.bad.copy_(torch.maximum(self.bad, (~finite).to(self.bad)))
-        self.good.add_(1 - self.bad)
-        self.sum.add_(loss.double() * self.step.pair.verified.share(batch))
-        self.step.update(grads, skip=self.bad)
+        adam, numbers = self.step.adam, tuple(grads)
+        group, settings = adam.group(numbers), adam.optimizer.param_groups[0]
+        share = self.step.pair.verified.share(batch)
+        if share not in self.shares:
+            self.shares[share] = torch.full_like(self.sum, share)
+        tensors = *grads.values(), *group.params, *group.means, *group.squares
+        options = {key: settings[key] for key in ("betas", "eps", "weight_decay")}
+        counts = self.bad, self.good, self.sum, adam.steps
+        options |= {"clip_norm": adam.clip_norm, "numbers": numbers}
+        self.account((loss, finite, self.shares[share], self.lr, *counts, *tensors), **options)
 
     def _many(self) -> None:
         for rows in self.rows:
             self._one(rows)
 
     def _now(self) -> list[Any]:
-        group = self.step.optimizer.param_groups[0]
-        return [*(p.data_ptr() for p in self.step.params), group["lr"], group["betas"]]
+        group = self.step.adam.optimizer.param_groups[0]
+        return [
+            *(p.data_ptr() for p in self.step.adam.params),
+            *(group[key] for key in ("betas", "eps", "weight_decay")),
+        ]
 
     def _fits(self) -> bool:
         """Whether the graph's addresses are still those of the parameters, and its settings those of now."""
@@ -179,11 +194,37 @@ class CudaEpochs(Epochs):
 def fastest_epochs(step: Step) -> Epochs:
     """The fastest way to run a step over all data: on the GPU if it was captured and the data fit there."""
     batches, on_gpu = step.batches, step.batches.device.type == "cuda"
-    if step.captured is not None and step.is_fused and on_gpu and isinstance(batches, InMemory):
+    if step.captured is not None and step.adam.is_fused and on_gpu and isinstance(batches, InMemory):
         size = sum(t.numel() * t.element_size() for t in batches.tensors)
         if size < torch.cuda.mem_get_info(batches.device)[0] / 2:
             return CudaEpochs(step)
     return Epochs(step)
+
+
+def _account(
+    loss: Tensor,
+    finite: Tensor,
+    share: Tensor,
+    lr: Tensor,
+    bad: Tensor,
+    good: Tensor,
+    total: Tensor,
+    steps: Tensor,
+    *tensors: Tensor,
+    clip_norm: float | None,
+    numbers: tuple[int, ...],
+    **settings: Any,
+) -> None:
+    """Sums a loss, counts its step, and moves the parameters unless this or an earlier step was bad."""
+    bad.copy_(torch.maximum(bad, (~finite).to(bad)))
+    keep = bad == 0
+    good += keep
+    total += loss.to(total) * share
+    grads, others = tensors[: len(numbers)], tensors[len(numbers) :]
+    if clip_norm is not None:
+        shrink = clipping(grads, clip_norm)
+        grads = [grad * shrink for grad in grads]
+    move_where(keep, lr, steps, numbers, (*grads, *others), **settings)
 
 
 def _record(work: Callable[[], None]) -> Callable[[], None]:

@@ -45,7 +45,7 @@ class Run:
     ) -> None:
         self.settings, self.passes, self.validation, self.checkpointer = settings, passes, validation, checkpointer
         self.step = passes.step
-        self.scheduler: LRScheduler | None = settings.make_scheduler(self.step.optimizer)
+        self.scheduler: LRScheduler | None = settings.make_scheduler(self.step.adam.optimizer)
         self.curve = "elbo" if self.step.pair.is_elbo and not settings.kl_weights else "objective"
         names = [self.curve]
         names += ["validation_elbo"] if validation else []
@@ -91,7 +91,7 @@ class Run:
         except NumericalError as error:
             raise self._explain(error) from None
         finally:
-            self.step.zero_grad()
+            self.step.adam.zero_grad()
         placed = self.step.pair.placed
         params, state = placed.bare_state(pyro.get_param_store())
         history = {name: np.array(values) for name, values in self.history.items()}
@@ -131,7 +131,7 @@ class Run:
     def _explain(self, error: NumericalError) -> NumericalError:
         last = self.checkpointer.last
         said = "There is no checkpoint." if last is None else f"The last good checkpoint is {last}."
-        lr = float(self.step.optimizer.param_groups[0]["lr"])
+        lr = float(self.step.adam.optimizer.param_groups[0]["lr"])
         return NumericalError(
             f"training stopped at epoch {self.num_epochs + 1}, {error}. {said} "
             f"Try a smaller lr than {lr:g}, clip_norm, or rescale the data."
@@ -154,7 +154,7 @@ class Run:
         """Takes the steps of an epoch, from where it stands, and what follows them; not all of it if asked to stop."""
         number, settings, passes = self.num_epochs + 1, self.settings, self.passes
         start = time.perf_counter() - self.seconds
-        lr = self.step.optimizer.param_groups[0]["lr"]
+        lr = self.step.adam.optimizer.param_groups[0]["lr"]
         if settings.kl_weights and self.step.kl_weight is not None:
             self.step.kl_weight.fill_(settings.kl_weights[number - 1])
         for count in passes.epoch(number):
@@ -205,7 +205,7 @@ class Run:
             "seen": self.passes.seen,
             "totals": self.passes.total,
             "seconds": self.seconds,
-            **self.step.state_dict(names),
+            **self.step.adam.state_dict(names),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "noise": self._rng_state(),
             "constraints": {name: repr(store._constraints[name]) for name in bare},
@@ -220,7 +220,7 @@ class Run:
     def load_state_dict(self, saved: Saved) -> None:
         """Goes to where a checkpoint stands. Weights are taken over by the caller, before anything is made of them."""
         training = saved.training
-        self.step.load_state_dict(training)
+        self.step.adam.load_state_dict(training, self.step.pair.named_tensors())
         if self.scheduler is not None and training["scheduler"] is not None:
             self.scheduler.load_state_dict(dict(training["scheduler"]))
         self.history = {name: list(values) for name, values in saved.history.items() if name in self.history}

@@ -6,21 +6,19 @@ A step is plain Pyro, or the tensor program that was captured from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
-from torch.optim.adam import adam
 
 from pvae.capture import Captured
 from pvae.data import Batches, Rows
 from pvae.errors import NumericalError, ProgramError
 from pvae.runtime import NeverStop, Stop, in_precision
 from pvae.svi import losses
-from pvae.svi.contents import FIXED
+from pvae.svi.adam import Adam
 from pvae.svi.settings import Settings
 from pvae.svi.trainable import Trainable
 
@@ -57,7 +55,7 @@ class Step:
         stop: Whether the process was asked to stop.
 
     Attributes:
-        params: Those that are trained, unconstrained, in the optimizer's order.
+        adam: What moves the parameters, and holds those that are trained.
         kl_weight: What multiplies latents' log-densities, shape ``()``, an input of captured programs, which see its
             changes; ``None`` where they have no weight.
     """
@@ -66,16 +64,9 @@ class Step:
         self.pair, self.batches, self.settings = pair, batches, settings
         self.stop = NeverStop() if stop is None else stop
         self.kl_weight = None if settings.kl_weights is None else torch.ones((), device=batches.device)
-        self.params = list(pair.verified.params)
-        # One fused optimizer for all parameters: pyro.optim makes one for each, which is slower.
-        self.is_fused = all(
-            p.is_floating_point() and p.device.type in ("cpu", "cuda") and _is_dense(p) for p in self.params
-        )
         on_gpu = batches.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(
-            self.params, lr=settings.lr, fused=self.is_fused, capturable=settings.capture and on_gpu
-        )
-        self.zero_grad()
+        self.adam = Adam(pair.verified.params, settings.lr, settings.clip_norm, settings.capture and on_gpu)
+        self.adam.zero_grad()
         self.captured = None
         if settings.capture:
             self.captured = Captured(
@@ -99,7 +90,7 @@ class Step:
         if not finite:
             torch.set_rng_state(before)  # for the same noise again
             raise NumericalError(self.what_is_wrong(rows, value, grads))
-        self.update(grads)
+        self.adam.update(grads)
         return StepResult(value * self.pair.verified.share(rows), len(rows[0]), self.stop())
 
     def feed(self, batches: Iterable[Rows]) -> Iterator[Rows]:
@@ -121,7 +112,7 @@ class Step:
             said = "a gradient is not finite" if math.isfinite(loss) else f"the loss is {loss:g}"
         found = self.pair.not_finite(self.batches.apply_transform(*rows))
         if not found and grads is not None and math.isfinite(loss):
-            bad = {id(self.params[number]) for number, grad in grads.items() if not grad.isfinite().all()}
+            bad = {id(self.adam.params[number]) for number, grad in grads.items() if not grad.isfinite().all()}
             found = (
                 f"that of {', '.join(name for name, param in self.pair.named_tensors().items() if id(param) in bad)}"
             )
@@ -142,81 +133,6 @@ class Step:
         inputs = rows if self.kl_weight is None else (*rows, self.kl_weight)
         return (self.captured or self._loss_and_grads)(*inputs)
 
-    def update(self, grads: dict[int, Tensor], skip: Tensor | None = None) -> None:
-        """Moves the parameters.
-
-        Args:
-            grads: By the parameters' number.
-            skip: If given, nothing moves where it is 1 rather than 0, and the host need not know which.
-        """
-        if self.settings.clip_norm is not None and grads:
-            shrink = (self.settings.clip_norm / (get_total_norm(grads.values()) + 1e-6)).clamp(max=1.0)
-            grads = {number: grad * shrink for number, grad in grads.items()}
-        state = [self.optimizer.state.get(self.params[number]) for number in grads]
-        if all(state) and self.is_fused:
-            self._move(grads, state, skip)
-            return
-        for number, grad in grads.items():
-            self.params[number].grad = grad
-        if skip is not None:
-            self.optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
-        self.zero_grad()
-
-    def _move(self, grads: dict[int, Tensor], state: list[Any], skip: Tensor | None) -> None:
-        """The optimizer's own kernel on its own state, without the looks around that it takes in every step."""
-        group = self.optimizer.param_groups[0]
-        with torch.no_grad():
-            adam(
-                [self.params[number] for number in grads],
-                list(grads.values()),
-                [one["exp_avg"] for one in state],
-                [one["exp_avg_sq"] for one in state],
-                [],
-                [one["step"] for one in state],
-                fused=True,
-                capturable=group["capturable"],
-                found_inf=skip,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                amsgrad=False,
-                maximize=False,
-            )
-
-    def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
-        """The optimizer's state and the parameters' order, as plain values and tensors.
-
-        Args:
-            names: Of the parameters, by their ``id``.
-        """
-        return {
-            "order": [names[id(p)] for p in self.params],
-            "optimizer": {names[id(p)]: dict(state) for p, state in self.optimizer.state.items()},
-            "group": {k: v for k, v in self.optimizer.param_groups[0].items() if k not in FIXED},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state of the same parameters, from any device."""
-        tensors, optimizer = self.pair.named_tensors(), self.optimizer
-        self.params = [tensors[name] for name in state["order"]]
-        optimizer.param_groups[0] |= {**state["group"], "params": list(self.params)}
-        counts_there = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
-        for name, adam_state in state["optimizer"].items():
-            param = tensors[name]
-            # Adam's kernel takes for granted that moments lie in memory as the parameter does.
-            moments = {key: torch.empty_like(param).copy_(adam_state[key]) for key in ("exp_avg", "exp_avg_sq")}
-            count = adam_state["step"].to(param.device if counts_there else "cpu")
-            optimizer.state[param] = {"step": count, **moments}
-        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  (what schedulers look for)
-
-    def zero_grad(self) -> None:
-        """Leaves no parameter with a gradient."""
-        for param in self.params:
-            param.grad = None
-
     def _loss_and_grads(self, *inputs: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         rows, weight = (inputs, None) if self.kl_weight is None else (inputs[:-1], inputs[-1])
         batch = self.batches.apply_transform(*rows)
@@ -229,9 +145,9 @@ class Step:
                     self.pair.objective, self.pair.placed.model, self.pair.placed.guide, batch, weight
                 )
             self._add_new(params)
-            grads = {number: p.grad for number, p in enumerate(self.params) if p.grad is not None}
+            grads = {number: p.grad for number, p in enumerate(self.adam.params) if p.grad is not None}
         finally:
-            self.zero_grad()
+            self.adam.zero_grad()
         if not grads:
             raise ProgramError("the loss has a gradient for no parameter: does the objective depend on them?")
         # A sum is finite where all its terms are, unless they are so large that it overflows.
@@ -240,17 +156,8 @@ class Step:
 
     def _add_new(self, params: list[Tensor]) -> None:
         """Parameters that a program only makes in a later step."""
-        known = {id(p) for p in self.params}
+        known = {id(p) for p in self.adam.params}
         # One without a gradient is nothing to train, such as the running averages of an objective.
         late = [p for p in params if id(p) not in known and p.grad is not None]
         if late:
-            # No group of their own: a scheduler would not know it.
-            self.optimizer.param_groups[0]["params"] += late
-            for p in late:
-                p.data = p.data if _is_dense(p) else p.data.contiguous()
-            self.params += late
-
-
-def _is_dense(param: Tensor) -> bool:
-    """Whether entries fill one piece of memory, in whatever order: the fused kernel walks through it from its start."""
-    return torch.empty_like(param).stride() == param.stride()
+            self.adam.add(late)
