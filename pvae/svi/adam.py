@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae.svi.contents import FIXED
 
-__all__ = ["Adam", "clipping", "move_where"]
+__all__ = ["Adam", "clipping", "is_dense", "move_where"]
 
 
 class Adam:
@@ -34,7 +34,7 @@ class Adam:
     def __init__(self, params: Sequence[Tensor], lr: float, clip_norm: float | None, on_device: bool) -> None:
         self.params, self.clip_norm = list(params), clip_norm
         self.is_fused = all(
-            p.is_floating_point() and p.device.type in ("cpu", "cuda") and _is_dense(p) for p in self.params
+            p.is_floating_point() and p.device.type in ("cpu", "cuda") and is_dense(p) for p in self.params
         )
         self.optimizer = torch.optim.Adam(self.params, lr=lr, fused=self.is_fused, capturable=on_device)
         device = self.params[0].device if self.params and (self.is_fused or on_device) else None
@@ -46,7 +46,7 @@ class Adam:
         # No group of their own: a scheduler would not know it.
         self.optimizer.param_groups[0]["params"] += params
         for p in params:
-            p.data = p.data if _is_dense(p) else p.data.contiguous()
+            p.data = p.data if is_dense(p) else p.data.contiguous()
         self.params += params
         self.steps = torch.cat([self.steps, self.steps.new_zeros(len(params))])
         self._share_steps()
@@ -198,6 +198,6 @@ def move_where(
             old.copy_(torch.where(keep, new, old))
 
 
-def _is_dense(param: Tensor) -> bool:
+def is_dense(param: Tensor) -> bool:
     """Whether entries fill one piece of memory, in whatever order: the fused kernel walks through it from its start."""
     return torch.empty_like(param).stride() == param.stride()

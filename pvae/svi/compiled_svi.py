@@ -9,7 +9,6 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import SVI
-from pyro.infer.util import zero_grads
 from pyro.ops.provenance import detach_provenance
 from pyro.optim import PyroOptim
 from torch import Tensor
@@ -20,6 +19,7 @@ from pvae.errors import NumericalError, warn, yes_no_or_auto
 from pvae.runtime import in_turn
 from pvae.svi.arguments import Arguments, most_varied, name_of
 from pvae.svi.losses import ItemsStayTensors
+from pvae.svi.together import Together
 from pvae.svi.traces import inside_handlers, params_met
 
 __all__ = ["CompiledSVI"]
@@ -82,6 +82,7 @@ class CompiledSVI(SVI):
         self._compile = yes_no_or_auto("compile", compile)
         self._gradients: list[_Run] = []
         self._losses: list[_Run] = []
+        self._optimize = Together(optim)
         self._taken = 0
         self._warned: set[str] = set()
 
@@ -111,10 +112,10 @@ class CompiledSVI(SVI):
         # As of Pyro's: gradients are added to those that are there, and zeros are left of those that were used.
         for number, grad in grads.items():
             param = run.params[number]
-            param.grad = grad if param.grad is None else param.grad + grad
+            param.grad = grad if param.grad is None or run.zeros.left(param) else param.grad + grad
         params = [run.params[number] for number in met]
-        self.optim(params)
-        zero_grads(params)
+        self._optimize(params)
+        run.zeros.leave(params)
         return values
 
     @in_turn
@@ -169,6 +170,33 @@ class CompiledSVI(SVI):
             warn(f"CompiledSVI takes steps as {message}")
 
 
+class _Zeros:
+    """Gradients of zero, which Pyro leaves after a step: one for each parameter, until somebody adds to it."""
+
+    def __init__(self) -> None:
+        self.zeros: dict[Tensor, tuple[Tensor, int]] = {}
+
+    def left(self, param: Tensor) -> bool:
+        """Whether a parameter's gradient is the one that was left, and still zero."""
+        zero, version = self.zeros.get(param, (None, 0))
+        return zero is not None and param.grad is zero and zero._version == version
+
+    def leave(self, params: Iterable[Tensor]) -> None:
+        """Makes the gradients zero, of those that have one."""
+        for param in params:
+            if param.grad is None:
+                continue
+            zero, version = self.zeros.get(param, (None, 0))
+            if zero is None or zero._version != version or not _are_alike(zero, param):
+                zero = torch.zeros_like(param.grad)
+                self.zeros[param] = zero, zero._version
+            param.grad = zero
+
+
+def _are_alike(zero: Tensor, param: Tensor) -> bool:
+    return (zero.shape, zero.dtype, zero.device) == (param.shape, param.dtype, param.device)
+
+
 class _Run(ABC):
     """A function of the tensors among some arguments, and what the param store held when it ran."""
 
@@ -185,6 +213,7 @@ class _Run(ABC):
         self.stored: dict[str, Tensor] = {}
         self.seen: dict[Any, int] = {}  # runs of Pyro's by shapes
         self.allowed: set[Any] = set()  # shapes to capture
+        self.zeros = _Zeros()
         compile = self.svi._compile
         options: Any = {
             "tolerances": self.tolerances,
