@@ -26,6 +26,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hides the GPU from tests that are not marked ``cuda``, from their fixtures, and from processes that they start.
+
+    They compare with tensors on the CPU, and `device="auto"` would be the GPU. No fixture, as fixtures of a module come
+    before it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("cuda"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return (yield)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Every test starts from the same random numbers and an empty param store."""

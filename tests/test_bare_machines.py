@@ -27,6 +27,12 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_moves(device, call, bit
     assert same(before, weights(pair))
 
 
+def test_tests_do_not_see_a_gpu():
+    """Nor do processes that they start, unless they are marked ``cuda``."""
+    assert not torch.cuda.is_available()
+    assert lines_of(python("import torch; print(torch.cuda.is_available(), torch.cuda.device_count())")) == ["False 0"]
+
+
 OPTIMIZED = """
 import pvae, pyro, torch
 from pyro import distributions as dist

@@ -169,6 +169,15 @@ def test_a_pickled_model_is_the_same(fitted, x):
     np.testing.assert_array_equal(copy.score_samples(x[:9]), fitted.score_samples(x[:9]))
 
 
+def test_pickling_leaves_a_model_on_the_gpu_where_it_is(x, monkeypatch):
+    model = VAEDensity(2, **SMALL, random_state=0).fit(x)
+    vae = model.vae_
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+    state = model.__getstate__()
+    assert state["vae_"] is not vae
+    assert model.vae_ is vae
+
+
 @pytest.mark.cuda
 def test_on_a_gpu(x):
     model = VAEDensity(2, **{**SMALL, "device": "cuda"}, random_state=0).fit(x)

@@ -133,7 +133,6 @@ def test_a_folder_that_cannot_be_made_is_one_line_and_exit_2(name, capsys, tmp_p
     assert "--output-dir" in error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("name", RUNS)
 def test_no_gpu_is_one_line_and_exit_2(name, capsys, tmp_path):
     assert call(load(name), *RUNS[name], "--cuda", "--output-dir", tmp_path / "out") == 2
