@@ -31,6 +31,7 @@ test-all: $(VENV)/.test  ## run all tests; those on real MNIST need PVAE_DATA to
 
 test-arviz: $(VENV)/.test  ## test what ArviZ reads; PYTHON=python3.13 VENV=.venv-arviz1 gets ArviZ 1.x, Python 3.11 gets 0.x
 	$(PYTEST) tests/test_io_arviz.py tests/test_estimates.py
+	$(PYTEST) tests/test_examples.py -k bayesian_workflow
 
 lint: $(VENV)/.dev  ## check style and formatting
 	$(BIN)/ruff check .

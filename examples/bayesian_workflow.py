@@ -7,7 +7,7 @@
 
 Plants grow towards a height of their own, at a rate of their own; eight measurements each, drawn by this script. The
 model and the guide are Pyro programs, written out below. Prints what each step says, and writes report.json, report.nc
-(all draws, for ArviZ) and three figures to the output folder.
+(all draws, for ArviZ, if h5netcdf and h5py are installed) and three figures to the output folder.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 import pvae
+from pvae.errors import first_line
 from pvae.evidence import prior_predictive
 from pvae.evidence.proposals import Refined, StudentT
 from pvae.persistence import versions, write_file
@@ -108,6 +109,17 @@ def early(x: Any) -> Any:
     return x[..., 0].sum(-1) / x[..., -1].sum(-1)
 
 
+def write_draws(data: Any, path: Path) -> bool:
+    """Writes all groups, where a package is installed that can; otherwise says in a line what to install."""
+    try:
+        data.to_netcdf(str(path))
+    except (ImportError, ValueError) as error:  # by xarray's version, if it finds no package
+        reason = first_line(error).rstrip(".")
+        print(f"{path.name} was not written: {reason}. Such files take h5netcdf and h5py: pip install 'h5netcdf[h5py]'")
+        return False
+    return True
+
+
 def draw_prior(x: Tensor, drawn: Tensor) -> Figure:
     """Curves of the data, and as many of the prior."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
@@ -177,8 +189,8 @@ def run(args: argparse.Namespace) -> int:
     posterior, stats = data["posterior"], data["sample_stats"]
     resampled = stats["is_resampled"].to_numpy().mean().item()
     print(f"4. ArviZ: {resampled:.0%} of plants have draws of the posterior. The first two:")
-    print(arviz.summary(posterior[["height", "rate"]].sel(datum=[0, 1]), kind="stats"))
-    data.to_netcdf(str(args.output_dir / "report.nc"))
+    print(arviz.summary(posterior.sel(datum=[0, 1]), var_names=["height", "rate"], kind="stats"))
+    written = write_draws(data, args.output_dir / "report.nc")
 
     predicted = early(data["posterior_predictive"]["x"].to_numpy()[0])
     p_value = float((predicted >= early(x).item()).mean())
@@ -207,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
     )
     for name, figure in zip(FIGURES, figures, strict=True):
         figure.savefig(args.output_dir / f"{name}.png", dpi=150)
-    print(f"\nreport.json, report.nc and figures are in {args.output_dir}/")
+    print(f"\nreport.json,{' report.nc' * written} and figures are in {args.output_dir}/")
     return 0
 
 

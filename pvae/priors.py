@@ -147,6 +147,7 @@ class VampPrior(nn.Module):
             DataError: Data outside of the bounds.
         """
         x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+        x = x.to(next(encoder.parameters(), x).device)
         prior = cls(encoder, x, bounds=bounds, units=units)
         prior.find_units(x)
         return prior

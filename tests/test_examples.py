@@ -15,8 +15,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import arviz
 import pytest
 import torch
+import xarray
 from matplotlib import pyplot
 from PIL import Image
 
@@ -122,6 +124,21 @@ def test_an_example_writes_a_report_and_its_figures(name, caller_state, capsys, 
     assert not pyplot.get_fignums(), "no figure is left open"
     after = caller_state()
     assert (after.grad, after.validation) == (before.grad, before.validation)
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'h5py'"), ValueError("no backend\nof these:")])
+def test_bayesian_workflow_goes_on_where_no_package_can_write_its_draws(error, capsys, monkeypatch, tmp_path):
+    def to_netcdf(*_, **__):
+        raise error
+
+    example = load("bayesian_workflow.py")
+    kind = vars(arviz).get("InferenceData", xarray.DataTree)  # as in ArviZ 0.x, and 1.x
+    monkeypatch.setattr(kind, "to_netcdf", to_netcdf)
+    assert call(example, *RUNS["bayesian_workflow.py"], "--output-dir", tmp_path) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "report.nc" in line)
+    assert line.startswith(f"report.nc was not written: {str(error).partition(chr(10))[0]}. ")
+    assert line.endswith("pip install 'h5netcdf[h5py]'")
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", *(f"{name}.png" for name in example.FIGURES)}
 
 
 @pytest.mark.parametrize("name", RUNS)

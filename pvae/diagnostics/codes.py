@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pvae.errors import ArgumentError, DataError, positive_int
 from pvae.runtime import in_turn, isolate, resolve_seed
@@ -37,7 +37,7 @@ def interpolate(start: Tensor, end: Tensor, num_steps: int = 8) -> Tensor:
     if positive_int("num_steps", num_steps) < 2:
         raise ArgumentError("num_steps must be at least 2, for both ends are among them; got 1.")
     shares = torch.linspace(0, 1, num_steps).to(start)
-    return torch.lerp(start, end, shares.reshape(-1, *[1] * start.dim()))
+    return torch.lerp(start, end.to(start.device), shares.reshape(-1, *[1] * start.dim()))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def coverage(points: Tensor, data: Tensor, *, num_neighbors: int = 3) -> Coverag
         >>> pvae.diagnostics.coverage(data[:5] + 0.1, data)
         Coverage(precision=1.0, recall=0.4)
     """
-    points, data = points.flatten(1).double(), data.flatten(1).double()
+    points = points.flatten(1).double()
+    data = data.flatten(1).to(points)
     return Coverage(_share_inside(points, data, num_neighbors), _share_inside(data, points, num_neighbors))
 
 
@@ -97,6 +98,7 @@ def retrieval(codes: Tensor, labels: Tensor, *, num_neighbors: int = 10) -> floa
     # Itself is left out by its place: of equal codes another one may come first.
     others = near != torch.arange(len(codes), device=near.device)[:, None]
     others[others.all(1), -1] = False
+    labels = labels.to(near.device)
     right = (labels[near] == labels[:, None]) & others
     return right.sum().item() / (num_neighbors * len(codes))
 
@@ -121,8 +123,9 @@ def classification(
         >>> pvae.diagnostics.classification(codes, labels, codes + 1, labels, num_neighbors=5)
         1.0
     """
-    votes = labels[_neighbors(test_codes, codes, num_neighbors)[1]]
-    return (votes.mode(1).values == test_labels).double().mean().item()
+    near = _neighbors(test_codes, codes.to(test_codes.device), num_neighbors)[1]
+    votes = labels.to(near.device)[near]
+    return (votes.mode(1).values == test_labels.to(near.device)).double().mean().item()
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def side_by_side(
     (train_x, train_y), (x, y), seed = train, test, resolve_seed(seed)
     rows: dict[str, dict[str, float]] = {}
     for name, model in models.items():
-        with isolate([model], seed=seed):
+        with isolate([model], seed=seed, device=_device_of(model)):
             codes, train_codes = _codes(model, x), _codes(model, train_x)
             halfway = interpolate(codes, codes[torch.randperm(len(codes))], 3)[1]
             if hasattr(model, "sample"):
@@ -180,6 +183,12 @@ def side_by_side(
                 "classification": classification(train_codes, train_y, codes, y),
             }
     return SideBySide(rows)
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where a model computes, if it is one of tensors."""
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _codes(model: Any, x: Tensor) -> Tensor:
