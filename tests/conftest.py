@@ -37,6 +37,7 @@ def pytest_runtest_protocol(item):
         if not item.get_closest_marker("cuda"):
             patch.setattr(torch.cuda, "is_available", lambda: False)
             patch.setattr(torch.cuda, "device_count", lambda: 0)
+            patch.setattr(torch.accelerator, "is_available", lambda: False)  # asked by optimizers
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
         return (yield)
 

@@ -376,6 +376,10 @@ def test_pairs_in_closed_form():
     same(there.elbo(x), pair.elbo(x.cpu()))
     estimate = pvae.log_evidence(there.model, there.guide, x)  # without modules, where the data are
     assert ((estimate.log_px - pair.log_px(x.cpu())).abs() < 6 * estimate.std_error).all()
+    read = torch.utils.data.TensorDataset(x.cpu()), torch.utils.data.StackDataset(x.cpu())
+    for data in read:  # without a device of its own
+        found = evidence.gauss_hermite(pair.model, pair.guide, data, num_nodes=8)
+        same(found.log_px, pair.log_px(x.cpu()))
     two = pvae.testing.TwoModes(there)
     finite(two.posterior(x).log_prob(torch.zeros(2, dtype=x.dtype, device=DEVICE)), two.log_px(x))
     finite(pvae.log_evidence(two.model, two.guide, x, num_samples=50).log_px)

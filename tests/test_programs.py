@@ -71,6 +71,13 @@ def test_a_placed_pair_gives_floats_its_modules_dtype_and_leaves_labels():
     assert bare.cast((x, y))[0] is x
 
 
+def test_a_pair_without_modules_reads_data_where_its_tensors_are(monkeypatch):
+    """On a machine with a GPU, too: what it makes is on the default device, as the data are that are in memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    data = torch.utils.data.StackDataset(torch.zeros(3, 2))
+    assert place_pair(lambda x: None, lambda x: None, device="auto", data=data).device == torch.device("cpu")
+
+
 def test_device_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")

@@ -162,6 +162,8 @@ class Pair:
 def place_pair(model: Program, guide: Program, *others: Any, device: str | torch.device, data: Any = ()) -> Pair:
     """Moves a pair's modules to a device; ``"auto"`` without modules to move is where the data are.
 
+    Where those that are read will be is not known yet; tensors that programs make are on torch's default device.
+
     Args:
         model: The generative program.
         guide: The recognition program.
@@ -173,8 +175,10 @@ def place_pair(model: Program, guide: Program, *others: Any, device: str | torch
         DeviceError: There is no such device, or parameters are on one without numbers.
     """
     modules = modules_of(model, guide, *others)
-    if device == "auto" and not modules and isinstance(data, tuple) and data:
-        return Pair(model, guide, modules, data[0].device)
+    if device == "auto" and not modules:
+        in_memory = isinstance(data, tuple) and data
+        own = data[0].device if in_memory else resolve_device(torch.get_default_device())
+        return Pair(model, guide, modules, own)
     chosen = resolve_device(device)
     if any(t.is_meta for module in modules for t in chain(module.parameters(), module.buffers())):
         raise DeviceError(
