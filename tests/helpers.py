@@ -105,7 +105,7 @@ def assert_same_vae(vae: pvae.VAE, other: pvae.VAE) -> None:
 
 def python(code, *arguments, options=(), **environment):
     """Starts Python on some code; `lines_of` waits for it. `None` for a variable unsets it."""
-    known = {"OMP_NUM_THREADS": "1", "PYTHONPATH": _paths(Path(pvae.__file__).parents[1])}
+    known = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(Path(pvae.__file__).parents[1])}
     settings = {**os.environ, **known, **environment}
     return subprocess.Popen(
         [sys.executable, *options, "-c", code, *map(str, arguments)],
@@ -117,7 +117,7 @@ def python(code, *arguments, options=(), **environment):
     )
 
 
-def _paths(*first):
+def python_path(*first):
     """For PYTHONPATH: some folders, and those that it names already, where packages may be that are not installed."""
     return os.pathsep.join([*map(str, first), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -138,7 +138,7 @@ FORKS = multiprocessing.get_context("forkserver")
 
 def _start_server():
     """Starts, once for each worker of pytest, the process that is forked; it needs to find what it preloads."""
-    paths = _paths(Path(__file__).parent, Path(pvae.__file__).parents[1])
+    paths = python_path(Path(__file__).parent, Path(pvae.__file__).parents[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", paths)
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import evidence, fit, lines_of, process_state, python, same, weights
+from helpers import evidence, fit, lines_of, process_state, python, python_path, same, weights
 from pairs import Untouched
 
 import pvae
@@ -147,7 +146,7 @@ for call in calls:
     except pvae.PVAEError as error:
         print(type(error).__name__, error)
 """
-    path = os.pathsep.join([str(tmp_path), str(Path(pvae.__file__).parents[1])])
+    path = python_path(tmp_path, Path(pvae.__file__).parents[1])
     lines = lines_of(python(code, PYTHONPATH=path, PVAE_DATA=tmp_path / "cache"))
     assert lines[0] == "True True True"
     for line, words in zip(

@@ -191,7 +191,8 @@ class VAEDensity(ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
-        state: Any = dict(super().__getstate__())  # which may be this model's own
+        state: Any = super().__getstate__()
+        state = dict(state)  # what that gives may be this model's own
         if "vae_" in state and next(state["vae_"].parameters()).is_cuda:
             state["vae_"] = copy.deepcopy(state["vae_"]).cpu()  # to be read where there is no GPU
         return state
