@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pvae.svi.contents import FIXED
 
-__all__ = ["Adam", "clipping", "is_dense", "move_where"]
+__all__ = ["FLUSH_EVERY", "Adam", "clipping", "flush", "is_dense", "move_where"]
+
+FLUSH_EVERY = 64  # steps; what is larger than what is flushed takes more to become denormal, by 0.9 a step
 
 
 class Adam:
@@ -102,6 +104,8 @@ class Adam:
                     amsgrad=False,
                     maximize=False,
                 )
+            if self.steps.device.type == "cpu" and self.steps[0].item() % FLUSH_EVERY == 0:
+                flush(group.means, group.squares, settings["eps"])
 
     def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
         """State and the parameters' order, as plain values and tensors.
@@ -162,6 +166,23 @@ def clipping(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
     """What to multiply gradients by for their norm, all together, to be no larger than ``clip_norm``."""
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
     return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def flush(means: Sequence[Tensor], squares: Sequence[Tensor], eps: float) -> None:
+    """Makes moments zero that are too small to move anything, before a CPU has to compute with them.
+
+    The mean of a gradient that is zero from some step on, as of weights from a pixel that is seldom lit, or into a unit
+    that is, shrinks to a denormal number and stays there, as 0.9 times the least of them is rounded to itself. Of
+    MNIST's after 3,750 steps 28% were; each takes a CPU a hundred times as long as another number.
+
+    A mean below ``1e-24 eps`` moves a parameter by less than ``1e-23 lr``, and a mean square is beside ``eps`` below
+    rounding where its root is.
+    """
+    for mean, square in zip(means, squares, strict=True):
+        kind = torch.finfo(mean.dtype)
+        for moment, least in ((mean, 1e-24 * eps), (square, (0.01 * kind.eps * eps) ** 2)):
+            if least > kind.tiny:
+                moment.masked_fill_(moment.abs() < least, 0.0)
 
 
 def move_where(

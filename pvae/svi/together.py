@@ -17,7 +17,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pvae.svi.adam import is_dense
+from pvae.svi.adam import FLUSH_EVERY, flush, is_dense
 
 __all__ = ["Together"]
 
@@ -38,6 +38,7 @@ class Together:
         # Another class may do something else when it is called.
         calls = {vars(cls)["__call__"] for cls in type(optim).__mro__[:1] if "__call__" in vars(cls)}
         self.is_known = isinstance(optim, PyroOptim) and calls <= {PyroOptim.__call__, PyroLRScheduler.__call__}
+        self.steps = 0  # taken for all at once
         self._made: dict[tuple[int, ...], tuple[list[Tensor], Any]] = {}
 
     def __call__(self, params: Sequence[Tensor]) -> None:
@@ -53,6 +54,11 @@ class Together:
             _step_clipped_adam(params, ones)
         else:
             self._step(params, ones)
+        self.steps += 1
+        if isinstance(ones[0], (torch.optim.Adam, ClippedAdam)) and self.steps % FLUSH_EVERY == 0:
+            states = [one.state[param] for param, one in zip(params, ones, strict=True)]
+            means, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+            flush(means, squares, ones[0].param_groups[0]["eps"])
 
     def _optimizers(self, params: Sequence[Tensor]) -> list[Any]:
         """Those of the parameters, if one can do for all; else none."""
