@@ -11,18 +11,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import pyro
 import torch
 from side_by_side import arguments, header
 from torch import nn
-from tqdm import tqdm
+from torch.optim.lr_scheduler import LambdaLR
 
 import pvae
 from pvae.runtime.programs import resolve_device
-from pvae.svi import CompiledSVI, objectives
+from pvae.svi import objectives
 
 BATCH = 20
 STAGES = range(8)
+PASSES = sum(3**stage for stage in STAGES)
 EPSILON = 1e-4
 BOUND_SAMPLES = 5000
 
@@ -55,7 +55,7 @@ def main() -> None:
     data = pvae.datasets.mnist(args.data_dir, "dynamic")
     print(header(f"python benchmarks/burda2015.py --schedule {args.schedule:g}", args.device))
     print(
-        f"\nMNIST, dynamic binarization, {3280 * args.schedule:.0f} of 3,280 passes, seed {args.seed}, "
+        f"\nMNIST, dynamic binarization, {max(1, round(PASSES * args.schedule)):,} of {PASSES:,} passes, seed {args.seed}, "
         f"{args.images:,} test images.\n"
     )
     print(
@@ -107,22 +107,34 @@ def make(layers: int, x: torch.Tensor) -> Any:
 
 
 def train(vae: Any, objective: Any, data: pvae.datasets.Dataset, args: Any) -> None:
-    """Takes the schedule's steps; of a scaled one, each stage is as much shorter."""
-    x, generator = data.train_x.to(args.device), torch.Generator().manual_seed(args.seed)
-    # Pyro's losses are summed over a batch, for which Adam with eps * BATCH is that of their mean with eps.
-    optimizer = pyro.optim.Adam({"lr": 1e-3, "betas": (0.9, 0.999), "eps": EPSILON * BATCH})
-    svi = CompiledSVI(vae.model, vae.guide, optimizer, objective, compile=True)
-    steps = -(-len(x) // BATCH)
-    for stage in STAGES:
-        rate = 1e-3 * 10 ** (-stage / 7)
-        for state in optimizer.optim_objs.values():
-            state.param_groups[0]["lr"] = rate
-        order, number = torch.empty(0, dtype=torch.long), round(3**stage * args.schedule * steps)
-        for _ in tqdm(range(number), desc=f"stage {stage}", leave=False, disable=None):
-            if len(order) < BATCH:
-                order = torch.randperm(len(x), generator=generator)
-            rows, order = order[:BATCH].to(args.device), order[BATCH:]
-            svi.step(data.transform(x[rows]))
+    """Takes the schedule's passes; of a scaled one, each stage is as much shorter."""
+    passes = max(1, round(PASSES * args.schedule))
+
+    def rate(epoch: int) -> float:
+        """Of a pass, by the stage that its middle is in, relative to the first stage's."""
+        done = (epoch + 0.5) / passes * PASSES
+        stage = next((i for i in STAGES if done < sum(3**j for j in range(i + 1))), STAGES[-1])
+        return 10 ** (-stage / 7)
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> LambdaLR:
+        # Losses are summed over a batch, for which Adam with eps * BATCH is that of their mean with eps.
+        optimizer.param_groups[0]["eps"] = EPSILON * BATCH
+        return LambdaLR(optimizer, rate)
+
+    pvae.fit(
+        vae.model,
+        vae.guide,
+        data.train_x,
+        transform=data.transform,
+        objective=objective,
+        epochs=passes,
+        batch_size=BATCH,
+        lr=1e-3,
+        scheduler=scheduler,
+        seed=args.seed,
+        compile=True,
+        device=args.device,
+    )
 
 
 if __name__ == "__main__":

@@ -41,14 +41,18 @@ class Adam:
         self.optimizer = torch.optim.Adam(self.params, lr=lr, fused=self.is_fused, capturable=on_device)
         device = self.params[0].device if self.params and (self.is_fused or on_device) else None
         self.steps = torch.zeros(len(self.params), device=device)  # of each parameter, all counted up at once
+        self._one = torch.ones((), device=device)  # a number of Python's would be made a tensor each time
+        self._taken = 0
         self._groups: dict[tuple[int, ...], _Group] = {}
 
-    def add(self, params: Sequence[Tensor]) -> None:
+    def add(self, params: list[Tensor]) -> None:
         """Takes further parameters on."""
         # No group of their own: a scheduler would not know it.
         self.optimizer.param_groups[0]["params"] += params
         for p in params:
             p.data = p.data if is_dense(p) else p.data.contiguous()
+        if not self.params and self.is_fused:
+            self.steps, self._one = self.steps.to(params[0].device), self._one.to(params[0].device)
         self.params += params
         self.steps = torch.cat([self.steps, self.steps.new_zeros(len(params))])
         self._share_steps()
@@ -87,10 +91,10 @@ class Adam:
         group, settings, values = self.group(tuple(grads)), self.optimizer.param_groups[0], list(grads.values())
         with torch.no_grad():
             if len(values) == len(self.params):
-                self.steps += 1
+                self.steps += self._one
             else:
                 for step in group.steps:
-                    step += 1
+                    step += self._one
             for places in group.kinds:
                 torch._fused_adam_(
                     *([part[i] for i in places] for part in (group.params, values, group.means, group.squares)),
@@ -104,7 +108,8 @@ class Adam:
                     amsgrad=False,
                     maximize=False,
                 )
-            if self.steps.device.type == "cpu" and self.steps[0].item() % FLUSH_EVERY == 0:
+            self._taken += 1
+            if self._taken % FLUSH_EVERY == 0 and self.steps.device.type == "cpu":
                 flush(group.means, group.squares, settings["eps"])
 
     def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
@@ -133,6 +138,7 @@ class Adam:
             moments = {key: torch.empty_like(param).copy_(each[key]) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[param] = {"step": each["step"].to(self.steps), **moments}
         self._share_steps()
+        self._taken = int(max((each["step"].item() for each in state["optimizer"].values()), default=0))
         self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  (what schedulers look for)
 
     def _share_steps(self) -> None:
