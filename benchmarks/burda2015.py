@@ -53,9 +53,10 @@ def main() -> None:
     args = parser.parse_args()
     args.device = resolve_device("cuda" if args.cuda else "cpu")
     data = pvae.datasets.mnist(args.data_dir, "dynamic")
+    args.passes = max(1, round(PASSES * args.schedule))
     print(header(f"python benchmarks/burda2015.py --schedule {args.schedule:g}", args.device))
     print(
-        f"\nMNIST, dynamic binarization, {max(1, round(PASSES * args.schedule)):,} of {PASSES:,} passes, seed {args.seed}, "
+        f"\nMNIST, dynamic binarization, {args.passes:,} of {PASSES:,} passes, seed {args.seed}, "
         f"{args.images:,} test images.\n"
     )
     print(
@@ -108,11 +109,10 @@ def make(layers: int, x: torch.Tensor) -> Any:
 
 def train(vae: Any, objective: Any, data: pvae.datasets.Dataset, args: Any) -> None:
     """Takes the schedule's passes; of a scaled one, each stage is as much shorter."""
-    passes = max(1, round(PASSES * args.schedule))
 
     def rate(epoch: int) -> float:
         """Of a pass, by the stage that its middle is in, relative to the first stage's."""
-        done = (epoch + 0.5) / passes * PASSES
+        done = (epoch + 0.5) / args.passes * PASSES
         stage = next((i for i in STAGES if done < sum(3**j for j in range(i + 1))), STAGES[-1])
         return 10 ** (-stage / 7)
 
@@ -127,7 +127,7 @@ def train(vae: Any, objective: Any, data: pvae.datasets.Dataset, args: Any) -> N
         data.train_x,
         transform=data.transform,
         objective=objective,
-        epochs=passes,
+        epochs=args.passes,
         batch_size=BATCH,
         lr=1e-3,
         scheduler=scheduler,
