@@ -17,6 +17,7 @@ import torch
 import pvae
 from pvae.evidence import bidirectional_monte_carlo, gauss_hermite
 from pvae.evidence.proposals import Annealed, Sobol
+from pvae.svi import passes
 
 pytestmark = pytest.mark.cuda
 
@@ -126,9 +127,11 @@ def test_compiled_svi_on_the_gpu(bits):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_run_on_the_gpu_goes_on_bit_for_bit_and_on_the_cpu_with_a_warning(compile, bits, tmp_path):
-    """Stopped at an epoch's end and, where steps are single, within one."""
+@pytest.mark.parametrize("compile, pays", [(False, 150_000), (True, 150_000), (True, 60)])
+def test_a_run_on_the_gpu_goes_on_bit_for_bit_and_on_the_cpu_with_a_warning(compile, pays, bits, tmp_path, monkeypatch):
+    """Stopped at an epoch's end and, where steps are single, within one; or before the update is compiled."""
+    monkeypatch.setattr(passes, "_STEPS_THAT_PAY", pays)
+    run, folder = tmp_path / "run", tmp_path / "copy"
     x = bits[torch.arange(32 * 40 + 7) % len(bits)]
     whole = pvae.VAE.mlp(6, 2, [8])
     stopped = copy.deepcopy(whole)
@@ -145,11 +148,11 @@ def test_a_run_on_the_gpu_goes_on_bit_for_bit_and_on_the_cpu_with_a_warning(comp
         if record["epoch"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    first = pvae.fit(stopped.model, stopped.guide, x, device="cuda", checkpoint=tmp_path, callback=stop, **options)
+    first = pvae.fit(stopped.model, stopped.guide, x, device="cuda", checkpoint=run, callback=stop, **options)
     assert first.stopped == "signal"
-    folder = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    shutil.copytree(run, folder)
     other = pvae.VAE.mlp(6, 2, [8])
-    result = pvae.fit(other.model, other.guide, x, device="cuda", checkpoint=tmp_path, resume="auto", **options)
+    result = pvae.fit(other.model, other.guide, x, device="cuda", checkpoint=run, resume="auto", **options)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), other.parameters(), strict=True))
     assert result.history["validation_elbo"].tolist() == reference.history["validation_elbo"].tolist()
     cpu = pvae.VAE.mlp(6, 2, [8])

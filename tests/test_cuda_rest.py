@@ -193,6 +193,7 @@ def test_autoencoder():
     same(coder.reconstruct(NUMBERS), on_cpu.reconstruct(NUMBERS))
 
 
+@pytest.mark.filterwarnings("ignore:log p.x. of .* is unresolved")  # so few draws
 @pytest.mark.parametrize("early_stopping", [False, True])
 def test_density_estimator(early_stopping):
     x = NUMBERS.flatten(1).numpy()

@@ -236,9 +236,11 @@ def epochs_of(kind, pair, x, epochs, **options):
     return totals
 
 
+@pytest.mark.parametrize("pays", [0, 30, 150_000])
 @pytest.mark.parametrize("size", [64 * 17, 64 * 33 + 5, 64 * 16, 100])
-def test_the_loop_of_the_gpu_is_the_other_loop(size, bits):
-    """Whole replays, single steps after them, a ragged end, and too few data for a replay."""
+def test_the_loop_of_the_gpu_is_the_other_loop(size, pays, bits, monkeypatch):
+    """Whole replays, single steps after them, a ragged end, and too few data for a replay; both kinds of update."""
+    monkeypatch.setattr(passes_, "_STEPS_THAT_PAY", pays)
     x = bits[torch.arange(size) % len(bits)]
     ours = vae()
     theirs = copy.deepcopy(ours)
@@ -248,10 +250,12 @@ def test_the_loop_of_the_gpu_is_the_other_loop(size, bits):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
 
-def test_on_the_gpu_nothing_moves_from_a_bad_step_on(bits):
+@pytest.mark.parametrize("pays", [0, 150_000])
+def test_on_the_gpu_nothing_moves_from_a_bad_step_on(pays, bits, monkeypatch):
     """The bad datum is in one batch of the epoch: parameters end as after the steps before that batch."""
     x = bits[torch.arange(64 * 40) % len(bits)].clone()
     x[777] = math.nan
+    monkeypatch.setattr(passes_, "_STEPS_THAT_PAY", pays)
     order = InMemory((x,), 64, torch.device("cpu")).order(0)
     bad_step = int((order == 777).nonzero()) // 64 + 1
     pair = vae()

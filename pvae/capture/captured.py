@@ -197,6 +197,9 @@ class Captured:
                 if change := self.guard.find_change():
                     raise CaptureError(f"it changes {change} as it runs")
                 if others != _other_rng_states():
+                    others = _other_rng_states()  # a module that capturing imported may have drawn some, once
+                    graph = Graph.capture(self.function, inputs, self.guard.tensors)
+                if others != _other_rng_states():
                     raise CaptureError("it draws random numbers by Python or NumPy")
                 if replaced := [n for n, p in pyro.get_param_store()._params.items() if p is not stored.get(n)]:
                     raise CaptureError(f"it replaces {replaced} in the param store as it runs")

@@ -106,13 +106,17 @@ class Graph:
             from torch._inductor import config
             from torch._inductor.compile_fx import compile_fx
 
-        # Noise comes from the same generators, in the same order, as without compiling.
         # Only with symbols for shapes, none of which it needs, does the compiler look for its copy on disk.
         shapes = tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)))
-        with torch.no_grad(), _quiet(), shapes, config.patch(fallback_random=True):
+        with torch.no_grad(), _quiet(), shapes, config.patch(**_IN_ORDER):
             run: Any = compile_fx(_with_copies_allowed(self.module), [*self.tensors, *inputs])
             run(*self.tensors, *inputs)
         return Graph(self.module, self.tensors, self.structure, run, self.operations)
+
+
+# Noise comes from the same generators, in the same order, as without compiling; torch 2.11 moves draws, too, to where
+# they are used.
+_IN_ORDER = {"fallback_random": True, "reorder_for_locality": False}
 
 
 class CaptureError(Exception):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import ComposeTransform, Transform
 
 from pvae.runtime import reachable
 
@@ -251,7 +251,7 @@ def _attributes(thing: Any) -> dict[str, Any]:
     if isinstance(thing, AutoGuide):  # plates, whose random indices differ, made of others of its attributes
         return {name: value for name, value in attributes.items() if name != "plates"}
     if isinstance(thing, Transform):  # what it last returned, used only where it is asked the very same again
-        made = ("_cached_", "_inv") if type(thing).inv is Transform.inv else "_cached_"
+        made = ("_cached_", "_inv") if type(thing).inv in (Transform.inv, ComposeTransform.inv) else "_cached_"
         return {name: value for name, value in attributes.items() if not name.startswith(made)}
     return dict(attributes)
 

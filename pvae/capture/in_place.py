@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -45,7 +46,16 @@ class InPlace:
 
         copies = [t.detach().clone() for t in tensors]  # capturing and compiling run it
         try:
-            return Graph.capture(changed, copies).compile(copies).run
+            graph = Graph.capture(changed, copies)
+            with _one_kernel_for_many():
+                return graph.compile(copies).run
         except Exception as error:
             warn(f"{self.name} runs uncompiled: {first_line(error)}")
             return None
+
+
+def _one_kernel_for_many() -> AbstractContextManager[Any]:
+    """A block in which loops that have nothing to do with each other are compiled to one kernel."""
+    from torch._inductor import config
+
+    return config.patch(combo_kernels=True)

@@ -57,16 +57,28 @@ class Adam:
         self.steps = torch.cat([self.steps, self.steps.new_zeros(len(params))])
         self._share_steps()
 
-    def update(self, grads: Mapping[int, Tensor]) -> None:
-        """Moves the parameters, given gradients by the parameters' number."""
+    @property
+    def taken(self) -> int:
+        """Steps so far, which a GPU may have to be asked for."""
+        return int(self.steps.max()) if len(self.steps) else 0
+
+    def update(self, grads: Mapping[int, Tensor], skip: Tensor | None = None) -> None:
+        """Moves the parameters.
+
+        Args:
+            grads: By the parameters' number.
+            skip: If given, nothing moves where it is 1 rather than 0, and the host need not know which.
+        """
         if self.clip_norm is not None and grads:
             shrink = clipping(list(grads.values()), self.clip_norm)
             grads = {number: grad * shrink for number, grad in grads.items()}
         if self.is_fused:
-            self._move(grads)
+            self._move(grads, skip)
             return
         for number, grad in grads.items():
             self.params[number].grad = grad
+        if skip is not None:
+            self.optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.zero_grad()
 
@@ -86,15 +98,16 @@ class Adam:
             self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  (schedulers look for it)
         return self._groups[numbers]
 
-    def _move(self, grads: Mapping[int, Tensor]) -> None:
+    def _move(self, grads: Mapping[int, Tensor], skip: Tensor | None) -> None:
         """The optimizer's own kernel on its own state, without the looks around that it takes in every step."""
         group, settings, values = self.group(tuple(grads)), self.optimizer.param_groups[0], list(grads.values())
         with torch.no_grad():
+            more = self._one if skip is None else 1 - skip
             if len(values) == len(self.params):
-                self.steps += self._one
+                self.steps += more
             else:
                 for step in group.steps:
-                    step += self._one
+                    step += more
             for places in group.kinds:
                 torch._fused_adam_(
                     *([part[i] for i in places] for part in (group.params, values, group.means, group.squares)),
@@ -107,6 +120,7 @@ class Adam:
                     weight_decay=settings["weight_decay"],
                     amsgrad=False,
                     maximize=False,
+                    found_inf=skip,
                 )
             self._taken += 1
             if self._taken % FLUSH_EVERY == 0 and self.steps.device.type == "cpu":
