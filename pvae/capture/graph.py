@@ -108,15 +108,21 @@ class Graph:
 
         # Only with symbols for shapes, none of which it needs, does the compiler look for its copy on disk.
         shapes = tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)))
-        with torch.no_grad(), _quiet(), shapes, config.patch(**_IN_ORDER):
+        with torch.no_grad(), _quiet(), shapes, config.patch(_SETTINGS):
             run: Any = compile_fx(_with_copies_allowed(self.module), [*self.tensors, *inputs])
             run(*self.tensors, *inputs)
         return Graph(self.module, self.tensors, self.structure, run, self.operations)
 
 
-# Noise comes from the same generators, in the same order, as without compiling; torch 2.11 moves draws, too, to where
-# they are used.
-_IN_ORDER = {"fallback_random": True, "reorder_for_locality": False}
+_SETTINGS = {
+    # Noise comes from the same generators, in the same order, as without compiling; torch 2.11 moves draws, too, to
+    # where they are used.
+    "fallback_random": True,
+    "reorder_for_locality": False,
+    # What vectors the CPU has is read from its flags. The compiler would also build and load a program with each kind
+    # before the first, which takes 7 to 10 s on a machine; one that cannot be built is told here anyway.
+    "cpp.vec_isa_ok": True,
+}
 
 
 class CaptureError(Exception):
