@@ -12,7 +12,9 @@ import sys
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from pathlib import Path
 
+import parts
 import peers
 import pyro
 import torch
@@ -37,6 +39,7 @@ def main() -> None:
     parser = arguments(__doc__ or "", repeats=5)
     parser.add_argument("--images", type=int, default=60_000, help="training images")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a batch")
+    parser.add_argument("--figure", type=Path, help="where to draw what takes the time, on the CPU")
     parser.add_argument("--growth", action="store_true", help="measure how time grows with the batch instead")
     args = parser.parse_args()
     device = resolve_device("cuda" if args.cuda else "cpu")
@@ -56,7 +59,7 @@ def main() -> None:
     columns = {
         "to Pyro": ratio(seconds, lambda _: PYRO),
         "to NumPyro": ratio(seconds, lambda _: NUMPYRO),
-        "to its products": ratio(seconds, lambda name: floor(seconds, name)),
+        "to its products": ratio(seconds, lambda name: floor_of(seconds, name)),
         "first epoch": lambda name: f"{first[name][0]:.1f}",
         "ELBO": lambda name: "-" if elbos[name][-1] is None else f"{elbos[name][-1]:.2f}",
     }
@@ -65,6 +68,8 @@ def main() -> None:
         f"\nELBO: training, after {args.repeats + 2} epochs, nats per datum. The first epoch holds compiling, which "
         "takes longer where the compiler\nfinds no copy on disk. Products: the fastest of the same precision."
     )
+    if args.figure:
+        draw_parts(vae, x[: 20 * args.batch_size], args.batch_size, seconds, args.figure)
     result = pvae.fit(
         vae.model, vae.guide, x, epochs=3, batch_size=args.batch_size, compile=True, device=device, progress=False
     )
@@ -103,6 +108,20 @@ def all_ways(vae: pvae.VAE, x: Tensor, batch_size: int) -> dict[str, Way]:
     if x.is_cuda:
         ways[f"{PRODUCTS}, torch.mm, TF32"] = in_tf32(products_alone(*args, multiply["torch.mm"]))
     return ways
+
+
+def draw_parts(vae: pvae.VAE, x: Tensor, batch_size: int, seconds: Values, path: Path) -> None:
+    """Draws the medians, taken apart as some steps are whose operations PyTorch's profiler sees."""
+    ways = {name: work for name, work in all_ways(vae, x, batch_size).items() if not name.startswith(PRODUCTS)}
+    seen = {name: work for name, work in ways.items() if name != NUMPYRO and not name.startswith("pythae")}
+    measure(seen, 2, x.device)
+    shares = {name: parts.parts_of(work) for name, work in seen.items()}
+    medians = {name: statistics.median(seconds[name]) for name in ways}
+    parts.draw(medians, shares, statistics.median(seconds[floor_of(seconds, FIT)]), path)
+    print(f"\n| way | {' | '.join(parts.PARTS)} |\n| --- {'| ---: ' * len(parts.PARTS)}|")
+    for name, each in shares.items():
+        print(f"| {name} | {' | '.join(f'{value:.0%}' for value in each.values())} |")
+    print(f"Figure: {path}")
 
 
 def pyro_svi(vae: pvae.VAE, x: Tensor, batch_size: int, *, kind: type[SVI] = SVI, validation: bool = True) -> Epoch:
@@ -205,7 +224,7 @@ def in_tf32(work: Way) -> Way:
     return run
 
 
-def floor(seconds: Values, name: str) -> str:
+def floor_of(seconds: Values, name: str) -> str:
     """The fastest products of a way's own precision."""
 
     def precision(of: str) -> str:
@@ -218,7 +237,7 @@ def floor(seconds: Values, name: str) -> str:
 def growth(vae: pvae.VAE, x: Tensor, repeats: int) -> None:
     """Prints seconds an epoch, and microseconds a datum, for batches of several sizes."""
     rows: dict[str, list[str]] = {}
-    sizes = [64, 256, 1024, 4096]
+    sizes = [16, 64, 256, 1024, 4096]
     for size in sizes:
         ways: dict[str, Way] = {PYRO: pyro_svi(vae, x, size), FIT: pvae_fit(vae, x, size, compile=True)}
         add_peers(ways, {NUMPYRO: partial(peers.numpyro_svi, vae, x, size)})
