@@ -11,6 +11,7 @@ from side_by_side import Way
 from torch.profiler import ProfilerActivity, profile
 
 from pvae.plots import COLORS, subplots
+from pvae.plots.canvas import INK
 
 PARTS = {
     "matrix products": COLORS["guide"],
@@ -72,14 +73,14 @@ def draw(seconds: Mapping[str, float], shares: Mapping[str, Mapping[str, float]]
             ax.barh(place, width, left=left, color=color, height=0.7, label=part if place == 0 else None)
             left += width
         if way not in shares:
-            ax.barh(place, whole, color="none", edgecolor="#767676", height=0.7)
-        ax.text(whole, place, f" {whole:.2f}", va="center")
-    ax.axvline(floor, color="#767676", linewidth=1, linestyle="--")
-    ax.text(floor, -0.75, "products alone", ha="center", va="bottom")
+            ax.barh(place, whole, color="none", edgecolor=INK, height=0.7)
+        ax.text(whole, place, f" {whole:.2f}", va="center", color=INK)
+    ax.vlines(floor, -0.6, len(seconds) - 0.4, color=INK, linewidth=1, linestyle="--")
+    ax.text(floor, -0.7, "products alone", ha="center", va="bottom", color=INK)
     ax.set_yticks(range(len(seconds)), list(seconds))
-    ax.set_ylim(len(seconds) - 0.4, -0.9)
+    ax.set_ylim(len(seconds) - 0.4, -1.2)
     ax.set_xlabel("seconds an epoch")
     ax.set_xlim(0, 1.1 * max(seconds.values()))
-    figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, handlelength=1, columnspacing=1)
+    figure.legend(loc="outside upper center", ncols=len(PARTS), frameon=False, labelcolor=INK, handlelength=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256, help="images in a batch")
     parser.add_argument("--figure", type=Path, help="where to draw what takes the time, on the CPU")
     parser.add_argument("--growth", action="store_true", help="measure how time grows with the batch instead")
+    parser.add_argument("--kinds", action="store_true", help="measure a Gaussian and a convolutional VAE instead")
     args = parser.parse_args()
     device = resolve_device("cuda" if args.cuda else "cpu")
     x = pvae.datasets.mnist(args.data_dir, "static").train_x[: args.images].to(device)
@@ -49,6 +50,10 @@ def main() -> None:
     print(header("python benchmarks/train.py", device))
     if args.growth:
         growth(vae, x, args.repeats)
+        return
+    if args.kinds:
+        grey = pvae.datasets.mnist(args.data_dir, "none").train_x[: args.images].to(device)
+        kinds(x, grey, args.batch_size, args.repeats)
         return
 
     ways = all_ways(vae, x, args.batch_size)
@@ -250,6 +255,28 @@ def growth(vae: pvae.VAE, x: Tensor, repeats: int) -> None:
     print(f"| way | {' | '.join(f'{size:,}' for size in sizes)} |\n| --- | {' | '.join(['---:'] * len(sizes))} |")
     for name, cells in rows.items():
         print(f"| {name} | {' | '.join(cells)} |")
+
+
+def kinds(x: Tensor, grey: Tensor, batch_size: int, repeats: int) -> None:
+    """Prints seconds an epoch of VAEs of other kinds."""
+    gaussian = pvae.VAE.mlp((28, 28), 20, [400], likelihood="gaussian", units=(0.0, 1.0))
+    cases = {"Gaussian, 784-400-20": (gaussian, grey), "convolutional": (pvae.VAE.conv((1, 28, 28), 20), x[:, None])}
+    for name, (vae, data) in cases.items():
+        args = vae.to(x.device), data, batch_size
+        ways: dict[str, Way] = {
+            PYRO: pyro_svi(*args),
+            "pvae.svi.CompiledSVI": pyro_svi(*args, kind=partial(CompiledSVI, compile=True)),
+            "pvae.fit, not compiled": pvae_fit(*args, compile=False),
+            FIT: pvae_fit(*args, compile=True),
+        }
+        measure(ways, 2, x.device)
+        seconds, elbos = measure(ways, repeats, x.device)
+        columns = {
+            "to Pyro": ratio(seconds, lambda _: PYRO),
+            "ELBO": lambda way, elbos=elbos: f"{elbos[way][-1]:.2f}",
+        }
+        print(f"\n{name}, {len(data):,} images, batches of {batch_size}:\n")
+        print(table("seconds an epoch", seconds, columns), flush=True)
 
 
 if __name__ == "__main__":

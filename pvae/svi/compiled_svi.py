@@ -39,8 +39,9 @@ class CompiledSVI(SVI):
     ragged last batch, waits until 250 steps were taken, and the one of `evaluate_loss` for 20 calls.
 
     Parameters stay where Pyro keeps them, in modules and the global param store, and the optimizer is any of
-    ``pyro.optim``; most of a step is then the optimizer's time. `pvae.fit` has a faster one. Gradients are left as
-    Pyro leaves them: a parameter that a step met goes to the optimizer also where that step has no gradient for it,
+    ``pyro.optim``, with its state. Where parameters have the same settings of Adam, AdamW, SGD, ClippedAdam or another
+    of the common kinds, all are moved at once, to the same numbers within rounding. Gradients are left as Pyro leaves
+    them: a parameter that a step met goes to the optimizer also where that step has no gradient for it,
     and momentum may move it. (`pvae.fit` does not move it.)
 
     Tensors and floats among the arguments of `step` may change freely (a float becomes a tensor, so that a weight that

@@ -181,7 +181,7 @@ class CudaEpochs(Epochs):
         if share not in self.shares:
             self.shares[share] = torch.full_like(self.sum, share)
         tensors = *grads.values(), *group.params, *group.means, *group.squares
-        options = {key: settings[key] for key in ("betas", "eps", "weight_decay")}
+        options = {"betas": tuple(settings["betas"]), "eps": settings["eps"], "weight_decay": settings["weight_decay"]}
         counts = self.bad, self.good, self.sum, adam.steps
         options |= {"clip_norm": adam.clip_norm, "numbers": numbers}
         self.account((loss, finite, self.shares[share], self.lr, *counts, *tensors), **options)
