@@ -11,7 +11,10 @@ from torch import Tensor
 
 from pvae.svi.contents import FIXED
 
-__all__ = ["FLUSH_EVERY", "Adam", "clipping", "flush", "is_dense", "move_where"]
+__all__ = ["FLUSH_EVERY", "Adam", "clipping", "flush", "fused_adam_", "is_dense", "move_where"]
+
+#: PyTorch's kernel, of which its optimizers are made; what they do around it takes longer where parameters are few.
+fused_adam_: Any = torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
 
 FLUSH_EVERY = 64  # steps; what is larger than what is flushed takes more to become denormal, by 0.9 a step
 
@@ -109,7 +112,7 @@ class Adam:
                 for step in group.steps:
                     step += more
             for places in group.kinds:
-                torch._fused_adam_(
+                fused_adam_(
                     *([part[i] for i in places] for part in (group.params, values, group.means, group.squares)),
                     [],
                     [group.steps[i] for i in places],

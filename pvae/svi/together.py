@@ -17,7 +17,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pvae.svi.adam import FLUSH_EVERY, flush, is_dense
+from pvae.svi.adam import FLUSH_EVERY, flush, fused_adam_, is_dense
 
 __all__ = ["Together"]
 
@@ -115,11 +115,11 @@ def _step_clipped_adam(params: Sequence[Tensor], ones: Sequence[Any]) -> None:
         state["step"] += 1
     settings, step = ones[0].param_groups[0], states[0]["step"]
     with torch.no_grad():
-        grads = [param.grad for param in params]
-        torch._foreach_clamp_min_(grads, -settings["clip_norm"])
-        torch._foreach_clamp_max_(grads, settings["clip_norm"])
+        grads: Any = [param.grad for param in params]
+        for grad in grads:
+            grad.clamp_(-settings["clip_norm"], settings["clip_norm"])
         beta1, beta2 = settings["betas"]
-        torch._fused_adam_(
+        fused_adam_(
             params,
             grads,
             [state["exp_avg"] for state in states],
