@@ -43,7 +43,7 @@ def parts_of(work: Way) -> dict[str, float]:
 
 
 def _part(event) -> str:
-    """Of a step of an optimizer everything is the optimizer's, and the step itself is Python."""
+    """Everything in a step of an optimizer is the optimizer's, its Python included."""
     inside, parent = False, event.cpu_parent
     while parent is not None:
         inside = inside or parent.name.startswith("Optimizer.")

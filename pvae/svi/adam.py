@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from pvae.svi.contents import FIXED
 
@@ -45,7 +46,6 @@ class Adam:
         device = self.params[0].device if self.params and (self.is_fused or on_device) else None
         self.steps = torch.zeros(len(self.params), device=device)  # of each parameter, all counted up at once
         self._one = torch.ones((), device=device)  # a number of Python's would be made a tensor each time
-        self._taken = 0
         self._groups: dict[tuple[int, ...], _Group] = {}
 
     def add(self, params: list[Tensor]) -> None:
@@ -125,8 +125,7 @@ class Adam:
                     maximize=False,
                     found_inf=skip,
                 )
-            self._taken += 1
-            if self._taken % FLUSH_EVERY == 0 and self.steps.device.type == "cpu":
+            if self.steps.device.type == "cpu" and group.steps[0].item() % FLUSH_EVERY == 0:
                 flush(group.means, group.squares, settings["eps"])
 
     def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
@@ -155,7 +154,6 @@ class Adam:
             moments = {key: torch.empty_like(param).copy_(each[key]) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[param] = {"step": each["step"].to(self.steps), **moments}
         self._share_steps()
-        self._taken = int(max((each["step"].item() for each in state["optimizer"].values()), default=0))
         self.optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]  (what schedulers look for)
 
     def _share_steps(self) -> None:
@@ -187,8 +185,7 @@ class _Group:
 
 def clipping(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
     """What to multiply gradients by for their norm, all together, to be no larger than ``clip_norm``."""
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
-    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    return (clip_norm / (get_total_norm(grads) + 1e-6)).clamp(max=1.0)
 
 
 def flush(means: Sequence[Tensor], squares: Sequence[Tensor], eps: float) -> None:

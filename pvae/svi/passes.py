@@ -169,15 +169,12 @@ class CudaEpochs(Epochs):
     def _one(self, rows: Tensor) -> None:
         batch = self.batches.take(rows)
         loss, finite, grads = self.step.evaluate(batch)
-        adam, numbers = self.step.adam, tuple(grads)
+        adam, numbers, share = self.step.adam, tuple(grads), self.step.pair.verified.share(batch)
         if not self.pays:
-            self.bad.copy_(torch.maximum(self.bad, (~finite).to(self.bad)))
-            self.good.add_(1 - self.bad)
-            self.sum.add_(loss.double() * self.step.pair.verified.share(batch))
+            _count(loss, finite, share, self.bad, self.good, self.sum)
             adam.update(grads, skip=self.bad)
             return
         group, settings = adam.group(numbers), adam.optimizer.param_groups[0]
-        share = self.step.pair.verified.share(batch)
         if share not in self.shares:
             self.shares[share] = torch.full_like(self.sum, share)
         tensors = *grads.values(), *group.params, *group.means, *group.squares
@@ -225,15 +222,19 @@ def _account(
     **settings: Any,
 ) -> None:
     """Sums a loss, counts its step, and moves the parameters unless this or an earlier step was bad."""
-    bad.copy_(torch.maximum(bad, (~finite).to(bad)))
-    keep = bad == 0
-    good += keep
-    total += loss.to(total) * share
+    _count(loss, finite, share, bad, good, total)
     grads, others = tensors[: len(numbers)], tensors[len(numbers) :]
     if clip_norm is not None:
         shrink = clipping(grads, clip_norm)
         grads = [grad * shrink for grad in grads]
-    move_where(keep, lr, steps, numbers, (*grads, *others), **settings)
+    move_where(bad == 0, lr, steps, numbers, (*grads, *others), **settings)
+
+
+def _count(loss: Tensor, finite: Tensor, share: Tensor | float, bad: Tensor, good: Tensor, total: Tensor) -> None:
+    """Sums a loss, and counts its step where neither this one nor an earlier one was bad."""
+    bad.copy_(torch.maximum(bad, (~finite).to(bad)))
+    good.add_(1 - bad)
+    total.add_(loss.to(total) * share)
 
 
 def _record(work: Callable[[], None]) -> Callable[[], None]:

@@ -36,8 +36,7 @@ class Together:
     def __init__(self, optim: Any) -> None:
         self.optim = optim
         # Another class may do something else when it is called.
-        calls = {vars(cls)["__call__"] for cls in type(optim).__mro__[:1] if "__call__" in vars(cls)}
-        self.is_known = isinstance(optim, PyroOptim) and calls <= {PyroOptim.__call__, PyroLRScheduler.__call__}
+        self.is_known = type(optim).__call__ in (PyroOptim.__call__, PyroLRScheduler.__call__)
         self.steps = 0  # taken for all at once
         self._made: dict[tuple[int, ...], tuple[list[Tensor], Any]] = {}
 
@@ -55,7 +54,8 @@ class Together:
         else:
             self._step(params, ones)
         self.steps += 1
-        if isinstance(ones[0], (torch.optim.Adam, ClippedAdam)) and self.steps % FLUSH_EVERY == 0:
+        on_cpu, has_moments = params[0].device.type == "cpu", isinstance(ones[0], (torch.optim.Adam, ClippedAdam))
+        if on_cpu and has_moments and self.steps % FLUSH_EVERY == 0:
             states = [one.state[param] for param, one in zip(params, ones, strict=True)]
             means, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
             flush(means, squares, ones[0].param_groups[0]["eps"])
