@@ -90,6 +90,15 @@ def test_moments_do_not_become_denormal_and_parameters_move_as_without_that():
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
+def test_a_step_without_gradients_moves_nothing():
+    """As of a process whose shards of a batch have no data."""
+    params = made()
+    adam = Adam(params, 0.05, 1.0, False)
+    adam.update({})
+    assert all(torch.equal(p, q) for p, q in zip(params, made(), strict=True))
+    assert adam.steps.sum() == 0
+
+
 def test_moments_are_kept_where_eps_is_so_small_that_they_count():
     """Gradients of 1e-34: with eps = 1e-40 they move parameters as gradients of 1 do."""
     (param,) = [nn.Parameter(torch.zeros(3, dtype=torch.float64))]

@@ -125,7 +125,7 @@ class Adam:
                     maximize=False,
                     found_inf=skip,
                 )
-            if self.steps.device.type == "cpu" and group.steps[0].item() % FLUSH_EVERY == 0:
+            if group.steps and group.steps[0].is_cpu and group.steps[0].item() % FLUSH_EVERY == 0:
                 flush(group.means, group.squares, settings["eps"])
 
     def state_dict(self, names: Mapping[int, str]) -> dict[str, Any]:
