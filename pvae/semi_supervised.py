@@ -88,12 +88,13 @@ class SemiSupervisedVAE(ConditionalVAE):
         *,
         num_classes: int = 10,
         class_weights: Sequence[float] | None = None,
+        classifier: nn.Module | None = None,
         prior: str = "standard-normal",
         posterior: str = "diagonal",
         activation: Callable[[], nn.Module] = nn.ReLU,
         units: tuple[float, float] | None = None,
     ) -> SemiSupervisedVAE:
-        """One of three multilayer perceptrons, as `ConditionalVAE.mlp`; the classifier has the encoder's layers.
+        """One of three multilayer perceptrons, as `ConditionalVAE.mlp`.
 
         Args:
             event_shape: Shape of one datum.
@@ -102,6 +103,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             likelihood: As for `VAE.mlp`.
             num_classes: C.
             class_weights: As for the class.
+            classifier: As for the class, in the place of a perceptron that has the encoder's layers.
             prior: As for `VAE.mlp`, but not ``"vamp"``.
             posterior: As for `VAE.mlp`.
             activation: Makes the module put after each hidden layer.
@@ -114,7 +116,8 @@ class SemiSupervisedVAE(ConditionalVAE):
             latent_dim + width, hidden[::-1], event_shape, likelihood, activation=activation, units=units
         )
         encoder = make_encoder(size + width, hidden, latent_dim, posterior, activation=activation)
-        classifier = networks.mlp(event_shape, hidden, width, activation=activation)
+        if classifier is None:
+            classifier = networks.mlp(event_shape, hidden, width, activation=activation)
         pz = make_prior(latent_dim, prior, decoder, encoder)
         return cls(pz, decoder, encoder, classifier, num_classes=width, class_weights=class_weights, view=view)
 

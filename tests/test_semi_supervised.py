@@ -132,6 +132,23 @@ def test_few_labels_go_further_with_the_digits_that_have_none():
     assert accuracies[1] > max(0.8, accuracies[0] + 0.03)
 
 
+def test_a_classifier_of_ones_own_is_trained_and_comes_back_from_disk(tmp_path):
+    """Two classes at random sides of a line in six dimensions, half of them with labels."""
+    torch.manual_seed(0)
+    x = torch.rand(400, 6).round()
+    truth = (x[:, 0] + x[:, 1] + x[:, 2] > 1.5).long()
+    y = truth.where(torch.arange(400) % 2 == 0, -1)
+    classifier = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
+    vae = made(classifier=classifier)
+    assert vae.classifier is classifier
+    pvae.fit(
+        vae.model, vae.guide, (x, y), epochs=30, batch_size=50, lr=1e-2, objective=vae.objective(30.0), progress=False
+    )
+    assert (vae.predict(x).argmax(-1) == truth)[y == -1].double().mean() > 0.95
+    other = assert_comes_back(vae, tmp_path / "saved")
+    assert torch.equal(other.predict(x), vae.predict(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_comes_back_from_disk(dtype, tmp_path):
     vae, (x, _) = made(likelihood="gaussian", class_weights=[1, 2, 5]).to(dtype), data()
@@ -187,6 +204,8 @@ def test_wrong_arguments_are_named():
     vae = made()
     with pytest.raises(pvae.ProgramError, match=r"classifier.*3 logits"):
         SemiSupervisedVAE(vae.prior, vae.decoder, vae.encoder, nn.Linear(6, 4), num_classes=3)
+    with pytest.raises(pvae.ProgramError, match=r"classifier.*cannot take"):
+        made(classifier=nn.Linear(5, 3))
 
 
 @pytest.mark.slow
