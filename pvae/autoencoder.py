@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pvae import likelihoods, networks
 from pvae.composite import Composite, draw, observe, run_decoder, run_part
 from pvae.data import Array
-from pvae.errors import ProgramError, one_of, positive_int
+from pvae.errors import ProgramError, one_of, positive_int, positive_ints
 from pvae.parts import make_decoder, make_likelihood, make_shape, make_view
 
 __all__ = ["Autoencoder"]
@@ -84,7 +84,7 @@ class Autoencoder(Composite):
             units: As for `VAE.mlp`.
         """
         event_shape = make_shape(event_shape)
-        latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
+        latent_dim, hidden = positive_int("latent_dim", latent_dim), positive_ints("hidden", hidden)
         decoder, view = make_decoder(
             latent_dim, hidden[::-1], event_shape, likelihood, activation=activation, units=units
         )
@@ -116,7 +116,7 @@ class Autoencoder(Composite):
             activation: Makes the module put after each stage and dense layer.
             units: As for `VAE.mlp`.
         """
-        latent_dim, layers = positive_int("latent_dim", latent_dim), tuple(channels)
+        latent_dim, layers = positive_int("latent_dim", latent_dim), positive_ints("channels", channels)
         outputs = likelihoods.NAMED[one_of("likelihood", likelihood, likelihoods.NAMED)].outputs
         out_shape = (outputs * event_shape[0], *event_shape[1:])
         encoder = networks.conv_encoder(event_shape, latent_dim, channels=layers, hidden=hidden, activation=activation)

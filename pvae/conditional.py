@@ -24,7 +24,7 @@ from pvae.composite import (
     run_part,
 )
 from pvae.data import Array
-from pvae.errors import ArgumentError, DataError, positive_int
+from pvae.errors import ArgumentError, DataError, positive_int, positive_ints
 from pvae.parts import make_decoder, make_encoder, make_prior, make_shape
 from pvae.posteriors import DiagonalNormal
 
@@ -111,7 +111,7 @@ class ConditionalVAE(Composite):
             units: As for `VAE.mlp`.
         """
         event_shape = make_shape(event_shape)
-        latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
+        latent_dim, hidden = positive_int("latent_dim", latent_dim), positive_ints("hidden", hidden)
         width, size = _width(num_classes, num_covariates), math.prod(event_shape)
         decoder, view = make_decoder(
             latent_dim + width, hidden[::-1], event_shape, likelihood, activation=activation, units=units

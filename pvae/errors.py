@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "folder_path",
     "one_of",
     "positive_int",
+    "positive_ints",
     "real_number",
     "warn",
     "yes_no_or_auto",
@@ -109,10 +111,26 @@ def folder_path(name: str, path: Any) -> Path:
 
 def positive_int(name: str, value: object) -> int:
     """Returns ``value`` as an int, or raises `ArgumentError` naming the argument ``name``."""
-    integral = hasattr(value, "__index__") and not isinstance(value, bool)
-    if not integral or value.__index__() < 1:  # type: ignore[attr-defined]
-        raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    return value.__index__()  # type: ignore[attr-defined]
+    number = 0
+    with suppress(TypeError):  # of tensors of more than one entry
+        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    if number < 1:
+        raise ArgumentError(f"{name} must be a whole number of at least 1, got {_in_short(value)}.")
+    return number
+
+
+def positive_ints(name: str, values: object) -> list[int]:
+    """Returns ``values`` as a list of ints, or raises `ArgumentError` naming the argument ``name``."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        example = f", such as [{values}]" if isinstance(values, int) else ""
+        raise ArgumentError(f"{name} must be a sequence of whole numbers{example}; got {_in_short(values)}.")
+    return [positive_int(name, value) for value in values]
+
+
+def _in_short(value: object) -> str:
+    """What a value looks like, in a line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:60]} ... ({type(value).__name__})"
 
 
 def real_number(

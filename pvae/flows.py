@@ -16,7 +16,7 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from pvae.errors import ArgumentError, positive_int
+from pvae.errors import ArgumentError, positive_int, positive_ints
 
 __all__ = ["AutoregressiveAffine", "Flowed", "masked_networks"]
 
@@ -93,7 +93,7 @@ def masked_networks(
 
     Source: Germain, Gregor, Murray and Larochelle, 2015, MADE: Masked Autoencoder for Distribution Estimation.
     """
-    widths = [max(64, 4 * dim)] if hidden is None else [positive_int("hidden", width) for width in hidden]
+    widths = [max(64, 4 * dim)] if hidden is None else positive_ints("hidden", hidden)
     if not widths or min(widths) < dim:
         raise ArgumentError(
             f"hidden must have at least one width, and none below the {dim} latents: a narrower layer cannot tell all "

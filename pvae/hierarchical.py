@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pvae import networks
 from pvae.composite import Composite, check_latent, draw, observe, run_decoder, run_part, show_shapes
 from pvae.data import Array
-from pvae.errors import ArgumentError, ProgramError, positive_int
+from pvae.errors import ArgumentError, ProgramError, positive_int, positive_ints
 from pvae.parts import make_decoder, make_shape
 from pvae.posteriors import DiagonalNormal
 from pvae.priors import StandardNormal
@@ -89,7 +89,10 @@ class HierarchicalVAE(Composite):
             ArgumentError: ``latent_dims`` and ``hidden`` are not as many, or fewer than two.
         """
         event_shape = make_shape(event_shape)
-        dims, widths = [positive_int("latent_dims", d) for d in latent_dims], [list(h) for h in hidden]
+        dims = positive_ints("latent_dims", latent_dims)
+        if not isinstance(hidden, Iterable):
+            raise ArgumentError(f"hidden must be a sequence of widths for each layer of latents, got {hidden!r}.")
+        widths = [positive_ints("hidden", one) for one in hidden]
         if len(dims) < 2 or len(widths) != len(dims):
             raise ArgumentError(
                 f"latent_dims and hidden must have an entry for each layer of latents, at least two; got {dims} and "

@@ -16,7 +16,7 @@ from torch.distributions import constraints
 
 from pvae.composite import Composite, check_latent, check_posterior, concatenate, draw, observe, run_decoder
 from pvae.data import Array
-from pvae.errors import DataError, ProgramError, positive_int
+from pvae.errors import DataError, ProgramError, positive_int, positive_ints
 from pvae.parts import make_decoder, make_encoder, make_prior, make_shape
 from pvae.runtime import resolve_seed
 
@@ -87,7 +87,7 @@ class MaskedVAE(Composite):
             units: As for `VAE.mlp`.
         """
         event_shape = make_shape(event_shape)
-        latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
+        latent_dim, hidden = positive_int("latent_dim", latent_dim), positive_ints("hidden", hidden)
         decoder, view = make_decoder(
             latent_dim, hidden[::-1], event_shape, likelihood, activation=activation, units=units
         )

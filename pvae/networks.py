@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvae.errors import ArgumentError, positive_int, real_number
+from pvae.errors import ArgumentError, positive_int, positive_ints, real_number
 
 __all__ = [
     "Batched",
@@ -176,7 +176,7 @@ def mlp(
         activation: Makes the module put after each hidden layer.
     """
     in_shape, out_shape = _shape("in_shape", in_shape), _shape("out_shape", out_shape)
-    widths = [math.prod(in_shape), *(positive_int("hidden", h) for h in hidden)]
+    widths = [math.prod(in_shape), *positive_ints("hidden", hidden)]
     layers: list[nn.Module] = [nn.Flatten(-len(in_shape))] if len(in_shape) > 1 else []
     for width_in, width_out in pairwise(widths):
         layers += [nn.Linear(width_in, width_out), activation()]
@@ -218,6 +218,7 @@ def _encoder(
 ) -> Batched:
     """The trunk of `conv_encoder`, with more layers for so many channels after each stage's convolution."""
     in_channels, height, width = _image_shape("in_shape", in_shape)
+    channels, hidden = positive_ints("channels", channels), positive_int("hidden", hidden)
     sizes = _stages(height, width, len(channels))
     layers: list[nn.Module] = []
     for (h, w), (h_next, w_next), c_in, c_out in _pairs(sizes, [in_channels, *channels]):
@@ -258,6 +259,7 @@ def _decoder(
 ) -> Batched:
     """The network of `conv_decoder`, with more layers for so many channels before each stage's convolution."""
     out_channels, height, width = _image_shape("out_shape", out_shape)
+    channels, hidden = positive_ints("channels", channels), positive_int("hidden", hidden)
     sizes = _stages(height, width, len(channels))
     widths = [out_channels, *channels]
     smallest = (widths[-1], *sizes[-1])

@@ -18,7 +18,7 @@ from pvae import networks
 from pvae.composite import concatenate, observe, one_hot, run_part
 from pvae.conditional import ConditionalVAE
 from pvae.data import Array
-from pvae.errors import ArgumentError, DataError, ProgramError, positive_int, real_number
+from pvae.errors import ArgumentError, DataError, ProgramError, positive_int, positive_ints, real_number
 from pvae.parts import make_decoder, make_encoder, make_prior, make_shape
 
 __all__ = ["SemiSupervisedVAE"]
@@ -110,7 +110,7 @@ class SemiSupervisedVAE(ConditionalVAE):
             units: As for `VAE.mlp`.
         """
         event_shape = make_shape(event_shape)
-        latent_dim, hidden = positive_int("latent_dim", latent_dim), list(hidden)
+        latent_dim, hidden = positive_int("latent_dim", latent_dim), positive_ints("hidden", hidden)
         width, size = positive_int("num_classes", num_classes), math.prod(event_shape)
         decoder, view = make_decoder(
             latent_dim + width, hidden[::-1], event_shape, likelihood, activation=activation, units=units

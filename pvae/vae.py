@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pvae import networks
 from pvae.composite import Composite, check_latent, check_posterior, draw, observe, run_decoder, run_part
 from pvae.data import Array
-from pvae.errors import one_of, positive_int
+from pvae.errors import one_of, positive_int, positive_ints
 from pvae.parts import PartNames, make_shape
 
 __all__ = ["VAE"]
@@ -89,7 +89,7 @@ class VAE(Composite):
         """
         event_shape = make_shape(event_shape)
         names = PartNames(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
-        sizes = list(hidden)
+        sizes = positive_ints("hidden", hidden)
         out_shape = (names.likelihood_outputs, *event_shape)
         decoder = networks.mlp(latent_dim, sizes[::-1], out_shape, activation=activation)
         encoder = networks.mlp(event_shape, sizes, names.encoder_outputs, activation=activation)
@@ -126,7 +126,10 @@ class VAE(Composite):
         """
         names = PartNames(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
         make_encoder, make_decoder = _CONVOLUTIONAL[one_of("network", network, _CONVOLUTIONAL)]
-        channels, out_shape = tuple(channels), (names.likelihood_outputs * event_shape[0], *event_shape[1:])
+        channels, out_shape = (
+            positive_ints("channels", channels),
+            (names.likelihood_outputs * event_shape[0], *event_shape[1:]),
+        )
         encoder = make_encoder(
             event_shape, names.encoder_outputs, channels=channels, hidden=hidden, activation=activation
         )

@@ -157,6 +157,9 @@ def test_far_data_have_low_scores(right):
     torch.testing.assert_close(found.percentile, below)
     assert (found.percentile_std_error > 0).all()
     assert (found.percentile_std_error < 0.06).all()
+    surely = int((found.percentile + 2 * found.percentile_std_error < 0.05).sum())
+    assert 0 < surely < int((found.percentile < 0.05).sum())
+    assert f"of 60 data, {surely} of them by 2 standard errors" in repr(found)
     assert found.verdict.startswith("these data have lower log p(x)")
     assert "Nalisnick" in found.verdict
 

@@ -129,3 +129,33 @@ def test_what_is_no_number_within_its_bounds_is_named(bounds, message):
             real_number("rate", value, **bounds)
     for value in (0.5, np.float32(0.5), Fraction(1, 2)):
         assert real_number("rate", value, **bounds) == 0.5
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: pvae.VAE.mlp(6, 2, hidden=8), r"hidden must be a sequence of whole numbers, such as \[8\]; got 8"),
+        (lambda: pvae.VAE.mlp(6, 2, hidden=[8, 0]), "hidden must be a whole number of at least 1, got 0"),
+        (lambda: pvae.VAE.mlp(6, 2, hidden="88"), "hidden must be a sequence"),
+        (lambda: pvae.VAE.conv((1, 8, 8), channels=8), r"channels must be a sequence .*\[8\]"),
+        (lambda: pvae.VAE.conv((1, 8, 8), hidden=[8]), r"hidden must be a whole number .* got \[8\]"),
+        (lambda: pvae.ConditionalVAE.mlp(6, 2, hidden=8, num_classes=2), "hidden must be a sequence"),
+        (lambda: pvae.SemiSupervisedVAE.mlp(6, 2, hidden=8, num_classes=2), "hidden must be a sequence"),
+        (lambda: pvae.MaskedVAE.mlp(6, 2, hidden=8), "hidden must be a sequence"),
+        (lambda: pvae.Autoencoder.mlp(6, 2, hidden=8), "hidden must be a sequence"),
+        (lambda: pvae.Autoencoder.conv((1, 8, 8), channels=8), "channels must be a sequence"),
+        (lambda: pvae.HierarchicalVAE.mlp(6, [2, 2], hidden=8), "hidden must be a sequence of widths for each layer"),
+        (lambda: pvae.HierarchicalVAE.mlp(6, [2, 2], hidden=[8, 8]), r"hidden must be a sequence .*\[8\]"),
+        (lambda: pvae.HierarchicalVAE.mlp(6, 2), r"latent_dims must be a sequence .*\[2\]"),
+        (lambda: pvae.priors.Flow(2, hidden=8), "hidden must be a sequence"),
+    ],
+)
+def test_one_width_is_no_sequence(make, message):
+    with pytest.raises(pvae.ArgumentError, match=message):
+        make()
+
+
+def test_data_are_no_number_of_draws(small_vae, bits):
+    with pytest.raises(pvae.ArgumentError, match=r"num_samples must be a whole .* got tensor.{1,80}\(Tensor\)\.$"):
+        small_vae.sample(bits)
+    assert small_vae.sample(torch.tensor(3)).shape == (3, 6)

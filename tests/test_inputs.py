@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import helpers
@@ -10,7 +11,9 @@ import pyro
 import pytest
 import torch
 from helpers import evidence
-from pairs import RealPair
+from pairs import ModulePair, RealPair
+from pyro import distributions as dist
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pvae
@@ -78,6 +81,8 @@ def stand_in(module: str, name: str, *methods: str):
         ((torch.zeros(3), stand_in("pandas", "Series", "to_numpy")), r"got Series. Pass data\[1\].to_numpy\(\)"),
         ([[0.0, 1.0], [1.0, 0.0]], r"got list. Pass torch.tensor\(data\)"),
         ([], "empty sequence. Pass some"),
+        ((torch.zeros(3), 0.5), r"got float. Pass an array whose first dimension"),
+        (0.5, r"got float. Pass an array whose first dimension"),
     ],
 )
 def test_arrays_of_other_packages_are_told_their_way_out(thing, match):
@@ -149,3 +154,72 @@ def test_labels_name_the_transform_that_leaves_them_out(labelled):
 def test_more_than_one_label():
     with pytest.raises(pvae.ProgramError, match="pass transform=lambda x, y, y2: x"):
         fit(made(), (X, Y, Y))
+
+
+def test_a_list_of_rows_is_no_list_of_labels():
+    with pytest.raises(pvae.ProgramError, match=r"40 tensor\(s\), (\(6,\), ){3}\(6,\) and 36 more: .*torch.stack"):
+        fit(made(), list(X))
+
+
+def test_a_share_is_no_held_out_data():
+    with pytest.raises(pvae.DataError, match=r"validation must be .* got float. .* data=x\[n:\] and valid.*=x\[:n\]"):
+        fit(made(), X, validation=0.1)
+
+
+# --- numbers of other types, for programs by hand -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64])
+def test_whole_numbers_for_a_pair_by_hand_are_told_their_way_out(dtype):
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(pvae.ProgramError, match=rf"{name}\[40, 6\]: [^.]*\. Integers .* are {name}: .*x.float\(\)"):
+        fit(ModulePair(), (X > 0).to(dtype), batch_size=40)
+
+
+def test_one_datum_that_runs_as_many_warns():
+    """Each of its 6 entries would be taken for a datum, with all 6 observed for each."""
+    vae = made(likelihood="bernoulli")
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", vae.decoder(z), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", vae.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", vae.encoder(x))
+
+    with pytest.warns(UserWarning, match=r"plate 'data' makes log p\(x\|z\) 6 times as large.*X\[:1\]"):
+        pvae.fit(model, guide, torch.ones(6), epochs=1, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pvae.fit(model, guide, torch.ones(1, 6), epochs=1, progress=False)
+
+
+# --- what is no program ---------------------------------------------------------------------------------------------
+
+
+class Called(ModulePair):
+    """A module that is called without a forward."""
+
+    def __call__(self, x):
+        return self.model(x)
+
+
+@pytest.mark.parametrize("call", [pvae.fit, pvae.log_evidence])
+def test_what_is_no_program_is_named(call):
+    vae, pair = made(), ModulePair()
+    for model, guide, match in (
+        (vae, vae, r"^model is a VAE, .* pass its methods, vae.model and vae.guide"),
+        (vae.model, vae, r"^guide is a VAE, .* pass its methods, vae.model and vae.guide"),
+        (None, vae.guide, r"^model must be a Pyro program.* got None\. Pass the program itself"),
+        (vae.model, 3, r"^guide must be a Pyro program.* got a int\."),
+        (pvae.VAE, vae.guide, r"^model is the class VAE"),
+        (vae.model, nn.Module(), r"^guide must be a Pyro program.* got a Module"),
+    ):
+        with pytest.raises(pvae.ArgumentError, match=match):
+            call(model, guide, X, progress=False)
+    called = Called()
+    called.load_state_dict(pair.state_dict())
+    pvae.fit(called, called.guide, (X > 0).float(), epochs=1, progress=False)

@@ -65,7 +65,11 @@ def _as_array(name: str, data: Any, wrong: Mapping[int, Any]) -> str:
     """How to make arrays of what is none among data, by its place in them, in words."""
     place, thing = next(iter(wrong.items()))
     if isinstance(thing, int | float | list):
-        return f"Pass torch.tensor({name})."
+        if isinstance(data, tuple | list) and len(wrong) == len(data):
+            return f"Pass torch.tensor({name})."
+        if name == "validation":
+            return "It is data that are held out, not a share of them: pass data=x[n:] and validation=x[:n]."
+        return "Pass an array whose first dimension is that of the data."
     name = f"{name}[{place}]" if isinstance(data, tuple | list) else name
     for method in ("to_numpy", "toarray", "to_array"):  # of data frames and series, sparse matrices, xarray's datasets
         if callable(getattr(thing, method, None)):

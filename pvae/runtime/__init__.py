@@ -16,6 +16,7 @@ from pvae.runtime.sites import (
     density_sites,
     enumerated_sites,
     observed_data,
+    repeated_plates,
     simple_support,
     tensors_of,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "outside_modules",
     "place_pair",
     "reachable",
+    "repeated_plates",
     "resolve_processes",
     "resolve_seed",
     "set_rng_state",

@@ -35,7 +35,7 @@ def get_rng_state() -> Any:
 
 
 def set_rng_state(states: Any) -> None:
-    """Puts back what `noise` gave."""
+    """Puts back what `get_rng_state` gave."""
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     np.random.set_state(states[2])  # noqa: NPY002

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from pyro.poutine.util import site_is_factor, site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.errors import DataError, ProgramError
+from pvae.errors import ArgumentError, DataError, ProgramError
 
 __all__ = [
     "base_distribution",
@@ -25,10 +25,13 @@ __all__ = [
     "density_sites",
     "enumerated_sites",
     "observed_data",
+    "repeated_plates",
     "simple_support",
     "tensors_of",
 ]
 
+
+_MANY = 8  # tensors of one shape that are hardly several kinds of data
 
 # What to do about data outside of a support, where it does not say so itself.
 _ADVICE: dict[constraints.Constraint, str] = {
@@ -116,7 +119,7 @@ def check_supports(found: Iterable[tuple[str, Any, list[int]]], data: tuple[Tens
     """Checks data against the supports of the sites that observe them.
 
     Args:
-        found: As from `observed`.
+        found: As from `observed_data`.
         data: All the data, or other batches of them.
     """
     for name, distribution, matches in found:
@@ -142,6 +145,18 @@ def tensors_of(value: Tensor, batch: tuple[Tensor, ...]) -> list[int]:
     ]
     same = [index for index in equal if batch[index].data_ptr() == value.data_ptr()]
     return same or equal
+
+
+def repeated_plates(site: Any, around: Collection[int] = ()) -> list[Any]:
+    """The plates of an observed site along which its data do not vary, so that each entry counts them once more.
+
+    Args:
+        site: Traced.
+        around: Dimensions of plates that are none of these, as of particles.
+    """
+    shape = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)]
+    plates = [f for f in site["cond_indep_stack"] if f.vectorized and f.size > 1 and f.dim not in around]
+    return [plate for plate in plates if -plate.dim > len(shape) or shape[plate.dim] == 1]
 
 
 def density_sites(sites: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,14 +261,19 @@ def base_distribution(distribution: Any) -> Any:
 def check_signature(
     role: str, program: Callable[..., Any], batch: tuple[Tensor, ...], *, transforms: bool = False
 ) -> None:
-    """Raises `ProgramError` where a program cannot be called with the tensors of a batch.
+    """Raises where a program cannot be called with the tensors of a batch.
 
     Args:
         role: What to call the program.
         program: The model or the guide.
         batch: The tensors.
         transforms: Whether the caller takes a ``transform`` for them.
+
+    Raises:
+        ArgumentError: It is no program.
+        ProgramError: It takes other tensors.
     """
+    _check_callable(role, program)
     try:
         signature = inspect.signature(program)
     except (TypeError, ValueError):  # some callables have none
@@ -261,11 +281,44 @@ def check_signature(
     try:
         signature.bind(*batch)
     except TypeError as error:
-        shapes, fewer = ", ".join(str(tuple(t.shape)) for t in batch), _fewer(signature, batch, transforms)
+        shapes, fewer = _shapes(batch), _fewer(signature, batch, transforms)
         raise ProgramError(
             f"the {role} cannot be called with a batch, which is {len(batch)} tensor(s), {shapes}: {error}. It takes "
             f"{signature}. {fewer}{'l' if fewer else 'L'}et it take one argument for each."
         ) from None
+
+
+def _check_callable(role: str, program: Any) -> None:
+    """Raises `ArgumentError` where something is no program, but may hold one."""
+    kind = "None" if program is None else f"a {type(program).__name__}"
+    if isinstance(program, type):
+        raise ArgumentError(
+            f"{role} is the class {program.__name__}. Make one of it, and pass its method, such as vae.{role}."
+        )
+    if callable(program) and not (isinstance(program, nn.Module) and _lacks_forward(program)):
+        return
+    if callable(getattr(program, "model", None)) and callable(getattr(program, "guide", None)):
+        raise ArgumentError(
+            f"{role} is {kind}, which holds programs and is none: pass its methods, vae.model and vae.guide."
+        )
+    hint = " Pass the program itself, as model and not model(x)." if program is None else ""
+    raise ArgumentError(
+        f"{role} must be a Pyro program: a function, a method or a module that is called with a batch; got "
+        f"{kind}.{hint}"
+    )
+
+
+def _lacks_forward(module: nn.Module) -> bool:
+    """Whether a module cannot be called."""
+    own = (vars(kind) for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "pyro"))
+    forward = getattr(module.forward, "__func__", module.forward)
+    return forward is nn.Module.forward and not any("__call__" in names for names in own)
+
+
+def _shapes(batch: tuple[Tensor, ...], most: int = 4) -> str:
+    """Shapes of tensors in words, of many those of the first ones."""
+    more = f" and {len(batch) - most} more" if len(batch) > most else ""
+    return ", ".join(str(tuple(t.shape)) for t in batch[:most]) + more
 
 
 def _fewer(signature: inspect.Signature, batch: tuple[Tensor, ...], transforms: bool) -> str:
@@ -273,6 +326,9 @@ def _fewer(signature: inspect.Signature, batch: tuple[Tensor, ...], transforms: 
     taken = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if not 0 < len(taken) < len(batch):
         return ""
+    if len(batch) > _MANY and len({t.shape for t in batch}) == 1:
+        stack = "torch.stack(data), of arrays np.stack(data)"
+        return f"A list is taken as that many arrays. If these are rows of one array, pass {stack}. Or "
     names = ["x", "y", *(f"y{n}" for n in range(2, len(batch)))]
     first, every = ", ".join(names[: len(taken)]), ", ".join(names)
     if transforms:

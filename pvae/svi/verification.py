@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.data import kind
-from pvae.errors import NumericalError, ProgramError, PVAEError, first_line
+from pvae.errors import NumericalError, ProgramError, PVAEError, first_line, warn
 from pvae.runtime import (
     Program,
     base_distribution,
@@ -19,10 +20,13 @@ from pvae.runtime import (
     check_supports,
     density_sites,
     observed_data,
+    repeated_plates,
 )
 from pvae.svi.traces import params_of, trace_pair
 
 __all__ = ["Verified", "inactive", "not_finite", "verify"]
+
+_OF_TYPES = re.compile("dtype|scalar type|Byte|Char|Short|Int|Long|Bool")  # errors of torch's about types of numbers
 
 
 class Verified(NamedTuple):
@@ -92,18 +96,14 @@ def verify(
                 raise NumericalError(
                     f"before the first step, {found}. Bound what its parameters come from, such as a log-scale."
                 ) from None
-            shapes = ", ".join(map(kind, batch))
-            whole = f" All data are {', '.join(map(kind, data))}: if that is one, as X[0], pass X[:1]." if data else ""
-            raise ProgramError(
-                f"the model and the guide do not run on a batch of {shapes}: {first_line(error)} "
-                f"Do the data have the shape and the values that they expect?{whole}"
-            ) from error
+            raise _does_not_run(error, batch, data) from error
     sites: dict[str, Any] = {**guide_trace.nodes, **model_trace.nodes}
     latent, proposed = density_sites(model_trace.nodes), density_sites(guide_trace.nodes)
     check_pair(latent, proposed, strict=False)
     _check_names(sites)
     found = observed_data(model_trace.nodes, batch)
     check_supports(found, batch if data is None else data)
+    _warn_of_repeated(model_trace.nodes, found)
     params = params_of(sites)
     if not params:
         raise ProgramError(
@@ -118,6 +118,33 @@ def verify(
     return Verified(
         params, found, next(subsampled, None), batch, _latents_to_sum_out(latent, proposed), enumerated, depth
     )
+
+
+def _does_not_run(error: Exception, batch: tuple[Tensor, ...], data: tuple[Tensor, ...] | None) -> ProgramError:
+    """What to say where programs fail on a batch."""
+    said = first_line(error).rstrip(" .:,")
+    whole = f" All data are {', '.join(map(kind, data))}: if that is one, as X[0], pass X[:1]." if data else ""
+    advice = f"Do the data have the shape and the values that they expect?{whole}"
+    whole_numbers = [t.dtype for t in batch if not (t.is_floating_point() or t.is_complex())]
+    if whole_numbers and _OF_TYPES.search(str(error)):
+        advice = (
+            f"Integers and booleans stay as they are, and these are {str(whole_numbers[0]).removeprefix('torch.')}: "
+            "where they are numbers to compute with, pass x.float()."
+        )
+    return ProgramError(
+        f"the model and the guide do not run on a batch of {', '.join(map(kind, batch))}: {said}. {advice}"
+    )
+
+
+def _warn_of_repeated(sites: Mapping[str, Any], found: list[Any]) -> None:
+    """Says so where data are counted once for each entry of a plate."""
+    for name, _, _ in found:
+        for plate in repeated_plates(sites[name]):
+            warn(
+                f"plate '{plate.name}' makes log p(x|z) {plate.size} times as large: the data of site '{name}' do not "
+                "vary along it, and are counted once for each of its entries. Take the site out of the plate, or give "
+                "it data for each. If the data are one datum, as X[0], pass X[:1]."
+            )
 
 
 def _latents_to_sum_out(latent: Mapping[str, Any], proposed: Mapping[str, Any]) -> tuple[str, ...]:
