@@ -126,10 +126,8 @@ class VAE(Composite):
         """
         names = PartNames(positive_int("latent_dim", latent_dim), likelihood, prior, posterior)
         make_encoder, make_decoder = _CONVOLUTIONAL[one_of("network", network, _CONVOLUTIONAL)]
-        channels, out_shape = (
-            positive_ints("channels", channels),
-            (names.likelihood_outputs * event_shape[0], *event_shape[1:]),
-        )
+        channels = positive_ints("channels", channels)
+        out_shape = (names.likelihood_outputs * event_shape[0], *event_shape[1:])
         encoder = make_encoder(
             event_shape, names.encoder_outputs, channels=channels, hidden=hidden, activation=activation
         )

@@ -129,13 +129,14 @@ class OutOfDistribution:
         m, n = self.estimate.num_data, self.reference.num_data
         data, draws = self.auroc_data_std_error, self.auroc_mc_std_error
         low = int((self.percentile < 0.05).sum())
+        surely = int((self.percentile + _SURE * self.percentile_std_error < 0.05).sum())
         means = [one.mean().item() for one in (self.log_px, self.reference_log_px)]
         lines = [
             f"log p(x) of {m} data among that of {n} of the reference",
             f"  means        {means[0]:10.3f} and {means[1]:.3f} nats per datum",
             f"  AUROC        {self.auroc:10.3f} +- {data:.3f} from the choice of data, {draws:.3f} from the samples",
             f"  by typicality{self.typicality_auroc:10.3f}",
-            f"  below 5% of the reference: {low} of {m} data",
+            f"  below 5% of the reference: {low} of {m} data, {surely} of them by {_SURE:g} standard errors",
         ]
         for name, one in (("data", self.estimate), ("reference data", self.reference)):
             if bad := int(one.unresolved.sum()):
