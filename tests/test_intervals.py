@@ -182,7 +182,7 @@ def test_too_light_a_fit_to_a_skewed_posterior_is_withheld(monkeypatch):
     monkeypatch.setattr("pvae.evidence.proposals.ascent._WIDER", 0.0)
     torch.manual_seed(0)
     x = Counts.exact.sample((200,))
-    estimate = evidence(Counts, x, Refined(), 1000)
+    estimate = evidence(Counts, x, Refined(steps=400), 1000)
     assert shares(estimate, Counts.exact.log_prob(x))[0] < 0.2
     assert estimate.mean_withheld
 

@@ -314,7 +314,8 @@ def test_several_sites_and_a_nested_plate():
     torch.testing.assert_close(laplace.log_px, exact.log_prob(x))
     for proposal in (StudentT(), Defensive(), Refined()):
         estimate = evidence(Nested, x, proposal, 3000)
-        assert ((estimate.corrected - exact.log_prob(x)).abs() < 5 * estimate.std_error)[~estimate.unreliable].all()
+        far = (estimate.corrected - exact.log_prob(x)).abs() > 5 * estimate.std_error + 1e-9  # a fit may be exact
+        assert not far[~estimate.unreliable].any()
 
 
 def coin(x):
