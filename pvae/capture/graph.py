@@ -19,7 +19,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pvae.capture.rewriting import DECOMPOSITIONS, swap_matrix_products
+from pvae.capture.exponentials import DECOMPOSITIONS, tell_the_compiler
+from pvae.capture.matrix_products import add_biases_later, swap_matrix_products
 
 __all__ = ["READS_A_NUMBER", "CaptureError", "Graph"]
 
@@ -106,10 +107,11 @@ class Graph:
             from torch._inductor import config
             from torch._inductor.compile_fx import compile_fx
 
+            tell_the_compiler()
         # Only with symbols for shapes, none of which it needs, does the compiler look for its copy on disk.
         shapes = tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)))
         with torch.no_grad(), _quiet(), shapes, config.patch(_SETTINGS):
-            run: Any = compile_fx(_with_copies_allowed(self.module), [*self.tensors, *inputs])
+            run: Any = compile_fx(_for_the_compiler(self.module), [*self.tensors, *inputs])
             run(*self.tensors, *inputs)
         return Graph(self.module, self.tensors, self.structure, run, self.operations)
 
@@ -185,12 +187,13 @@ def _check_shapes(graph: fx.Graph) -> None:
             )
 
 
-def _with_copies_allowed(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that reshapes where the module views: the compiler lays tensors out in other ways than they were."""
+def _for_the_compiler(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that reshapes where the module views, as tensors are laid out in other ways, and adds biases later."""
     module = copy.deepcopy(module)
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
+    add_biases_later(module.graph)
     module.recompile()
     return module
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pvae.capture.captured import Captured, Made
 from pvae.capture.footprints import Untold, footprint
-from pvae.capture.rewriting import onednn_choice
+from pvae.capture.matrix_products import onednn_choice
 
 __all__ = ["is_compiled", "keep", "take_up"]
 

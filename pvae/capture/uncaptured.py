@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pvae.capture.rewriting import is_worth_onednn, multiply_by_onednn
+from pvae.capture.matrix_products import is_worth_onednn, multiply_by_onednn
 
 __all__ = ["ChangedInPlace", "CheaperArithmetic"]
 

@@ -1,7 +1,7 @@
-"""Cheaper arithmetic for tensor programs on the CPU, to the same results within rounding.
+"""Matrix products of tensor programs on the CPU, to the same results within rounding.
 
-Two things that PyTorch's own kernels do slowly there: ``log(1 + exp(-|x|))``, which is not vectorized, and
-single-precision matrix products, for which oneDNN may be much faster than the default library.
+For single precision oneDNN may be much faster than the default library. And the default library copies a bias into the
+result before it multiplies, which for large ones the compiler's next loop adds on its way.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, fx
 from pvae.errors import ArgumentError
 
 __all__ = [
-    "DECOMPOSITIONS",
+    "add_biases_later",
     "is_worth_onednn",
     "multiply_by_onednn",
     "onednn_choice",
@@ -31,56 +30,7 @@ logger = logging.getLogger("pvae")
 
 aten: Any = torch.ops.aten
 
-
-def _log1p_exp_neg(x: Tensor) -> Tensor:
-    """``log(1 + exp(-x))`` for ``x >= 0``, relative error near 2e-7 in float32.
-
-    ``log1p`` itself is a slow library call on the CPU. ``1 + u`` is rounded, and the last term puts back what was lost.
-    """
-    u = torch.exp(-x)
-    w = 1 + u
-    return torch.log(w) - ((w - 1) - u) / w
-
-
-def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    scaled = x * beta
-    smooth = (scaled.clamp(min=0) + _log1p_exp_neg(scaled.abs())) / beta
-    return torch.where(scaled > threshold, x, smooth)
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return NotImplemented
-    # By the exponential that the losses above take too, so that a compiler takes it once.
-    u = torch.exp(-x.abs())
-    return torch.where(x >= 0, 1.0, u) / (1 + u)
-
-
-def _log_sigmoid_forward(x: Tensor) -> tuple[Tensor, Tensor]:
-    # The second output is what PyTorch's kernel keeps for its backward pass.
-    kept = x.new_zeros((0,)) if x.is_cuda else torch.exp(-x.abs())
-    return x.clamp(max=0) - _log1p_exp_neg(x.abs()), kept
-
-
-def _binary_cross_entropy_with_logits(
-    x: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = 1
-) -> Tensor:
-    if pos_weight is None:
-        loss = x.clamp(min=0) - x * target + _log1p_exp_neg(x.abs())
-    else:
-        loss = (1 - target) * x + (1 + (pos_weight - 1) * target) * (_log1p_exp_neg(x.abs()) + (-x).clamp(min=0))
-    if weight is not None:
-        loss = loss * weight
-    return {0: lambda: loss, 1: loss.mean, 2: loss.sum}[reduction]()
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    aten.sigmoid.default: _sigmoid,
-    aten.softplus.default: _softplus,
-    aten.log_sigmoid_forward.default: _log_sigmoid_forward,
-    aten.binary_cross_entropy_with_logits.default: _binary_cross_entropy_with_logits,
-}
-"""What `torch.fx.experimental.proxy_tensor.make_fx` puts in the place of some operations."""
+_LARGE = 2**20  # numbers, which no cache next to a core holds
 
 
 _library = torch.library.Library("pvae", "FRAGMENT")
@@ -133,6 +83,26 @@ def swap_matrix_products(graph: fx.Graph) -> int:
         node.replace_all_uses_with(product)
         graph.erase_node(node)
     return len(products)
+
+
+def add_biases_later(graph: fx.Graph) -> int:
+    """Takes biases out of a graph's large products on the CPU, for the compiler to add in a loop; returns how many."""
+    products = [node for node in graph.nodes if node.target is aten.addmm.default and _is_large(node)]
+    for node in products:
+        bias, a, b = node.args
+        with graph.inserting_before(node):
+            product = graph.call_function(aten.mm.default, (a, b))
+            # A sum of the two the compiler would make one again.
+            result = graph.call_function(aten.sub.Tensor, (product, graph.call_function(aten.neg.default, (bias,))))
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+    return len(products)
+
+
+def _is_large(node: fx.Node) -> bool:
+    """Whether a product with a row as its bias has a large result on the CPU."""
+    bias, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    return not node.kwargs and result.device.type == "cpu" and bias.dim() == 1 and result.numel() >= _LARGE
 
 
 # Below so many multiplications a product costs less than the call.

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
+
+from pvae.capture import matrix_products
+from pvae.errors import ArgumentError
+
+
+@pytest.fixture
+def onednn():
+    if not matrix_products._has_onednn():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    matrix_products.use_onednn(True)
+    yield
+    matrix_products.use_onednn(None)
+
+
+def test_matrix_products_by_onednn(onednn):
+    """All layouts that a layer, its input's gradient and its weight's gradient have."""
+    x, w, b, g = torch.randn(64, 100), torch.randn(150, 100), torch.randn(150), torch.randn(64, 150)
+
+    def products(x, w, b, g):
+        return functional.linear(x, w, b), x @ w.t(), g @ w, g.t() @ x
+
+    graph = make_fx(products)(x, w, b, g)
+    assert matrix_products.swap_matrix_products(graph.graph) == 4
+    graph.recompile()
+    for ours, theirs in zip(graph(x, w, b, g), products(x, w, b, g), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (torch.ones(2, 3), torch.ones(3, 4)),  # too small to gain
+        (torch.ones(128, 128, dtype=torch.float64), torch.ones(128, 128, dtype=torch.float64)),
+    ],
+)
+def test_other_products_stay(onednn, inputs):
+    assert matrix_products.swap_matrix_products(make_fx(torch.mm)(*inputs).graph) == 0
+
+
+def test_a_product_that_adds_a_matrix_stays(onednn):
+    a = torch.ones(128, 128)
+    assert matrix_products.swap_matrix_products(make_fx(torch.addmm)(a, a, a).graph) == 0
+
+
+def test_the_choice_can_be_made(monkeypatch):
+    a = torch.ones(128, 128)
+    matrix_products.use_onednn(False)
+    assert matrix_products.swap_matrix_products(make_fx(torch.mm)(a, a).graph) == 0
+    matrix_products.use_onednn(None)
+    assert isinstance(matrix_products._onednn_is_faster(), bool)
+    monkeypatch.setattr(matrix_products, "_has_onednn", lambda: False)
+    with pytest.raises(ArgumentError, match="no oneDNN"):
+        matrix_products.use_onednn(True)
+
+
+def test_biases_of_other_layouts(onednn):
+    """A column of a table, and one number for all."""
+    x, w, table = torch.randn(64, 100), torch.randn(150, 100), torch.randn(150, 3)
+    for bias in (table[:, 1], table[:1, 0].expand(150)):
+        graph = make_fx(functional.linear)(x, w, bias)
+        assert matrix_products.swap_matrix_products(graph.graph) == 1
+        graph.recompile()
+        torch.testing.assert_close(graph(x, w, bias), functional.linear(x, w, bias), rtol=1e-5, atol=1e-4)
+
+
+def test_biases_of_large_results_are_added_later():
+    """A row, of two layouts; neither a matrix nor the bias of a small result."""
+    x, w = torch.randn(2000, 8), torch.randn(600, 8)
+    for bias, count in ((torch.randn(600), 1), (torch.randn(600, 2)[:, 1], 1), (torch.randn(2000, 600), 0)):
+        graph = make_fx(torch.addmm)(bias, x, w.t())
+        assert matrix_products.add_biases_later(graph.graph) == count
+        graph.recompile()
+        torch.testing.assert_close(graph(bias, x, w.t()), torch.addmm(bias, x, w.t()), rtol=1e-5, atol=1e-5)
+    assert matrix_products.add_biases_later(make_fx(torch.addmm)(torch.ones(600), x[:100], w.t()).graph) == 0
