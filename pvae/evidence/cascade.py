@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.data import InMemory
+from pvae.errors import warn
 from pvae.evidence.drawing import Draws, DrawSums
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings
@@ -76,6 +77,11 @@ class Cascade:
         target = settings.target_std_error
         self.judge = Judge(settings.num_samples, settings.limit, target or _STD_ERROR, target is not None)
         self.can_fit, self.can_mix = can_fit(self.densities), can_mix(self.densities)
+        if refusal := self.densities.prior_refusal:
+            warn(
+                f"the model cannot draw its own latents ({refusal}), so that no draws from the prior tell of what the "
+                "guide overlooks, such as a second mode: proposal='auto' goes on without them."
+            )
         dim = self.densities.space.dim if self.can_fit else 1
         self.is_small = self.can_fit and dim <= _FEW_DIMENSIONS
         # A chunk holds few data and many draws of each; fits take many data, up to what D x D numbers for each take.
@@ -88,8 +94,7 @@ class Cascade:
         """The sums over the draws that count for each datum of a block."""
         self.answers.clear()
         numbers, needed = torch.arange(block.num_data), torch.zeros(block.num_data, dtype=torch.long)
-        prior = self._try_prior(block)
-        floor, wide = surely_above(prior), is_of_use(prior) & self.can_mix
+        floor, wide = self._find_floor(block)
         # Where the prior's draws are of use, one in ten guards against what the guide overlooks.
         begins = {name: rows for name, rows in (("defensive", numbers[wide]), ("guide", numbers[~wide])) if len(rows)}
         for name, rows in begins.items():
@@ -104,6 +109,16 @@ class Cascade:
                 self._resolve(data)
         order = torch.cat([numbers for numbers, _ in self.answers]).argsort()
         return DrawSums.cat([sums for _, sums in self.answers])[order]
+
+    def _find_floor(self, block: InMemory) -> tuple[Tensor, Tensor]:
+        """What log p(x) of each datum surely is above, and whether the prior's draws are of use for it.
+
+        Nothing and no, where there are none.
+        """
+        if self.densities.prior_refusal:
+            return torch.full((block.num_data,), -torch.inf, dtype=torch.float64), torch.zeros(block.num_data) > 0
+        prior = self._try_prior(block)
+        return surely_above(prior, self.densities.precision), is_of_use(prior) & self.can_mix
 
     def _try_prior(self, block: InMemory) -> WeightSums:
         """The sums over draws from the prior, more of them where they tell anything.

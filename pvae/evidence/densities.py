@@ -12,6 +12,7 @@ from torch import Tensor
 from pvae.errors import DataError, ProgramError
 from pvae.evidence.latents import Latents, LatentSpace, Layout
 from pvae.evidence.pair_checks import (
+    check_masks,
     check_names,
     latent_of,
     normal_moments,
@@ -21,10 +22,10 @@ from pvae.evidence.pair_checks import (
     support_of,
 )
 from pvae.evidence.programs import Programs
-from pvae.evidence.shared_prior import draw_shared, shares_draws
+from pvae.evidence.shared_prior import check_refusal, draw_shared, find_refusal, shares_draws
 from pvae.evidence.traces import Batch, Run, Runner
 from pvae.evidence.trials import Trial, try_pair
-from pvae.runtime import Pair, Program, base_distribution, tensors_of
+from pvae.runtime import Pair, Program, base_distribution, spare_noise, tensors_of
 
 __all__ = ["MAX_JOINT_DIM", "Batch", "Densities"]
 
@@ -38,7 +39,8 @@ class Densities:
     Of each datum, where all sites of the model and the guide lie in one plate over the data. Otherwise all data are
     one datum: a batch is then a tuple of tensors of shape ``(1, M, ...)``, and N is 1 in every ``(K, N)``.
 
-    Scales, of a handler or of a subsampling plate, are no part of log p(x) and are left out; masks are applied.
+    Scales, of a handler or of a subsampling plate, are no part of log p(x) and are left out, of which `log_evidence`
+    warns where they are a handler's; masks are applied.
     Discrete latents that are marked for enumeration are summed out, and are no latents here.
 
     Attributes:
@@ -81,8 +83,7 @@ class Densities:
                 that depend on each other inside of a plate.
             DataError: Data outside the support of their site.
         """
-        devices = [placed.device] if placed.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # draws do not depend on how often a pair was tried
+        with spare_noise(placed.device):
             tried = try_pair(placed, data, nesting=nesting, is_joint=is_joint, in_memory=in_memory)
         programs = Programs((placed.model, placed.guide))
         return cls(placed, tried, programs)
@@ -171,16 +172,27 @@ class Densities:
         floating = (t.dtype for t in self.trial if t.is_floating_point())
         return self.placed.dtype or next(floating, torch.get_default_dtype())
 
+    def run_pair(self, batch: Batch, num_samples: int = 1) -> tuple[Run, Run]:
+        """Runs the model on latents that the guide drew, which any model can be that the guide fits; both runs."""
+        proposed = self.runner.run(self.guide, batch, num_samples)
+        return self.run_model(batch, Latents(proposed.values(self.tried.names), num_samples), sums=False), proposed
+
     @cached_property
-    def has_other_supports(self) -> bool:
-        """Whether data have supports that a single entry does not show, such as a Binomial's or one-hots'."""
-        sites = observed_of(self.runner.run(self.model, self.trial, 1).sites)
-        return any(other_support(site) is not None for site in sites.values())
+    def has_data_to_check(self) -> bool:
+        """Whether supports are such as a single entry does not show, a Binomial's or one-hots', or latents masked."""
+        observed = observed_of(self.run_pair(self.trial)[0].sites)
+        return self.tried.has_masks or any(other_support(site) is not None for site in observed.values())
 
     def check_data(self, batch: Batch) -> None:
-        """Raises `DataError` where observed data lie outside of their support, where `has_other_supports`."""
-        latents, _ = self.draw_guide(batch, 1)
-        for name, site in observed_of(self.run_model(batch, latents, sums=False).sites).items():
+        """Looks at data where `has_data_to_check`.
+
+        Raises:
+            DataError: Observed data lie outside of their support.
+            ProgramError: The model and the guide mask other latents.
+        """
+        model, guide = (run.sites for run in self.run_pair(batch))
+        check_masks(model, guide)
+        for name, site in observed_of(model).items():
             support = other_support(site)
             bad = torch.zeros(1) if support is None else ~support.check(site["value"])
             if bad.any():
@@ -191,11 +203,13 @@ class Densities:
     @cached_property
     def space(self) -> LatentSpace:
         """The latents as vectors of real numbers."""
-        run = self.runner.run(self.model, self.trial, 3)
+        run, _ = self.run_pair(self.trial, 3)
         values = run.values(self.tried.names)
         sites = {name: run.sites[name] for name in self.tried.names}
         supports = {name: (support_of(site), values[name]) for name, site in sites.items()}
-        return LatentSpace.of(supports, {name: refusal(site) for name, site in sites.items()})
+        space = LatentSpace.of(supports, {name: refusal(site) for name, site in sites.items()})
+        named = {"prior": not self.prior_refusal, "defensive": self.scores_guide and not self.prior_refusal}
+        return replace(space, takes_any=("guide", *(name for name, can in named.items() if can)))
 
     def draw_guide(self, batch: Batch, num_samples: int) -> tuple[Latents, Tensor]:
         """Draws latents from the guide, and returns them with log q(z|x), shape ``(K, N)``."""
@@ -206,10 +220,25 @@ class Densities:
         check_names(values.keys(), {*self.tried.names, *self.tried.auxiliary})
         return Latents({name: values[name] for name in self.tried.names}, num_samples), log_qz
 
+    @cached_property
+    def prior_refusal(self) -> str:
+        """Why the model cannot be run on latents of its own, though it can on the guide's; empty where it can."""
+        with spare_noise(self.placed.device):
+            return find_refusal(self.runner, self.model, self.trial)
+
+    def check_prior(self) -> None:
+        """Raises `ProgramError` where there are no draws from the prior."""
+        check_refusal(self.prior_refusal)
+
     def draw_prior(self, batch: Batch, num_samples: int) -> Latents:
-        """Draws latents from the prior, afresh for each datum; their densities come with them."""
+        """Draws latents from the prior, afresh for each datum; their densities come with them.
+
+        Raises:
+            ProgramError: The model cannot draw them.
+        """
         if not self.has_latents:
             return Latents({}, num_samples)
+        self.check_prior()
         run = self.runner.run(self.model, batch, num_samples)
         latents = self._latents(run, num_samples)
         latents.densities = None if self.runner.summed else self.densities_of(run)
@@ -282,8 +311,9 @@ class Densities:
         """Draws ``z ~ p(z)`` and ``x ~ p(x|z)``, and returns the batch with x in the place of its data, and z.
 
         Raises:
-            ProgramError: An observed site's data are no tensor of the batch as it is.
+            ProgramError: An observed site's data are no tensor of the batch as it is, or the prior cannot be drawn.
         """
+        self.check_prior()
         observed = observed_of(self.runner.run(self.model, batch, 1).sites)
         run = self.runner.run(self.model, batch, 1, observes=False)
         drawn = run.values(run.sites)
@@ -359,7 +389,7 @@ class Densities:
         if self.runner.made:
             if self.runner.made != set(self.tried.names):
                 return None
-            drawn = torch.cat([value.flatten(2) for value in run.values(names).values()], -1)
+            drawn = torch.cat([v.flatten(2) if v.dim() > 2 else v[..., None] for v in run.values(names).values()], -1)
             u = self.space.flatten(Latents(run.values(self.tried.names), 3))[0]
             if u.shape != drawn.shape or not torch.allclose(u, drawn.to(u), rtol=1e-3, atol=1e-4):
                 return None

@@ -60,8 +60,8 @@ class Evaluation:
             yield number, block
 
     def _check(self, block: InMemory) -> None:
-        """Looks at supports that a single entry does not show."""
-        if self.densities.has_other_supports:
+        """Looks at what two data do not show: some supports, and which latents are masked."""
+        if self.densities.has_data_to_check:
             for rows in torch.arange(block.num_data).split(max(1, 2**20 // self.densities.entries)):
                 self.densities.check_data(block.take(rows))
 
@@ -125,6 +125,7 @@ def open_evaluation(pair: Pair, batches: Batches, seed: int, precision: str = "f
         untrained = outside_modules(store)["params"].keys() - trained["params"].keys()
         _warn_of_initial_values(untrained)
         tried = densities.tried
+        _warn_of_scales(tried.scaled)
         with (
             # A setting of the device, which graphs meet as they run.
             in_precision(precision, pair.device) if precision == "tf32" else nullcontext(),
@@ -164,4 +165,12 @@ def _warn_of_initial_values(names: Collection[str]) -> None:
         warn(
             f"parameters {sorted(names)} have their initial values: the param store holds none of these names. "
             "After pvae.fit, evaluate inside `with result.trained():`."
+        )
+
+
+def _warn_of_scales(names: Collection[str]) -> None:
+    if names:
+        warn(
+            f"the model scales the densities of {sorted(names)}, as by poutine.scale: log p(x) is of the densities as "
+            "they are, without scales."
         )

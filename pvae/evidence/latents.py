@@ -126,12 +126,19 @@ class LatentSpace:
     """
 
     sites: dict[str, Site]
+    takes_any: tuple[str, ...] = ("guide", "prior", "defensive")
+    """Proposals that take latents as they are, for where one has no vector."""
 
     @classmethod
     def of(cls, sites: Mapping[str, tuple[Any, Tensor]], refusals: Mapping[str, str] | None = None) -> LatentSpace:
         """From each site's support and its values ``(K, N, *plates, *event)``, and why some have no vector."""
         refusals = refusals or {}
         return cls({name: _site(name, *site, refusals.get(name, "")) for name, site in sites.items()})
+
+    @property
+    def refusal(self) -> str:
+        """Why a latent has no vector; empty if all have one."""
+        return next((site.refusal for site in self.sites.values() if site.refusal), "")
 
     @property
     def dim(self) -> int:
@@ -166,9 +173,13 @@ class LatentSpace:
 
     def _movable_sites(self) -> dict[str, Site]:
         """All sites, or a `ProgramError` where one of them has no vector."""
-        for site in self.sites.values():
-            if site.refusal:
-                raise ProgramError(site.refusal)
+        if self.refusal:
+            *others, last = map(repr, self.takes_any)
+            names = f"{', '.join(others)} or {last}" if others else last
+            raise ProgramError(
+                f"{self.refusal}, and this proposal moves real numbers. Use proposal={names}, which "
+                f"take{'' if others else 's'} any latents."
+            )
         if not self.sites:
             raise ProgramError("the model has no latent sites: log p(x) is its density, and needs no proposal.")
         return self.sites
@@ -192,26 +203,23 @@ def _sum_over_event(log_det: Tensor) -> Tensor:
 def _site(name: str, support: Any, values: Tensor, refusal: str) -> Site:
     shape, half = values.shape[2:], values.dtype if values.dtype in (torch.float16, torch.bfloat16) else None
     inner = inner_support(support)
-    advice = "Use proposal='guide', 'prior' or 'defensive', which take any latents."
     if support is None:
         refusal = "does not say what its support is"
     elif support.is_discrete:
         refusal = "is discrete"
     if refusal:
-        return Site(shape, shape, None, f"site '{name}' {refusal}, and this proposal moves real numbers. {advice}")
+        return Site(shape, shape, None, f"site '{name}' {refusal}")
     if inner is constraints.real:
         return Site(shape, shape, None, half=half)
     bounds = {key: getattr(inner, key) for key in ("lower_bound", "upper_bound") if hasattr(inner, key)}
     numbers = {key: torch.as_tensor(value).flatten() for key, value in bounds.items()}
     if any((value != value[0]).any() for value in numbers.values()):
-        return Site(
-            shape, shape, None, f"the support of site '{name}' is not the same for all of its entries. {advice}"
-        )
+        return Site(shape, shape, None, f"the support of site '{name}' is not the same for all of its entries")
     if bounds:
         inner = type(inner)(*(value[0].item() for value in numbers.values()))
     try:
         transform = biject_to(inner)
     except NotImplementedError:
-        refusal = f"the support of site '{name}', {inner}, is not known to be that of some real numbers. {advice}"
+        refusal = f"the support of site '{name}', {inner}, is not known to be that of some real numbers"
         return Site(shape, shape, None, refusal)
     return Site(shape, torch.Size(transform.inverse_shape(shape)), transform, half=half)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import reduce
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ __all__ = [
     "auxiliary_of",
     "check_auxiliary",
     "check_densities",
+    "check_masks",
     "check_names",
     "check_plates",
     "check_shapes",
     "data_dim",
     "first_other_row",
+    "is_masked",
+    "is_scaled",
     "latent_of",
     "normal_moments",
     "observed_of",
@@ -38,6 +42,10 @@ __all__ = [
     "support_of",
 ]
 
+_OBS_MASK = (
+    " Or, where nothing depends on what is missing, leave it out: with poutine.mask(mask=there): pyro.sample(..., "
+    "obs=x), in the place of obs_mask=there, needs no latents, and goes with any guide."
+)
 _CIRCULAR = ("VonMises", "VonMises3D", "SineBivariateVonMises", "SineSkewed")  # torch calls their support real
 
 
@@ -62,14 +70,49 @@ def plates_of(site: Any) -> list[Any]:
 
 def refusal(site: Any) -> str:
     """Why a latent cannot be moved as real numbers, beyond what its support says; empty if it can."""
-    layers = [site["fn"]]
-    while hasattr(layers[-1], "base_dist"):
-        layers.append(layers[-1].base_dist)
-    if type(layers[-1]).__name__ in _CIRCULAR:
+    if type(base_distribution(site["fn"])).__name__ in _CIRCULAR:
         return "is an angle"
     # A masked latent has no density, so that nothing holds a Gaussian's draws of it in place.
-    masked = site["mask"] is not None or any(isinstance(layer, dist.MaskedDistribution) for layer in layers)
-    return "is masked" if masked else ""
+    return "is masked" if is_masked(site) else ""
+
+
+def is_masked(site: Any) -> bool:
+    """Whether there is a mask on a site's density, of a handler or of its distribution."""
+    return bool(_masks_of(site))
+
+
+def is_scaled(site: Any) -> bool:
+    """Whether a handler scales a site's density; a plate that takes some of its data for all scales it, too."""
+    frames = site["cond_indep_stack"]
+    by_plates = math.prod(float(frame.full_size / frame.size) for frame in frames if frame.full_size and frame.size)
+    scale = torch.as_tensor(site["scale"], dtype=torch.float64)
+    return not torch.allclose(scale, torch.full_like(scale, by_plates))
+
+
+def _masks_of(site: Any) -> list[Tensor]:
+    """The masks on a site's density, each with a dimension for all of its value's, or fewer on the left."""
+    masks, layer = [(site["mask"], site["fn"])], site["fn"]
+    while hasattr(layer, "base_dist"):
+        if isinstance(layer, dist.MaskedDistribution):
+            masks.append((layer._mask, layer))
+        layer = layer.base_dist
+    tensors = ((torch.as_tensor(mask), len(fn.event_shape)) for mask, fn in masks if mask is not None)
+    return [mask.reshape(mask.shape + (1,) * event_dim) for mask, event_dim in tensors]
+
+
+def check_masks(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
+    """Raises `ProgramError` where a latent's density counts for other entries in one program than in the other."""
+    for name, site in latent_of(model).items():
+        if name not in guide:
+            continue
+        ours, theirs = (reduce(torch.logical_and, _masks_of(one), torch.tensor(True)) for one in (site, guide[name]))
+        for here, there, mask, other in (("model", "guide", ours, theirs), ("guide", "model", theirs, ours)):
+            if (~mask & other).any():
+                raise ProgramError(
+                    f"site '{name}' is masked in the {here} where the {there} has a density of it: the two would be "
+                    "densities of different latents. Put the same poutine.mask(mask=...) around it in both."
+                    f"{_OBS_MASK if name.endswith('_unobserved') else ''}"
+                )
 
 
 def other_support(site: Any) -> Any:

@@ -97,6 +97,8 @@ def gauss_hermite(
     pair, batches = place_evaluation(model, guide, data, seed=0, device=device)
     with open_evaluation(pair, batches, seed=0) as evaluation:
         densities, parts = evaluation.densities, []
+        if refusal := densities.space.refusal:
+            raise ProgramError(f"{refusal}, and quadrature is over real numbers. Use pvae.log_evidence.")
         dim = densities.space.dim
         if dim > _MAX_DIM:
             raise ProgramError(

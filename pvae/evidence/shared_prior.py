@@ -1,16 +1,38 @@
-"""Draws from the prior that serve all data at once, where the model allows it."""
+"""Draws from the prior: whether there are any, and where the model allows it, such as serve all data at once."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from pvae.errors import ProgramError, PVAEError, first_line
 from pvae.evidence.exponential_families import is_constant_along, is_family, leaf_of, shared_log_prob
 from pvae.evidence.pair_checks import check_names, latent_of, observed_of, plates_of
 from pvae.evidence.traces import Batch, Run, Runner
 from pvae.runtime import Program
 
-__all__ = ["draw_shared", "shares_draws"]
+__all__ = ["check_refusal", "draw_shared", "find_refusal", "shares_draws"]
+
+
+def find_refusal(runner: Runner, model: Program, trial: Batch) -> str:
+    """Why a model that runs on a guide's latents cannot be run on its own; empty where it can."""
+    try:
+        runner.run(model, trial, 1)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, PVAEError) or "memory" in str(error):
+            raise
+        return first_line(error).rstrip(".")
+    return ""
+
+
+def check_refusal(reason: str) -> None:
+    """Raises `ProgramError` where `find_refusal` found a reason."""
+    if reason:
+        raise ProgramError(
+            f"the model cannot draw its own latents: {reason}. A prior to draw from is a proper distribution, of "
+            "numbers that the model takes: of float64 by x.new_zeros(4) in the place of torch.zeros(4), where x is. Or "
+            "use proposal='guide', which needs no draws from the prior."
+        )
 
 
 def shares_draws(runner: Runner, model: Program, trial: Batch) -> bool:

@@ -15,6 +15,7 @@ from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.pair_checks import latent_of, observed_of, plates_of
 from pvae.evidence.proposals import Density
 from pvae.evidence.traces import Run
+from pvae.runtime import spare_noise
 
 __all__ = ["SiteValues"]
 
@@ -37,9 +38,8 @@ class SiteValues:
     @cached_property
     def _sites(self) -> Mapping[str, Any]:
         densities = self.densities
-        device = densities.placed.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # draws are as without this
-            return densities.runner.run(densities.model, densities.trial, 1).sites
+        with spare_noise(densities.placed.device):
+            return densities.run_pair(densities.trial)[0].sites
 
     @cached_property
     def observed(self) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ class SiteValues:
 
     def observe(self, batch: Batch) -> dict[str, Tensor]:
         """What the sites observe, each ``(N, *plates, *event)``."""
-        run = self._along_data(self.densities.runner.run(self.densities.model, batch, 1))
+        run = self._along_data(self.densities.run_pair(batch)[0])
         values = {}
         for name in self.observed:
             fn, value = run.sites[name]["fn"], run.sites[name]["value"]  # as given, without a dimension for particles
@@ -108,6 +108,8 @@ class SiteValues:
         Returns:
             By site, what was drawn in the place of data; and the latents.
         """
+        if latents is None:
+            self.densities.check_prior()
         run = self.densities.runner.run(self.densities.model, batch, num_samples, latents, observes=False)
         hidden = [name for name in latent_of(run.sites) if name not in self.observed and self._is_kept(name)]
         return self._along_data(run).values(self.observed), run.values(hidden)

@@ -33,6 +33,7 @@ FEWEST_TEMPERATURES = 16
 _KHAT = 0.5  # the most of pilots: weights of a finite variance, and far from the limit, as k-hat scatters
 _ERRORS = 4  # standard errors that two estimates may be apart
 _SHARE_OF_USE = 0.05
+_PRECISION_OF_SUMS = 1e-12  # of float64, over many draws
 
 # What the guide covers stays covered.
 _SHARES = (0.95, 0.05)
@@ -79,21 +80,30 @@ def can_fit(densities: Densities) -> bool:
 
 
 def can_mix(densities: Densities) -> bool:
-    """Whether the guide's density is known where the prior draws."""
+    """Whether the density of the guide, or of a Gaussian in its place, is known where the prior draws."""
+    if not densities.scores_guide:
+        return can_fit(densities) and not densities.prior_refusal
     try:
-        if densities.scores_guide:
-            densities.log_qz(densities.trial, densities.draw_prior(densities.trial, 1))
-    except ProgramError:
+        densities.log_qz(densities.trial, densities.draw_prior(densities.trial, 1))
+    except (ProgramError, RuntimeError) as error:  # of a guide that reads its own latents, and not those of others
+        if "memory" in str(error):
+            raise
         return False
     return True
 
 
-def surely_above(sums: WeightSums) -> Tensor:
+def surely_above(sums: WeightSums, precision: float) -> Tensor:
     """What log p(x) is above by all that is known, shape ``(N,)``; -inf where that is nothing.
 
-    Weights are positive and skewed: their mean is more often too low than too high, whatever k-hat says.
+    Weights are positive and skewed: their mean is more often too low than too high, whatever k-hat says. Where all are
+    the same there is no error but that of rounding, which makes a number a little too high as often as too low.
+
+    Args:
+        sums: Over draws.
+        precision: Machine epsilon of the numbers that densities are computed in.
     """
-    return torch.where(sums.ess >= MIN_ESS, sums.log_px - _ERRORS * sums.std_error, -torch.inf)
+    rounding = (precision + _PRECISION_OF_SUMS) * sums.log_px.abs().clamp(min=1.0)
+    return torch.where(sums.ess >= MIN_ESS, sums.log_px - _ERRORS * sums.std_error - rounding, -torch.inf)
 
 
 def is_of_use(sums: WeightSums) -> Tensor:

@@ -17,11 +17,14 @@ from pvae.evidence.pair_checks import (
     auxiliary_of,
     check_auxiliary,
     check_densities,
+    check_masks,
     check_names,
     check_plates,
     check_shapes,
     data_dim,
     first_other_row,
+    is_masked,
+    is_scaled,
     latent_of,
     plates_of,
     point_masses,
@@ -59,6 +62,8 @@ class Trial:
         observed: What observes the data, as `pvae.runtime.sites.observed_data` finds it.
         names: The latents that are drawn, without those that are summed out.
         auxiliary: The guide's variables that the model does not have.
+        has_masks: Whether latents are masked in either program.
+        scaled: The model's sites whose densities a handler scales.
     """
 
     runner: Runner
@@ -66,6 +71,8 @@ class Trial:
     observed: tuple[Any, ...]
     names: tuple[str, ...]
     auxiliary: tuple[str, ...]
+    has_masks: bool
+    scaled: tuple[str, ...]
 
 
 def try_pair(
@@ -183,6 +190,7 @@ def _check(sites: dict[str, Sites], batch: Batch, data: Batch) -> tuple[Any, ...
     """Looks at what a pair does, and returns what observes the data."""
     check_pair(sites["model"], sites["guide"], strict=True)
     check_densities(**sites)
+    check_masks(**sites)
     observed = tuple(observed_data(sites["model"], batch))
     check_supports(observed, data)
     return observed
@@ -209,4 +217,6 @@ def _as_trial(
     names = tuple(name for name in latent if name not in summed)
     runner = Runner(layout, dims, frozenset(summed), frozenset(point_masses(sites["guide"])))
     runner = lay_out_particles(runner, placed, batch, names)
-    return Trial(runner, batch, observed, names, tuple(auxiliary_of(sites["guide"])))
+    has_masks = any(is_masked(site) for program in sites.values() for site in latent_of(program).values())
+    scaled = tuple(name for name, site in sites["model"].items() if is_scaled(site))
+    return Trial(runner, batch, observed, names, tuple(auxiliary_of(sites["guide"])), has_masks, scaled)

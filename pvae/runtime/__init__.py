@@ -1,6 +1,13 @@
 """Running somebody's programs: placed, looked at, isolated; in turn, by several processes, until a signal."""
 
-from pvae.runtime.isolation import get_rng_state, isolate, outside_modules, resolve_seed, set_rng_state
+from pvae.runtime.isolation import (
+    get_rng_state,
+    isolate,
+    outside_modules,
+    resolve_seed,
+    set_rng_state,
+    spare_noise,
+)
 from pvae.runtime.processes import ALONE, Processes, resolve_processes
 from pvae.runtime.products import in_precision
 from pvae.runtime.programs import Pair, Program, modules_of, place_pair, reachable
@@ -56,6 +63,7 @@ __all__ = [
     "resolve_seed",
     "set_rng_state",
     "simple_support",
+    "spare_noise",
     "tensors_of",
     "turn",
 ]

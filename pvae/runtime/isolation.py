@@ -11,7 +11,7 @@ import random
 import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from pvae.errors import ArgumentError, PVAEError
 from pvae.runtime.turns import turn
 
-__all__ = ["OwnParameters", "get_rng_state", "isolate", "outside_modules", "resolve_seed", "set_rng_state"]
+__all__ = [
+    "OwnParameters",
+    "get_rng_state",
+    "isolate",
+    "outside_modules",
+    "resolve_seed",
+    "set_rng_state",
+    "spare_noise",
+]
 
 
 def get_rng_state() -> Any:
@@ -39,6 +47,11 @@ def set_rng_state(states: Any) -> None:
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     np.random.set_state(states[2])  # noqa: NPY002
+
+
+def spare_noise(device: torch.device) -> AbstractContextManager[Any]:
+    """A block after which torch's random numbers go on as if it had drawn none, so that a trial changes no results."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def resolve_seed(seed: int | None) -> int:

@@ -79,6 +79,8 @@ class Annealed(Proposal):
 
     def on(self, pair: Densities, batch: Batch) -> Chains:
         """Chains for the data of one batch, with step sizes tuned and frozen."""
+        if isinstance(self.start, Prior):
+            pair.check_prior()
         start = None if isinstance(self.start, Prior) else replace(self.start.gaussian(pair, batch), sobol=None)
         width = _PRIOR_WIDTH if start is None else _GAUSSIAN_WIDTH
         chains = Chains(pair, batch, start, ladder(self._tuned, width), self.leapfrog_steps)

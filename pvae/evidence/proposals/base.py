@@ -268,6 +268,7 @@ class Prior(Proposal):
 
     def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The prior, shared by the batch's data where that is sound."""
+        pair.check_prior()
         return PriorDensity(pair, batch)
 
 

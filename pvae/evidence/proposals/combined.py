@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.errors import ArgumentError, one_of, positive_int, real_number
+from pvae.errors import ArgumentError, ProgramError, one_of, positive_int, real_number
 from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.latents import Latents
 from pvae.evidence.proposals.annealing import Annealed
@@ -198,8 +198,15 @@ class Defensive(_MadeOf):
 
     def on(self, pair: Densities, batch: Batch) -> Sampler:
         """The mixture for the data of one batch."""
+        pair.check_prior()
         base = self.base.on(pair, batch)
         if isinstance(base, GuideDensity) and not base.pair.scores_guide and isinstance(self.base, Gaussian):
+            if refusal := pair.space.refusal:
+                raise ProgramError(
+                    f"the guide makes {sorted(base.pair.runner.made)} of other variables, so that its density at draws "
+                    f"from the prior is not known, and no Gaussian can stand in its place: {refusal}. Use "
+                    "proposal='guide' or 'prior'."
+                )
             base = GaussianDensity(pair, batch, self.base.gaussian(pair, batch))  # like the guide, with a density
         if not isinstance(base, Density):
             raise ArgumentError(f"base must be a proposal with a density, got {self.base!r}.")
