@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,8 @@ def test_what_is_of_one_process_does_not_mention_others(name):
 
 @pytest.mark.parametrize("name", sorted(n for n in MODULES if n.startswith(("svi", "evidence"))))
 def test_only_two_files_trace_programs(name):
-    traces = "poutine" in MODULES[name].read_text()
-    assert traces == (name in {"evidence.traces", "svi.traces"})
+    handles = re.search(r"import poutine|pyro\.poutine", MODULES[name].read_text())  # errors may speak of it
+    assert bool(handles) == (name in {"evidence.traces", "svi.traces"})
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

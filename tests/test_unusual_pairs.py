@@ -295,7 +295,7 @@ def test_one_number_for_each_datum_may_be_made_of_another():
     def guide(x):
         with pyro.plate("data", len(x)):
             e = pyro.sample("e", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
-            pyro.sample("z", dist.Delta(x / 2 + 0.8 * e, log_density=torch.full_like(e, -math.log(0.8))))
+            pyro.sample("z", dist.Delta(x / 2 + 0.8 * e, log_density=-math.log(0.8)))
 
     for proposal in ("auto", "defensive", "refined"):
         within(pvae.log_evidence(gaussian, guide, X, proposal=proposal), normal(X))

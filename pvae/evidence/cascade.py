@@ -17,12 +17,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pvae.data import InMemory
-from pvae.errors import warn
 from pvae.evidence.drawing import Draws, DrawSums
 from pvae.evidence.evaluation import Evaluation, name_batch
 from pvae.evidence.planning import Settings
 from pvae.evidence.proposals import WIDE_START, Elliptical, GivenGaussian, Guide, Refined, Sampler
-from pvae.evidence.stages import FEWEST_TEMPERATURES, WAYS, Judge, can_fit, can_mix, is_of_use, may_reach, surely_above
+from pvae.evidence.stages import (
+    FEWEST_TEMPERATURES,
+    WAYS,
+    Judge,
+    can_draw_prior,
+    can_fit,
+    can_mix,
+    is_of_use,
+    may_reach,
+    surely_above,
+)
 from pvae.evidence.verdicts import KHAT_LIMIT, STAGES
 from pvae.evidence.weights import WeightSums
 
@@ -76,12 +85,8 @@ class Cascade:
         self.draws = Draws(evaluation, settings, tqdm(disable=True))
         target = settings.target_std_error
         self.judge = Judge(settings.num_samples, settings.limit, target or _STD_ERROR, target is not None)
+        self.has_prior = can_draw_prior(self.densities)
         self.can_fit, self.can_mix = can_fit(self.densities), can_mix(self.densities)
-        if refusal := self.densities.prior_refusal:
-            warn(
-                f"the model cannot draw its own latents ({refusal}), so that no draws from the prior tell of what the "
-                "guide overlooks, such as a second mode: proposal='auto' goes on without them."
-            )
         dim = self.densities.space.dim if self.can_fit else 1
         self.is_small = self.can_fit and dim <= _FEW_DIMENSIONS
         # A chunk holds few data and many draws of each; fits take many data, up to what D x D numbers for each take.
@@ -115,7 +120,7 @@ class Cascade:
 
         Nothing and no, where there are none.
         """
-        if self.densities.prior_refusal:
+        if not self.has_prior:
             return torch.full((block.num_data,), -torch.inf, dtype=torch.float64), torch.zeros(block.num_data) > 0
         prior = self._try_prior(block)
         return surely_above(prior, self.densities.precision), is_of_use(prior) & self.can_mix

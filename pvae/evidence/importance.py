@@ -49,10 +49,10 @@ def log_evidence(
     ``log p(x) = log E_q[w]`` with ``w = p(x, z) / q(z)``, estimated by ``log (1/K) sum_k w_k`` over K draws of z. The
     pair can be any Pyro programs. With one plate over the data around all their sites each datum has its own log p(x);
     otherwise all have one log p(data) together. Discrete latents that are marked ``infer={"enumerate": ...}`` are
-    summed out. Masks are applied; scales, as of ``poutine.scale``, are no part of log p(x), and there is a warning where
-    the model has one that is not a subsampling plate's. Draws and data stream through in chunks; memory does not grow with K. Nothing is trained: parameters,
-    modes, random numbers and param store are left as they were, but modules stay on ``device``. Calls in several
-    threads take turns.
+    summed out. Masks are applied; scales, as of ``poutine.scale``, are no part of log p(x), and there is a warning of
+    those that are not a subsampling plate's. Draws and data stream through in chunks; memory does not grow with K.
+    Nothing is trained: parameters, modes, random numbers and param store are left as they were, but modules stay on
+    ``device``. Calls in several threads take turns.
 
     Args:
         model: The generative program.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.errors import ProgramError
+from pvae.errors import ProgramError, warn
 from pvae.evidence.densities import MAX_JOINT_DIM, Densities
 from pvae.evidence.intervals import pooled_khat
 from pvae.evidence.proposals import (
@@ -26,7 +26,17 @@ from pvae.evidence.proposals import (
 from pvae.evidence.verdicts import ERROR_MARGIN, MIN_ESS
 from pvae.evidence.weights import WeightSums
 
-__all__ = ["FEWEST_TEMPERATURES", "WAYS", "Judge", "can_fit", "can_mix", "is_of_use", "may_reach", "surely_above"]
+__all__ = [
+    "FEWEST_TEMPERATURES",
+    "WAYS",
+    "Judge",
+    "can_draw_prior",
+    "can_fit",
+    "can_mix",
+    "is_of_use",
+    "may_reach",
+    "surely_above",
+]
 
 FEWEST_TEMPERATURES = 16
 
@@ -68,6 +78,16 @@ WAYS = {
     "annealed from the prior": Way(lambda _, temperatures: Annealed(Prior(), temperatures), 4),
 }
 """By the names in `pvae.evidence.verdicts.STAGES`."""
+
+
+def can_draw_prior(densities: Densities) -> bool:
+    """Whether there are draws from the prior; a reader is told where there are none."""
+    if densities.prior_refusal:
+        warn(
+            f"the model cannot draw its own latents ({densities.prior_refusal}), so that no draws from the prior tell "
+            "of what the guide overlooks, such as a second mode: proposal='auto' goes on without them."
+        )
+    return not densities.prior_refusal
 
 
 def can_fit(densities: Densities) -> bool:
