@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
 
@@ -116,6 +117,25 @@ def test_masks_of_entries_are_compared_however_they_are_put():
     within(estimate, (normal(x) * there).sum(1))
     with pytest.raises(pvae.ProgramError, match="'z' is masked in the model"):
         pvae.log_evidence(model, lambda x, there: guide(x, there, flip=True), (x, there))
+
+
+def test_a_masked_latent_that_is_summed_out_has_no_density_to_mask():
+    @config_enumerate
+    def model(x, y, known):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3), obs=y, obs_mask=known)
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    @config_enumerate
+    def guide(x, y, known):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k_unobserved", dist.Bernoulli(torch.sigmoid(x)))
+
+    y = torch.arange(6.0) % 2
+    parts = [math.log(p) + dist.Normal(k, 1.0).log_prob(X).double() for k, p in ((0.0, 0.7), (1.0, 0.3))]
+    known = torch.where(y == 1, parts[1], parts[0])
+    estimate = pvae.log_evidence(model, guide, (X, y, MASK))
+    torch.testing.assert_close(estimate.log_px, torch.where(MASK, known, torch.logaddexp(*parts)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)])

@@ -121,7 +121,8 @@ class Cascade:
         Nothing and no, where there are none.
         """
         if not self.has_prior:
-            return torch.full((block.num_data,), -torch.inf, dtype=torch.float64), torch.zeros(block.num_data) > 0
+            nothing = torch.full((block.num_data,), -torch.inf, dtype=torch.float64)
+            return nothing, torch.zeros(block.num_data, dtype=torch.bool)
         prior = self._try_prior(block)
         return surely_above(prior, self.densities.precision), is_of_use(prior) & self.can_mix
 

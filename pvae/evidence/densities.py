@@ -173,7 +173,7 @@ class Densities:
         return self.placed.dtype or next(floating, torch.get_default_dtype())
 
     def run_pair(self, batch: Batch, num_samples: int = 1) -> tuple[Run, Run]:
-        """Runs the model on latents that the guide drew, which any model can be that the guide fits; both runs."""
+        """Runs the guide, and the model on its draws, as a model may not be run on its own; both runs."""
         proposed = self.runner.run(self.guide, batch, num_samples)
         return self.run_model(batch, Latents(proposed.values(self.tried.names), num_samples), sums=False), proposed
 
@@ -191,7 +191,7 @@ class Densities:
             ProgramError: The model and the guide mask other latents.
         """
         model, guide = (run.sites for run in self.run_pair(batch))
-        check_masks(model, guide)
+        check_masks(model, guide, self.tried.names)
         for name, site in observed_of(model).items():
             support = other_support(site)
             bad = torch.zeros(1) if support is None else ~support.check(site["value"])
@@ -208,6 +208,8 @@ class Densities:
         sites = {name: run.sites[name] for name in self.tried.names}
         supports = {name: (support_of(site), values[name]) for name, site in sites.items()}
         space = LatentSpace.of(supports, {name: refusal(site) for name, site in sites.items()})
+        if not space.refusal:
+            return space
         named = {"prior": not self.prior_refusal, "defensive": self.scores_guide and not self.prior_refusal}
         return replace(space, takes_any=("guide", *(name for name, can in named.items() if can)))
 

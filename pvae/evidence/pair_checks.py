@@ -100,12 +100,18 @@ def _masks_of(site: Any) -> list[Tensor]:
     return [mask.reshape(mask.shape + (1,) * event_dim) for mask, event_dim in tensors]
 
 
-def check_masks(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
-    """Raises `ProgramError` where a latent's density counts for other entries in one program than in the other."""
-    for name, site in latent_of(model).items():
-        if name not in guide:
-            continue
-        ours, theirs = (reduce(torch.logical_and, _masks_of(one), torch.tensor(True)) for one in (site, guide[name]))
+def check_masks(model: Mapping[str, Any], guide: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raises `ProgramError` where a latent's density counts for other entries in one program than in the other.
+
+    Args:
+        model: The model's sites.
+        guide: The guide's.
+        names: The latents that are drawn; those that are summed out have no density, masked or not.
+    """
+    for name in names:
+        ours, theirs = (
+            reduce(torch.logical_and, _masks_of(sites[name]), torch.tensor(True)) for sites in (model, guide)
+        )
         for here, there, mask, other in (("model", "guide", ours, theirs), ("guide", "model", theirs, ours)):
             if (~mask & other).any():
                 raise ProgramError(

@@ -190,7 +190,6 @@ def _check(sites: dict[str, Sites], batch: Batch, data: Batch) -> tuple[Any, ...
     """Looks at what a pair does, and returns what observes the data."""
     check_pair(sites["model"], sites["guide"], strict=True)
     check_densities(**sites)
-    check_masks(**sites)
     observed = tuple(observed_data(sites["model"], batch))
     check_supports(observed, data)
     return observed
@@ -215,8 +214,9 @@ def _as_trial(
     }
     layout = Layout(dim, -max(nesting, 0, *depths) - 1)
     names = tuple(name for name in latent if name not in summed)
+    check_masks(sites["model"], sites["guide"], names)
     runner = Runner(layout, dims, frozenset(summed), frozenset(point_masses(sites["guide"])))
     runner = lay_out_particles(runner, placed, batch, names)
-    has_masks = any(is_masked(site) for program in sites.values() for site in latent_of(program).values())
+    has_masks = any(is_masked(program[name]) for program in sites.values() for name in names)
     scaled = tuple(name for name, site in sites["model"].items() if is_scaled(site))
     return Trial(runner, batch, observed, names, tuple(auxiliary_of(sites["guide"])), has_masks, scaled)
