@@ -79,5 +79,5 @@ def test_plates_left_and_right_of_the_data_go_on_working(proposal):
     covariance = torch.ones(3, 3, dtype=torch.float64) + 0.5 * torch.eye(3, dtype=torch.float64)
     exact = dist.MultivariateNormal(torch.zeros(3, dtype=torch.float64), covariance).log_prob(x)
     estimate = pvae.log_evidence(model, guide, x, proposal=proposal, num_samples=2000, compile=False)
-    # 5 standard errors fail with 6e-7 for each of 10 data.
-    assert ((estimate.log_px - exact).abs() < 5 * estimate.std_error).all()
+    # 5 standard errors fail with 6e-7 for each of 10 data; a Gaussian that is fitted is exact, but for rounding.
+    assert ((estimate.log_px - exact).abs() < 5 * estimate.std_error + 1e-12).all()
