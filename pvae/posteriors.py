@@ -139,6 +139,8 @@ class InverseAutoregressive(nn.Module):
         context_dim: ``C``, the width of the context; left out, that of the latent.
         num_steps: ``T``. Every other one runs through the entries in reverse.
         hidden: Widths of the hidden layers of each step's network, none below D; left out, one of ``max(64, 4 D)``.
+            Entry i sees the context and the entries before it by a share of them alone, so wider ones pay: ``"iaf"`` by
+            name has one of ``max(64, 12 D)``.
         max_log_scale: As for `DiagonalNormal`.
         units: As for `DiagonalNormal`.
 
@@ -214,11 +216,16 @@ def _rank(latent_dim: int) -> int:
     return min(4, latent_dim)
 
 
+def _make_iaf(network: nn.Module, latent_dim: int, *, units: Units | None = None) -> InverseAutoregressive:
+    # The class's own width is that of files that were saved without one.
+    return InverseAutoregressive(network, latent_dim, hidden=[max(64, 12 * latent_dim)], units=units)
+
+
 NAMED = {
     "diagonal": Named(lambda network, _, **units: DiagonalNormal(network, **units), lambda d: 2 * d),
     "low-rank": Named(
         lambda network, d, **units: LowRankNormal(network, _rank(d), **units), lambda d: (2 + _rank(d)) * d
     ),
     "full": Named(lambda network, _, **units: FullNormal(network, **units), lambda d: d * (d + 3) // 2),
-    "iaf": Named(InverseAutoregressive, lambda d: 3 * d),
+    "iaf": Named(_make_iaf, lambda d: 3 * d),
 }

@@ -122,6 +122,14 @@ def test_too_narrow_networks_of_steps_are_refused(hidden):
         posteriors.InverseAutoregressive(nn.Linear(3, 9), 3, hidden=hidden)
 
 
+def test_the_width_of_steps_is_that_of_files_saved_without_one_and_more_by_name():
+    steps = [
+        posteriors.InverseAutoregressive(nn.Linear(6, 60), 20).steps,
+        posteriors.NAMED["iaf"].make(nn.Linear(6, 60), 20).steps,
+    ]
+    assert [[step.layers[0].out_features for step in both] for both in steps] == [[80, 80], [240, 240]]
+
+
 def test_covariances_are_those_of_the_formulas():
     x = torch.randn(2, 3, dtype=torch.float64)
     for name in ("low-rank", "full"):
