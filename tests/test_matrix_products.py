@@ -59,6 +59,17 @@ def test_the_choice_can_be_made(monkeypatch):
         matrix_products.use_onednn(True)
 
 
+def test_libraries_are_compared_whatever_the_default_dtype(monkeypatch):
+    if not matrix_products._has_onednn():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(matrix_products, "_onednn_is_faster", matrix_products._onednn_is_faster.__wrapped__)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert isinstance(matrix_products._onednn_is_faster(), bool)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_biases_of_other_layouts(onednn):
     """A column of a table, and one number for all."""
     x, w, table = torch.randn(64, 100), torch.randn(150, 100), torch.randn(150, 3)
