@@ -10,9 +10,10 @@ import torch
 from helpers import fit, same, weights
 from pairs import ModulePair, ParamPair
 from pyro import distributions as dist
-from pyro.infer import SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
+from torch.nn import functional as F
 
 import pvae
 
@@ -353,8 +354,53 @@ def test_pyros_elbos(objective, bits, small_vae):
 
 
 def test_an_objective_without_one_loss_is_refused(bits, small_vae):
-    with pytest.raises(pvae.ArgumentError, match=r"one loss.*ReweightedWakeSleep"):
-        fit(small_vae, bits, objective=ReweightedWakeSleep(num_particles=2))
+    def two(model, guide, x):
+        return Trace_ELBO().differentiable_loss(model, guide, x), 0.0
+
+    before = weights(small_vae)
+    with pytest.raises(pvae.ArgumentError, match=r"one loss.*from two"):
+        fit(small_vae, bits, objective=two)
+    with pytest.raises(pvae.ProgramError, match="a gradient for no parameter"):
+        fit(small_vae, bits, objective=lambda model, guide, x: x.sum())
+    assert same(before, weights(small_vae))
+
+
+def test_sparse_gradients_are_refused_by_name(bits):
+    rows = torch.randint(10, (300,), generator=torch.Generator().manual_seed(0))
+
+    class Table(ModulePair):
+        sparse = True
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 6, sparse=self.sparse)
+
+        def model(self, x, rows):
+            pyro.module("table", self.table)
+            super().model(x)
+            shift = self.table(rows) if self.sparse is not None else F.embedding(rows, self.table.weight, sparse=True)
+            with pyro.plate("again", len(x)):
+                pyro.sample("y", dist.Normal(shift, 1.0).to_event(1), obs=x)
+
+        def guide(self, x, rows):
+            super().guide(x)
+
+    class Functional(Table):
+        sparse = None
+
+    class Dense(Table):
+        sparse = False
+
+    for kind, match in (
+        (Table, r"module 'table' \(Embedding\) has sparse=True.*sparse=False"),
+        (Functional, "'table.w"),
+    ):
+        pair = kind()
+        before = weights(pair)
+        with pytest.raises(pvae.ProgramError, match=match):
+            fit(pair, (bits, rows))
+        assert same(before, weights(pair))
+    fit(Dense(), (bits, rows))
 
 
 def test_other_bounds_are_not_called_elbo(bits, small_vae):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import warnings
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -9,7 +11,9 @@ from helpers import assert_same_run, fit
 from pairs import ModulePair
 from pyro import distributions as dist
 from pyro.infer import (
+    SVI,
     RenyiELBO,
+    ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
@@ -19,8 +23,9 @@ from pyro.infer import (
 
 import pvae
 from pvae import objectives
+from pvae.runtime import isolate
 from pvae.svi import elbos as bounds
-from pvae.svi import losses, verification
+from pvae.svi import losses, step, verification
 from pvae.svi.traces import nested_plates
 
 
@@ -412,3 +417,85 @@ def test_a_latent_that_the_guide_lacks_is_not_drawn_from_the_prior(bits, module_
     for objective in (objectives.IWAE(2), objectives.ScoreFunction()):
         with pytest.raises(pvae.ProgramError, match=r"\['latent'\] of the model are not in the guide"):
             objective(module_pair.model, lambda x: None, bits)
+
+
+# --- those of Pyro's whose loss is not one number --------------------------------------------------------------------
+
+
+class Sleeps(ModulePair):
+    """Its guide takes observations as reweighted wake-sleep passes them."""
+
+    def guide(self, x, observations=None):
+        x = observations["obs"] if observations else x
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", x.shape[-2]):
+            loc, raw = self.encoder(x).chunk(2, -1)
+            pyro.sample("latent", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+GRADIENTS_ALONE = {
+    "tail-adaptive": (ModulePair, lambda: TraceTailAdaptive_ELBO(num_particles=4, vectorize_particles=True)),
+    "wake-wake": (ModulePair, lambda: ReweightedWakeSleep(num_particles=4)),
+    "in turn": (ModulePair, lambda: ReweightedWakeSleep(num_particles=3, vectorize_particles=False)),
+    "wake-sleep": (Sleeps, lambda: ReweightedWakeSleep(num_particles=4, insomnia=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS_ALONE)
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "captured"])
+def test_objectives_that_give_gradients_train_as_by_svi(name, compile, bits, never_compiled):
+    make, objective = GRADIENTS_ALONE[name]
+    never_compiled(step)
+    ours = make()
+    theirs = copy.deepcopy(ours)
+    options = {"epochs": 2, "batch_size": 60, "lr": 0.01, "seed": 5, "progress": False, "compile": compile}
+    result = pvae.fit(ours.model, ours.guide, bits, objective=objective(), validation=bits[:50], **options)
+    loss = objective()
+    loss.max_plate_nesting = 1 + loss.vectorize_particles  # else it is guessed, with noise of its own
+    svi = SVI(theirs.model, theirs.guide, pyro.optim.Adam({"lr": 0.01}), loss)
+    losses = []
+    with isolate([theirs], seed=5, training=True):
+        for epoch in (1, 2):
+            rows = torch.from_numpy(np.random.default_rng((5, epoch)).permutation(300)).split(60)
+            losses.append(sum(np.sum(svi.step(bits[part])) for part in rows) / 300)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+    values = result.history["objective"]
+    assert np.isfinite(values).all()
+    if name != "tail-adaptive":  # there Pyro's are infinite
+        np.testing.assert_allclose(values, -np.array(losses), rtol=1e-4)
+    plain = Trace_ELBO()
+    with isolate([ours], seed=5):
+        elbo = -plain.loss(ours.model, ours.guide, bits[:50]) / 50
+    assert result.history["validation_elbo"][-1] == pytest.approx(elbo, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "objective, match",
+    [
+        (lambda: TraceTailAdaptive_ELBO(num_particles=4), r"TraceTailAdaptive_ELBO\(vectorize_particles=True"),
+        (lambda: ReweightedWakeSleep(num_particles=2, insomnia=0.5), r"does not run on this pair.*observations"),
+    ],
+)
+def test_what_they_need_is_said_before_anything_moves(objective, match, bits, module_pair):
+    before = [p.detach().clone() for p in module_pair.parameters()]
+    with pytest.raises(pvae.PVAEError, match=match):
+        pvae.fit(module_pair.model, module_pair.guide, bits, objective=objective(), epochs=1, progress=False)
+    assert all(torch.equal(p, q) for p, q in zip(before, module_pair.parameters(), strict=True))
+
+
+def test_ranks_of_draws_without_a_gradient_are_refused(bits):
+    def program(x):
+        p = pyro.param("p", torch.tensor(0.5))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(p))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(pyro.param("q", torch.tensor(0.5))))
+
+    objective = TraceTailAdaptive_ELBO(num_particles=4, vectorize_particles=True)
+    with pytest.raises(pvae.ProgramError, match=r"fully reparameterized\. .*pyro.infer.Trace_ELBO takes"):
+        pvae.fit(program, guide, bits, objective=objective, epochs=1, progress=False)
+    pvae.fit(program, guide, bits, objective=ReweightedWakeSleep(num_particles=4), epochs=1, progress=False)

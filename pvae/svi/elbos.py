@@ -36,6 +36,13 @@ from pvae.svi.verification import Verified
 __all__ = ["bound", "is_elbo", "needs_trial", "nest", "resolve", "try_out"]
 
 _ENUMERATING = (TraceEnum_ELBO, TraceTMC_ELBO)
+_WITH_GRADIENTS_ALONE = (TraceTailAdaptive_ELBO, ReweightedWakeSleep)
+_LIMITS = (
+    "It differentiates through the guide's draws, of particles in a dimension of their own, left of all plates. "
+    "pyro.infer.Trace_ELBO takes other pairs.",
+    "With vectorize_particles=True its particles have a dimension of their own, left of all plates. Below insomnia=1 "
+    "it calls guide(*batch, observations=...) with a dict of the values of observed sites, by name.",
+)
 _DRAWING = (Trace_ELBO, TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep, Trace_MMD, Bound)
 
 
@@ -73,6 +80,8 @@ def resolve(objective: Objective | None, verified: Verified | None = None, *, we
     if verified is None:
         return objective
     kind, summed, enumerated = type(objective).__name__, list(verified.summed), list(verified.enumerated)
+    if isinstance(objective, TraceTailAdaptive_ELBO) and not objective.vectorize_particles:
+        raise ArgumentError(f"objective ranks particles that run together: pass {kind}(vectorize_particles=True, ...).")
     if isinstance(objective, _DRAWING) and summed:
         raise ProgramError(
             f"{kind} would draw {summed} from the prior, which trains another model: they are marked for "
@@ -100,7 +109,7 @@ def bound(objective: Objective, verified: Verified) -> Any:
     """
     if isinstance(objective, Bound):
         return objective.measure
-    without = not hasattr(objective, "loss") or isinstance(objective, TraceTailAdaptive_ELBO | TraceTMC_ELBO)
+    without = not hasattr(objective, "loss") or isinstance(objective, (*_WITH_GRADIENTS_ALONE, TraceTMC_ELBO))
     return resolve(None, verified) if without or not isinstance(objective, ELBO) else objective
 
 
@@ -129,7 +138,8 @@ def nest(objective: Objective, verified: Verified) -> Iterator[None]:
 
 def needs_trial(objective: Objective, verified: Verified) -> bool:
     """Whether it is to be seen before training that an objective runs on a pair."""
-    return isinstance(objective, Bound) or (bool(verified.to_sum) and isinstance(objective, TraceEnum_ELBO))
+    is_tried = isinstance(objective, (Bound, *_WITH_GRADIENTS_ALONE))
+    return is_tried or (bool(verified.to_sum) and isinstance(objective, TraceEnum_ELBO))
 
 
 def try_out(
@@ -155,6 +165,8 @@ def try_out(
                     "dimension of their own, left of all plates, which programs broadcast over. If this one cannot, "
                     "pass vectorize_particles=False."
                 )
+            elif isinstance(objective, _WITH_GRADIENTS_ALONE):
+                why = f"{kind} does not run on this pair: {said} {_LIMITS[isinstance(objective, ReweightedWakeSleep)]}"
             else:
                 why = (
                     f"{kind} cannot enumerate {verified.to_sum} in this pair: {said} Values of an enumerated latent "

@@ -86,13 +86,15 @@ def fit(
         objective: One of `pvae.objectives`, such as ``pvae.objectives.IWAE(5)``, or of Pyro's ELBO objects, a callable
             ``(model, guide, *batch) -> loss`` in nats summed over the batch, or ``None`` for ``Trace_ELBO()``, and for
             ``TraceEnum_ELBO()`` where latents are marked for enumeration. How deep plates are nested is found out; the
-            object need not be told.
+            object need not be told. Of ``ReweightedWakeSleep``, which has two losses, the history has minus their sum;
+            of ``TraceTailAdaptive_ELBO``, whose loss Pyro leaves infinite, minus what it differentiates.
         device: ``"auto"`` (the GPU where there is one), ``"cpu"``, ``"cuda"`` or a ``torch.device``. Data are moved
             batch by batch, so put them there first if they fit.
         validation: Data as above, final (``transform`` is not applied). After each epoch their bound is taken, in eval
             mode, with the same noise each time: minus the loss of ``objective`` itself, so of ``RenyiELBO`` its own
             bound and not the ELBO. What changes a bound or its gradient for training alone, as free bits do, is
-            measured by that bound. A callable may be no bound; with one it is the ELBO, of one draw.
+            measured by that bound. A callable may be no bound; with one it is the ELBO, of one draw, and so it is with
+            ``ReweightedWakeSleep`` and ``TraceTailAdaptive_ELBO``.
         start: An earlier result to go on from. It is needed only for parameters that ``pyro.param`` made, which
             otherwise start from their initial values; modules go on from where they are.
         checkpoint: A folder for this run's checkpoints, written after each epoch; the last two and the best are kept,

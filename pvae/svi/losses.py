@@ -15,7 +15,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -44,21 +44,45 @@ def loss_and_grads(
         The loss, in nats summed over the batch, and the unconstrained parameters that the programs met.
     """
     with params_met() as params, WeightedLatents(kl_weight):
-        if isinstance(objective, ELBO):
+        if isinstance(objective, TraceTailAdaptive_ELBO):
+            loss = _tail_adaptive(objective, model, guide, batch)
+            (loss / objective.num_particles).backward()  # as it does itself
+        elif isinstance(objective, ELBO):
             pyro_elbo: Any = objective  # its subclasses have loss_and_grads, the base class does not
-            loss = pyro_elbo.loss_and_grads(model, guide, *batch)
+            loss = _sum_of(pyro_elbo.loss_and_grads(model, guide, *batch))
         else:
             loss = objective(model, guide, *batch)
-            loss.backward()
-    if not isinstance(loss, int | float | Tensor) or (isinstance(loss, Tensor) and loss.dim()):
-        raise ArgumentError(f"objective must give one loss, got {loss!r} from {type(objective).__name__}.")
+            _check_single(loss, objective)
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                loss.backward()
+    _check_single(loss, objective)
     return torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device).detach(), params
 
 
+def _check_single(loss: Any, objective: Objective) -> None:
+    if not isinstance(loss, int | float | Tensor) or (isinstance(loss, Tensor) and loss.dim()):
+        name = getattr(objective, "__name__", type(objective).__name__)
+        raise ArgumentError(f"objective must give one loss, got {loss!r} from {name}.")
+
+
 def loss_of(elbo: Any, model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Tensor:
-    """A bound's loss of one batch, in nats summed over it."""
-    loss = getattr(elbo, "loss", elbo)  # of one of Pyro's, and of a callable
-    return torch.as_tensor(loss(model, guide, *batch), dtype=torch.float64, device=batch[0].device)
+    """An objective's loss of one batch, in nats summed over it."""
+    if isinstance(elbo, TraceTailAdaptive_ELBO):
+        loss = _tail_adaptive(elbo, model, guide, batch)
+    else:
+        loss = _sum_of(getattr(elbo, "loss", elbo)(model, guide, *batch))  # of one of Pyro's, and of a callable
+    return torch.as_tensor(loss, dtype=torch.float64, device=batch[0].device)
+
+
+def _tail_adaptive(elbo: TraceTailAdaptive_ELBO, model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Tensor:
+    """What is differentiated: minus the mean of ``log p(x, z) - log q(z|x)``, weighted by ranks. Its loss is inf."""
+    (traces,) = elbo._get_traces(model, guide, batch, {})
+    return elbo._differentiable_loss_particle(*traces)[1]
+
+
+def _sum_of(loss: Any) -> Any:
+    """One loss of two, as those of the model and of the guide, whose gradients are taken together."""
+    return sum(loss) if isinstance(loss, tuple) and loss else loss
 
 
 class ItemsStayTensors(TorchFunctionMode):

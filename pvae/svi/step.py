@@ -20,7 +20,7 @@ from pvae.runtime import NeverStop, Stop, in_precision
 from pvae.svi import losses
 from pvae.svi.adam import Adam
 from pvae.svi.settings import Settings
-from pvae.svi.trainable import Trainable
+from pvae.svi.trainable import DENSE, Trainable
 
 __all__ = ["Step", "StepLike", "StepResult"]
 
@@ -150,6 +150,9 @@ class Step:
             self.adam.zero_grad()
         if not grads:
             raise ProgramError("the loss has a gradient for no parameter: does the objective depend on them?")
+        if sparse := [self.adam.params[number] for number, grad in grads.items() if grad.layout is not torch.strided]:
+            names = [name for name, tensor in self.pair.named_tensors().items() if any(tensor is p for p in sparse)]
+            raise ProgramError(f"the gradient of {names or 'a parameter'} is sparse, which Adam does not take: {DENSE}")
         # A sum is finite where all its terms are, unless they are so large that it overflows.
         sums = torch.stack([loss, *(grad.sum() for grad in grads.values())])
         return loss, sums.isfinite().all(), grads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,18 +11,20 @@ from typing import Any
 import pyro
 import torch
 from pyro.params.param_store import ParamStoreDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.capture import worth_compiling
 from pvae.data import Batches, Data, as_source, make_batches, named_shape
-from pvae.errors import CheckpointError, warn
+from pvae.errors import CheckpointError, ProgramError, warn
 from pvae.runtime import Pair, Processes, Program, Stop, base_distribution, isolate, place_pair
 from pvae.svi import elbos, verification
 from pvae.svi.checkpoints import check_weights
 from pvae.svi.settings import Settings
 
-__all__ = ["Trainable", "look_at", "make_trainable"]
+__all__ = ["DENSE", "Trainable", "look_at", "make_trainable"]
+
+DENSE = "pass sparse=False, its default. Gradients are then as large as the table, and training is the same."
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ def make_trainable(
         if held_out is not None:
             other, state = look_at(pair, "validation", held_out, settings.seed, state, transforms=False)
             held_out, verified = held_out.watch(other.observed), verified.join(other)
+        _check_dense(pair, verified.params)
         for param in verified.params:
             if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
                 param.data = param.data.contiguous()  # entries that share memory could not be moved one by one
@@ -204,6 +207,16 @@ def look_at(
     with named_shape(name, whole), isolate(pair.modules, seed=seed, device=pair.device, params=params) as store:
         verified = verification.verify(pair.model, pair.guide, batches.first(), whole, transforms=transforms)
         return verified, store.get_state()
+
+
+def _check_dense(pair: Pair, params: Sequence[Tensor]) -> None:
+    """Raises `ProgramError` where a module that is trained has sparse gradients."""
+    trained = {id(param) for param in params if param.requires_grad}
+    for root in pair.modules:
+        for name, module in root.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and id(module.weight) in trained:
+                called = f"module '{name}' ({type(module).__name__})" if name else f"module {module}"
+                raise ProgramError(f"{called} has sparse=True, and Adam takes no sparse gradients: {DENSE}")
 
 
 def _far_scale(site: str, distribution: Any, value: Tensor) -> str:
