@@ -7,13 +7,15 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from helpers import fit, same, weights
+from helpers import Items, assert_fit_is_svi, fit, same, weights
 from pairs import ModulePair, ParamPair
 from pyro import distributions as dist
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
+from torch.distributions import constraints
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import pvae
 
@@ -345,6 +347,93 @@ def test_a_later_fit_goes_on_from_an_earlier_one():
     assert onward.params["slope"].item() != first.params["slope"].item()
 
 
+def test_going_on_leaves_the_earlier_result_as_it_was():
+    pair, x = ParamPair(), torch.randn(100) + 1
+    first = fit(pair, x, epochs=20, lr=0.02)
+    fit(pair, x, epochs=20, lr=0.02, start=first)
+    with first.trained():
+        assert all(torch.equal(pyro.param(name), value) for name, value in first.params.items())
+
+
+def test_values_in_the_store_that_fit_does_not_start_from_are_named():
+    pair, x = ParamPair(), torch.randn(100) + 1
+    first = fit(pair, x, epochs=20, lr=0.02)
+    match = r"parameters \['noise', 'scale', 'slope'\] begin at their initial values.*start=result"
+    with first.trained():
+        with pytest.warns(UserWarning, match=match):
+            fit(pair, x, epochs=1)
+        fit(pair, x, epochs=1, start=first)
+    pyro.param("slope", torch.tensor(5.0))
+    pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)  # the initial one
+    with pytest.warns(UserWarning, match=r"parameters \['slope'\] begin"):
+        fit(pair, x, epochs=1)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_does_not_begin_anew(tmp_path):
+    pair, x = ParamPair(), torch.randn(100) + 1
+    first = fit(pair, x, epochs=2, checkpoint=tmp_path)
+    with first.trained():
+        fit(pair, x, epochs=3, checkpoint=tmp_path, resume="auto")
+
+
+@pytest.mark.parametrize(
+    "slope, other, match",
+    [
+        (lambda: pyro.param("slope", torch.zeros(1)), "scale", r"'slope' has the shape \(\) .* \(1,\)"),
+        (
+            lambda: pyro.param("slope", torch.tensor(0.5), constraint=constraints.positive),
+            "scale",
+            r"'slope' has the shape \(\) in Real\(\), and here it has \(\) in GreaterThan",
+        ),
+        (lambda: 0.5, "width", r"has parameters \['noise', 'slope'\].* and lacks \['width'\]"),
+    ],
+)
+def test_a_result_of_another_pair_is_nothing_to_start_from(slope, other, match):
+    x = torch.randn(100) + 1
+    first = fit(ParamPair(), x)
+
+    def model(x):
+        noise = pyro.param("noise", torch.tensor(1.0), constraint=constraints.positive) if other == "scale" else 1.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), noise), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            scale = pyro.param("scale", torch.tensor(1.0), constraint=constraints.positive)
+            wide = pyro.param("width", torch.tensor(0.0)) if other == "width" else 0.0
+            pyro.sample("z", dist.Normal(slope() * x + wide, scale))
+
+    with pytest.raises(pvae.ArgumentError, match=match):
+        pvae.fit(model, guide, x, start=first, progress=False)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_parameters_to_start_from_that_no_step_makes_are_left_out(late):
+    steps, x = [], torch.randn(100) + 1
+
+    def guide(x):
+        steps.append(x)
+        shift = pyro.param("late", torch.tensor(0.5)) if late and len(steps) > 5 else 0.0
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x * pyro.param("slope", torch.tensor(0.0)) + shift, 1.0))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    def first_guide(x):
+        with pyro.plate("data", len(x)):
+            shift = pyro.param("late", torch.tensor(3.0))
+            pyro.sample("z", dist.Normal(x * pyro.param("slope", torch.tensor(0.0)) + shift, 1.0))
+
+    first = pvae.fit(model, first_guide, x, epochs=1, lr=1e-6, progress=False)
+    with pytest.warns(UserWarning, match=r"start has parameters \['late'\], .* kept only if a step makes them"):
+        onward = pvae.fit(model, guide, x, epochs=5, batch_size=50, lr=1e-6, start=first, progress=False)
+    assert onward.params.keys() == ({"slope", "late"} if late else {"slope"})
+    if late:
+        assert onward.params["late"].item() == pytest.approx(3, abs=1e-3)
+
+
 # --- objectives ---------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +452,70 @@ def test_an_objective_without_one_loss_is_refused(bits, small_vae):
     with pytest.raises(pvae.ProgramError, match="a gradient for no parameter"):
         fit(small_vae, bits, objective=lambda model, guide, x: x.sum())
     assert same(before, weights(small_vae))
+
+
+class Normed(ModulePair):
+    """Its encoder has batch normalization, which needs two data in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder.insert(1, nn.BatchNorm1d(8))
+
+
+class OfSixtyFour(ModulePair):
+    """Its model takes for granted how many data come."""
+
+    def model(self, x):
+        with pyro.plate("all", 64):
+            z = pyro.sample("latent", dist.Normal(torch.zeros(64, 2), 1.0).to_event(1))
+            pyro.sample("obs", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda x: x, Items, lambda x: DataLoader(Items(x), batch_size=64)], ids=["tensor", "dataset", "loader"]
+)
+@pytest.mark.parametrize("kind, few", [(Normed, 1), (OfSixtyFour, 32)])
+def test_a_last_batch_that_is_too_small_is_said_before_anything_moves(kind, few, made, bits):
+    torch.manual_seed(0)
+    pair = kind()
+    before = copy.deepcopy(pair.state_dict())
+    with pytest.raises(pvae.ProgramError, match=rf"do not run on {few} of the data.* of {192 + few}: .*batch_size"):
+        fit(pair, made(bits[: 192 + few]), epochs=1)
+    assert same(before.values(), pair.state_dict().values())
+    fit(pair, made(bits[:192]), epochs=1)
+
+
+def test_one_datum_is_too_small_for_batch_normalization(bits):
+    with pytest.raises(pvae.ProgramError, match=r"do not run on 1 of the data.* leaves of 1: "):
+        fit(Normed(), bits[:1])
+    assert fit(Normed(), bits[:194]).history["elbo"].shape == (2,)
+
+
+class Counting(ModulePair):
+    """The weight of its likelihood is the number of steps so far."""
+
+    def __init__(self, *, in_place):
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("steps", torch.zeros(()))
+
+    def model(self, x):
+        if self.in_place:
+            self.steps += 1
+        else:
+            self.steps = self.steps + 1
+        with pyro.poutine.scale(scale=(self.steps / 10).clamp(max=1)):
+            super().model(x)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "bound anew"])
+def test_trial_runs_do_not_count(in_place, bits):
+    pair = Counting(in_place=in_place)
+    assert_fit_is_svi(pair, bits)
+    assert pair.steps.item() == 10
+    normed = Normed()
+    fit(normed, bits)
+    assert normed.encoder[1].num_batches_tracked.item() == 10
 
 
 def test_sparse_gradients_are_refused_by_name(bits):

@@ -112,6 +112,12 @@ class InMemory(_Shared):
         return -(-self.num_data // self.batch_size)
 
     @property
+    def fewest(self) -> int:
+        """The least rows that a process is given at once in a pass."""
+        last = self.num_data % self.batch_size or min(self.batch_size, self.num_data)
+        return max(1, last // self.processes.world_size)
+
+    @property
     def whole(self) -> Rows | None:
         """All the data, untransformed."""
         return self.tensors if self.transform is None else None
@@ -213,6 +219,11 @@ class Streamed(_Shared):
     def steps(self) -> int | None:
         """Batches in one pass, where that is known."""
         return self.stream.steps
+
+    @property
+    def fewest(self) -> int | None:
+        """The least rows that a process is given at once in a pass, where that is known."""
+        return self.stream.fewest
 
     @property
     def whole(self) -> Rows | None:

@@ -122,6 +122,16 @@ class Stream:
         return stream
 
     @property
+    def fewest(self) -> int | None:
+        """The least data that a process is given at once in a pass, where that is known."""
+        size = self.batch_size if self.loader is None else getattr(self.loader.batch_sampler, "batch_size", None)
+        if not size or self.num_data is None or (self.loader and isinstance(self.loader.dataset, IterableDataset)):
+            return None
+        processes = self.processes.world_size
+        data, sharing = (self.num_data // processes, 1) if self.dealt else (self.num_data, processes)
+        return max(1, (data % size or min(size, data)) // sharing)
+
+    @property
     def _sources(self) -> tuple[Any, ...]:
         """The dataset, and a loader's samplers."""
         loader = self.loader

@@ -3,6 +3,7 @@
 from pvae.runtime.isolation import (
     get_rng_state,
     isolate,
+    kept_buffers,
     outside_modules,
     resolve_seed,
     set_rng_state,
@@ -53,6 +54,7 @@ __all__ = [
     "in_precision",
     "in_turn",
     "isolate",
+    "kept_buffers",
     "modules_of",
     "observed_data",
     "outside_modules",

@@ -19,9 +19,10 @@ import pyro
 import torch
 from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.messenger import Messenger
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 
 from pvae.errors import ArgumentError, PVAEError
 from pvae.runtime.turns import turn
@@ -30,6 +31,7 @@ __all__ = [
     "OwnParameters",
     "get_rng_state",
     "isolate",
+    "kept_buffers",
     "outside_modules",
     "resolve_seed",
     "set_rng_state",
@@ -126,6 +128,28 @@ def isolate(
         except PVAEError as error:
             # Pyro's tracer raises a copy with a table of shapes below it; the original says all there is to say.
             raise (error.__cause__ if isinstance(error.__cause__, PVAEError) else error) from None
+
+
+@contextmanager
+def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A block after which modules have their buffers of before, with what was in them: trial runs count for nothing."""
+    parts = {part: None for root in modules for part in root.modules() if not isinstance(part, torch.jit.ScriptModule)}
+    before = [
+        (part, name, buffer, buffer.detach().clone())
+        for part in parts
+        for name, buffer in part._buffers.items()
+        if isinstance(buffer, Tensor) and buffer.layout is torch.strided and not is_lazy(buffer)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part, name, buffer, value in before:
+                part._buffers[name] = buffer
+                if buffer.shape != value.shape:
+                    part._buffers[name] = value
+                elif not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 class OwnParameters(Messenger):

@@ -95,8 +95,9 @@ def fit(
             bound and not the ELBO. What changes a bound or its gradient for training alone, as free bits do, is
             measured by that bound. A callable may be no bound; with one it is the ELBO, of one draw, and so it is with
             ``ReweightedWakeSleep`` and ``TraceTailAdaptive_ELBO``.
-        start: An earlier result to go on from. It is needed only for parameters that ``pyro.param`` made, which
-            otherwise start from their initial values; modules go on from where they are.
+        start: An earlier result of the pair to go on from. It is needed only for parameters that ``pyro.param`` made,
+            which otherwise start from their initial values, also inside of ``with result.trained():`` and whatever is
+            in the param store; modules go on from where they are.
         checkpoint: A folder for this run's checkpoints, written after each epoch; the last two and the best are kept,
             with a line for each epoch in ``history.jsonl``.
         resume: ``"auto"`` goes on from the newest whole checkpoint there, bit for bit as if nothing had happened, or
@@ -163,6 +164,8 @@ def fit(
         pair = make_trainable(model, guide, data, validation, device, settings, processes, stop)
         settings = replace(settings, capture=pair.is_to_be_captured(settings))
         checkpointer.check_same_run(pair, settings)
+        if checkpointer.last is None:  # else it goes on from there
+            pair.warn_of_initial_values(settings.params)
         with pair.isolate(settings.noise_seed), pair.nest():
             run = start_run(pair, settings, checkpointer, processes, stop)
             result = run.train()

@@ -56,6 +56,11 @@ class FitResult:
             parts.append(f"stopped by {self.stopped}")
         return f"FitResult({', '.join(parts)})"
 
+    def copy_state(self) -> dict[str, Any]:
+        """What `trained` puts in force, as a state of the param store that may be trained further."""
+        params = {name: value.detach().clone().requires_grad_() for name, value in self._state["params"].items()}
+        return {"params": params, "constraints": dict(self._state["constraints"])}
+
     @contextmanager
     def trained(self) -> Iterator[None]:
         """A block in which ``pyro.param`` finds the trained values; needed only for parameters outside modules.

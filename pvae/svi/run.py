@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
@@ -94,10 +96,18 @@ class Run:
             self.step.adam.zero_grad()
         placed = self.step.pair.placed
         params, state = placed.bare_state(pyro.get_param_store())
+        for name in self._unused(state["params"]):
+            del params[name], state["params"][name], state["constraints"][name]
         history = {name: np.array(values) for name, values in self.history.items()}
         seconds = self.step.captured.seconds if self.step.captured else 0.0
         last = self.checkpointer.last
         return FitResult(history, params, placed.device, self.settings.seed, seconds, state, why, None, last)
+
+    def _unused(self, params: Mapping[str, Tensor]) -> list[str]:
+        """Parameters that were given to start from, and that neither the trial run nor a step took up."""
+        met = {id(param) for param in self.step.pair.verified.params} | self.step.met
+        start = {} if self.settings.params is None else self.settings.params["params"]
+        return [name for name, param in params.items() if param is start.get(name) and id(param) not in met]
 
     def is_to_stop(self) -> bool:
         """Whether somebody was asked to stop."""

@@ -111,7 +111,7 @@ class Settings:
             precision=one_of("precision", precision, PRECISIONS),
             kl_weights=_kl_weights(kl_weight, epochs),
             patience=_patience(patience, validation),
-            params=None if not isinstance(start, FitResult) else start._state,
+            params=start.copy_state() if isinstance(start, FitResult) else None,
             checkpoint=path,
             scheduler=scheduler,
             schedule=None if scheduler is None else _describe_schedule(scheduler, lr, path),

@@ -67,6 +67,7 @@ class Step:
         on_gpu = batches.device.type == "cuda"
         self.adam = Adam(pair.verified.params, settings.lr, settings.clip_norm, settings.capture and on_gpu)
         self.adam.zero_grad()
+        self.met: set[int] = set()  # parameters that the programs and the objective take up, by their ids
         self.captured = None
         if settings.capture:
             self.captured = Captured(
@@ -159,6 +160,7 @@ class Step:
 
     def _add_new(self, params: list[Tensor]) -> None:
         """Parameters that a program only makes in a later step."""
+        self.met |= {id(p) for p in params}
         known = {id(p) for p in self.adam.params}
         # One without a gradient is nothing to train, such as the running averages of an objective.
         late = [p for p in params if id(p) not in known and p.grad is not None]

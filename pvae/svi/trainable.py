@@ -13,11 +13,12 @@ import torch
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pvae.capture import worth_compiling
 from pvae.data import Batches, Data, as_source, make_batches, named_shape
-from pvae.errors import CheckpointError, ProgramError, warn
-from pvae.runtime import Pair, Processes, Program, Stop, base_distribution, isolate, place_pair
+from pvae.errors import ArgumentError, CheckpointError, ProgramError, first_line, warn
+from pvae.runtime import Pair, Processes, Program, Stop, base_distribution, isolate, kept_buffers, place_pair
 from pvae.svi import elbos, verification
 from pvae.svi.checkpoints import check_weights
 from pvae.svi.settings import Settings
@@ -116,10 +117,26 @@ class Trainable:
             elif found := _far_scale(name, distribution, rows):
                 warn(found)
 
+    def warn_of_initial_values(self, start: Mapping[str, Any] | None) -> None:
+        """Says so where the caller's param store has other values for parameters that begin at their initial ones.
+
+        Args:
+            start: State of the param store that was given to start from.
+        """
+        begin, there = self.state["params"], pyro.get_param_store()._params
+        given = {} if start is None else start["params"]
+        names = [name for name in self.placed.bare_params(begin) if name in there and name not in given]
+        if other := sorted(name for name in names if not torch.equal(there[name].to(begin[name]), begin[name])):
+            warn(
+                f"parameters {other} begin at their initial values and not at those in the param store, as each "
+                "fit has a store of its own. To go on from an earlier fit, pass start=result; from other values, make "
+                "them the initial ones of pyro.param."
+            )
+
     def warn_if_collapsed(self, params: Mapping[str, Any]) -> None:
         """Says so where no latent dimension follows the data."""
         placed = self.placed
-        with isolate(placed.modules, seed=0, device=placed.device, params=params):
+        with isolate(placed.modules, seed=0, device=placed.device, params=params), kept_buffers(placed.modules):
             if verification.inactive(placed.model, placed.guide, (self.held_out or self.batches).first()):
                 warn(
                     "the posterior has collapsed: no latent dimension follows x, since Var_x(E_q[z]) is below 0.01 of "
@@ -168,6 +185,8 @@ def make_trainable(
             held_out = make_batches(
                 "validation", source, pair, size, seed=seed, processes=processes, evaluated=True, stop=own_stop
             )
+        if settings.params is not None:
+            _check_start(pair, settings.params, look_at(pair, "data", batches, settings.seed, None)[1])
         verified, state = look_at(pair, "data", batches, settings.seed, settings.params)
         batches = batches.watch(verified.observed)
         if held_out is not None:
@@ -177,9 +196,10 @@ def make_trainable(
         for param in verified.params:
             if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
                 param.data = param.data.contiguous()  # entries that share memory could not be moved one by one
+        _try_fewest(pair, batches, verified.batch, state)
         objective = elbos.resolve(settings.objective, verified, weighted=settings.kl_weights is not None)
         if elbos.needs_trial(objective, verified):
-            with isolate(pair.modules, seed=0, device=pair.device, params=state):
+            with isolate(pair.modules, seed=0, device=pair.device, params=state), kept_buffers(pair.modules):
                 elbos.try_out(objective, model, guide, batches.first(), verified)
     return Trainable(pair, verified, objective, state, batches, held_out)
 
@@ -204,9 +224,70 @@ def look_at(
         ProgramError, DataError: As `verification.verify` does.
     """
     whole = batches.whole
-    with named_shape(name, whole), isolate(pair.modules, seed=seed, device=pair.device, params=params) as store:
+    isolated = isolate(pair.modules, seed=seed, device=pair.device, params=params)
+    with named_shape(name, whole), isolated as store, kept_buffers(pair.modules):
         verified = verification.verify(pair.model, pair.guide, batches.first(), whole, transforms=transforms)
         return verified, store.get_state()
+
+
+def _check_start(pair: Pair, start: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Looks at whether values to start from are of a pair's own parameters.
+
+    Args:
+        pair: The pair.
+        start: State of the param store to start from.
+        own: State of the param store after the pair ran without that.
+
+    Raises:
+        ArgumentError: They are of another pair.
+    """
+    given, made = start["params"], own["params"]
+    new = sorted(name for name in pair.bare_params(made) if name not in given)
+    lacking = sorted(name for name in given if name not in made and not name.startswith("__"))  # else an objective's
+    if lacking and new:
+        raise ArgumentError(
+            f"start is the result of another pair: it has parameters {lacking}, which the model and the guide do not "
+            f"make, and lacks {new}. Pass the result of this pair, or leave start out."
+        )
+    for name in given.keys() & made.keys():
+        shapes = tuple(given[name].shape), tuple(made[name].shape)
+        bounds = repr(start["constraints"][name]), repr(own["constraints"][name])
+        if shapes[0] != shapes[1] or bounds[0] != bounds[1]:
+            was, now = (f"{s} in {c}" for s, c in zip(shapes, bounds, strict=True))
+            raise ArgumentError(
+                f"start is the result of another pair: its parameter '{name}' has the shape {was}, and here it has "
+                f"{now}. Pass the result of this pair, or leave start out."
+            )
+    if lacking:
+        warn(
+            f"start has parameters {lacking}, which the model and the guide did not make in a trial run: they are kept "
+            "only if a step makes them."
+        )
+
+
+def _try_fewest(pair: Pair, batches: Batches, batch: tuple[Tensor, ...], state: Mapping[str, Any]) -> None:
+    """Raises `ProgramError` where a pair does not run on the last batch of a pass, which has fewer data than others.
+
+    Args:
+        pair: On its device.
+        batches: Those that it is trained on.
+        batch: One on which it ran.
+        state: Of the param store.
+    """
+    few = batches.fewest
+    if few is None or 1 < few == len(batch[0]) or few > len(batch[0]):
+        return
+    # Batch normalization has no variance of one datum in train mode; others may be left out of that.
+    training = any(isinstance(part, _BatchNorm) for root in pair.modules for part in root.modules())
+    isolated = isolate(pair.modules, seed=0, device=pair.device, training=training, params=state)
+    with isolated, kept_buffers(pair.modules):
+        error = verification.failure_on(pair.model, pair.guide, tuple(t[:few] for t in batch))
+    if error is not None:
+        raise ProgramError(
+            f"the model and the guide do not run on {few} of the data, as many as the last batch of a pass leaves of "
+            f"{batches.num_data}: {first_line(error).rstrip(' .:,')}. Pass a batch_size that leaves more for it, or "
+            "none; or a DataLoader with drop_last=True."
+        ) from error
 
 
 def _check_dense(pair: Pair, params: Sequence[Tensor]) -> None:

@@ -24,7 +24,7 @@ from pvae.runtime import (
 )
 from pvae.svi.traces import params_of, trace_pair
 
-__all__ = ["Verified", "inactive", "not_finite", "verify"]
+__all__ = ["Verified", "failure_on", "inactive", "not_finite", "verify"]
 
 _OF_TYPES = re.compile("dtype|scalar type|Byte|Char|Short|Int|Long|Bool")  # errors of torch's about types of numbers
 
@@ -174,6 +174,18 @@ def not_finite(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> str
         except (RuntimeError, ValueError):  # as of torch and Pyro, given numbers that are not finite
             return ""
     return f"the log-density of {', '.join(wrong)} is not finite" if wrong else ""
+
+
+def failure_on(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> Exception | None:
+    """What a pair raises of torch's or Pyro's on a batch that has fewer data than its programs may take for granted."""
+    with torch.no_grad():
+        try:
+            trace_pair(model, guide, batch)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, PVAEError) or isinstance(error.__cause__, PVAEError):
+                raise
+            return error
+    return None
 
 
 def inactive(model: Program, guide: Program, batch: tuple[Tensor, ...]) -> bool:
