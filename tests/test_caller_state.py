@@ -100,6 +100,7 @@ numbers += [vae.sample(2, seed=0).tolist(), vae.reconstruct(x).tolist()]
 """
 
 
+@pytest.mark.filterwarnings("ignore:parameters .* begin at their initial values")  # and not at the caller's
 def test_a_cell_that_is_run_again_gives_the_same_numbers(caller_state):
     pyro.module("decoder", nn.Linear(2, 6))  # somebody else's, under the names of the cell
     pyro.param("scale", torch.tensor(7.0))

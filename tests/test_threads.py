@@ -116,6 +116,7 @@ def in_two_threads(one, other):
         return [task.result(WAIT) for task in [pool.submit(called, functions) for functions in (one, other)]]
 
 
+@pytest.mark.filterwarnings("ignore:parameters .* begin at their initial values")  # and not at the caller's
 @pytest.mark.parametrize("trials", [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_two_threads_give_what_one_gives(trials):
     calls = Calls()
