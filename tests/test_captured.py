@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -442,3 +442,58 @@ def test_one_warning_for_a_missing_compiler(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         captured(Net().eval(), compile_after=0)(torch.randn(5, 4))
+
+
+@dataclass
+class Counter:
+    """Counts its runs, in all the places where a run may leave something."""
+
+    count: int = 0
+    buffer: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    listed: list[int] = field(default_factory=lambda: [0])
+    seen: set[int] = field(default_factory=set)
+    numpy: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    torch: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def runs(self, x):
+        self.count += 1
+        self.buffer = self.buffer + 1
+        self.listed[0] += 1
+        self.listed.append(self.count)
+        self.seen.add(self.count)
+        return x.sum() + self.numpy.normal() + torch.randn((), generator=self.torch) + self.count
+
+
+def test_a_capture_that_fails_puts_back_what_the_program_has_changed():
+    ours, theirs, x = Counter(), Counter(), torch.ones(3)
+    random.seed(0)
+    python_state = random.getstate()
+    run = Captured(ours.runs, "it", (ours.runs,), compile_after=None)
+    with pytest.warns(UserWarning, match="it runs as plain Pyro, uncaptured"):
+        first = run(x)
+    assert torch.equal(first, theirs.runs(x))
+    assert (ours.count, ours.buffer, ours.listed, ours.seen) == (1, torch.ones(()), [1, 1], {1})
+    assert torch.equal(run(x), theirs.runs(x))
+    assert random.getstate() == python_state
+
+
+def test_torchscript_is_captured_as_other_modules_are():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and there are many of its files
+        net = torch.jit.trace(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(2, 4))
+    run = Captured(lambda x: net(x).sum(), "it", (net,), compile_after=None)
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        torch.testing.assert_close(run(x), net(x).sum().detach())
+    with torch.no_grad():
+        next(net.parameters()).mul_(2)
+    torch.testing.assert_close(run(x), net(x).sum().detach())
+    assert run.captures == 1
+    getattr(net, "0").weight = nn.Parameter(torch.ones(3, 4))
+    torch.testing.assert_close(run(x), net(x).sum().detach())
+
+
+def test_a_graph_is_compared_with_what_the_function_stands_for():
+    run = Captured(lambda x: 2 * x, "it", (), original=lambda x: 2 * x if x.mean() > 1e9 else x, compile_after=None)
+    with pytest.warns(UserWarning, match="a float among its arguments is not what a tensor is"):
+        run(torch.ones(3))

@@ -525,3 +525,32 @@ def test_when_to_compile_can_be_said(compile, compiled, bits, monkeypatch):
     assert (svi.captures, len(graphs)) == (1, compiled)
     with pytest.raises(pvae.ArgumentError, match="compile must be True, False or 'auto', got 3"):
         CompiledSVI(pair.model, pair.guide, Adam({}), Trace_ELBO(), compile=3)
+
+
+USES_OF_A_FLOAT = {
+    "rounded": lambda beta: round(beta, 1),
+    "by its class": lambda beta: beta if isinstance(beta, float) else 7.0,
+    "found in a dict": lambda beta: {0.4: 0.9}.get(beta, 0.2),
+    "as it is": lambda beta: beta,
+}
+
+
+@pytest.mark.parametrize("use", USES_OF_A_FLOAT)
+@pytest.mark.parametrize("kind", [float, np.float64])
+def test_floats_that_programs_do_not_take_for_tensors(use, kind, bits):
+    """A captured step has a tensor in a float's place: it raised, or gave another loss without a word."""
+
+    class Annealed(ModulePair):
+        def model(self, x, beta):
+            with pyro.poutine.scale(scale=USES_OF_A_FLOAT[use](beta)):
+                super().model(x)
+
+        def guide(self, x, beta):
+            super().guide(x)
+
+    batches = [((bits[:64], kind(beta)), {}) for beta in (0.2, 0.4, 0.4, 0.5, 0.7, 0.5)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        svi = assert_like_pyro(Annealed, batches)
+    said = [str(w.message) for w in caught if "as plain Pyro, uncaptured" in str(w.message)]
+    assert len(said) == (use != "as it is") == 1 - svi.captures

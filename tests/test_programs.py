@@ -94,3 +94,64 @@ def test_device_names(monkeypatch):
     assert resolve_device("cuda:0") == torch.device("cuda", 0)
     with pytest.raises(DeviceError, match="2 CUDA device"):
         resolve_device("cuda:2")
+
+
+NETWORKS = {"first": [nn.Linear(1, 1)]}
+UNUSED = nn.Linear(1, 1)
+
+
+class Networks:
+    shared = NETWORKS["first"][0]
+
+
+def held_as_attribute(x):
+    return held_as_attribute.network(x)
+
+
+held_as_attribute.network = NETWORKS["first"][0]
+
+
+class Calls:
+    def __call__(self, x):
+        return self.helper()(x)
+
+    def helper(self):
+        return NETWORKS["first"][0]
+
+    def evaluate(self):  # which no program calls
+        return UNUSED
+
+
+class InModule(nn.Module):
+    def forward(self, x):
+        return NETWORKS["first"][0](x)
+
+
+def inside(x):
+    def inner():
+        return NETWORKS["first"][0](x)
+
+    return inner()
+
+
+WAYS = {
+    "default": lambda x, network=NETWORKS["first"][0]: network(x),
+    "nested function": inside,
+    "dict of lists": lambda x: NETWORKS["first"][0](x),
+    "attribute of a function": held_as_attribute,
+    "attribute of a class": lambda x: Networks.shared(x),
+    "object that is called": Calls(),
+    "method": Calls().helper,
+    "set": lambda x, networks=frozenset(NETWORKS["first"]): networks,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_modules_are_found_wherever_a_program_may_hold_them(way):
+    assert modules_of(WAYS[way]) == NETWORKS["first"]
+
+
+def test_modules_are_not_looked_into_but_for_their_code():
+    net = InModule()
+    net.teacher = [UNUSED]  # in a list, so as to be none of its parts
+    assert modules_of(net) == [net, NETWORKS["first"][0]]

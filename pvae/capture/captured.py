@@ -42,6 +42,8 @@ _MOST_CHANGES = 8
 # more does not lose much on a busy one.
 _COMPILE_SECONDS = {"cpu": 10.0, "cuda": 25.0}
 
+_UNSEEN = "it may draw random numbers by Python or NumPy, or depend on something that cannot be seen"
+
 _no_compiler: list[bool] = []
 
 
@@ -78,6 +80,8 @@ class Captured:
             may be any.
         tolerances: How far results of function, graph and compiled graph may be apart, relative to their norm: for
             single numbers, and for other tensors. Gradients jump where rounding takes a unit across its kink.
+        original: What the graph is compared with beside the function, on the same inputs, if the function is given
+            them in another form than programs were meant to be.
         captures: How many graphs were made.
         seconds: Spent on capturing and compiling.
         given_up: Whether it could not be captured, and is run as it is.
@@ -94,6 +98,7 @@ class Captured:
     compiling: Callable[[], AbstractContextManager[Any]] = nullcontext
     check_each_run: bool = True
     tolerances: tuple[float, float] = (1e-5, 1e-4)
+    original: Callable[..., Any] | None = None
     captures: int = 0
     seconds: float = 0.0
     given_up: bool = False
@@ -108,8 +113,18 @@ class Captured:
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Runs the function, or its graph for these inputs; returns its results, detached."""
+        variant = self._captured_for(inputs)
+        return self.function(*inputs) if variant is None else self._run(variant, inputs)
+
+    def run_graph(self, *inputs: Tensor) -> Any:
+        """Runs the graph for these inputs; returns ``None``, and has run nothing, where there is none."""
+        variant = self._captured_for(inputs)
+        return None if variant is None else self._run(variant, inputs)
+
+    def _captured_for(self, inputs: Sequence[Tensor]) -> _Variant | None:
+        """The variant for these inputs, captured now if it is its turn; none where the function is to be run."""
         if self.given_up:
-            return self.function(*inputs)
+            return None
         if self.check_each_run:
             self.drop_if_changed()
         key = (*[(t.shape, t.dtype, t.device, t.stride()) for t in inputs], *_modes(inputs))
@@ -123,7 +138,10 @@ class Captured:
             variant.runs += 1
             early = variant.runs <= self.capture_after and not variant.graph_runs
             if self.given_up or early or not self._capture(variant, inputs):
-                return self.function(*inputs)
+                return None
+        return variant
+
+    def _run(self, variant: _Variant, inputs: Sequence[Tensor]) -> Any:
         graph: Any = variant.graph
         self._first = self._first or variant.name
         if not variant.compile_attempted and self._should_compile(variant, graph, inputs):
@@ -188,6 +206,7 @@ class Captured:
             variant.graph = self.made[variant.name].graph
             return True
         start = time.perf_counter()
+        before, drawn = Guard(*self.guard.programs), (random.getstate(), np.random.get_state())  # noqa: NPY002
         try:
             with _rollback(inputs, self.guard.tensors):
                 self.function(*inputs)  # makes whatever is made by a first run
@@ -204,9 +223,14 @@ class Captured:
                 if replaced := [n for n, p in pyro.get_param_store()._params.items() if p is not stored.get(n)]:
                     raise CaptureError(f"it replaces {replaced} in the param store as it runs")
                 self._compare(graph, self.function, inputs)
+                if self.original is not None:
+                    self._compare(graph, self.original, inputs, "a float among its arguments is not what a tensor is")
         except (PVAEError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            before.put_back()
+            random.setstate(drawn[0])
+            np.random.set_state(drawn[1])  # noqa: NPY002
             self._give_up(_cause(error))
             return False
         variant.graph = graph
@@ -240,7 +264,9 @@ class Captured:
         made.compiled = compiled
         return compiled
 
-    def _compare(self, graph: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    def _compare(
+        self, graph: Callable[..., Any], reference: Callable[..., Any], inputs: Sequence[Tensor], cause: str = _UNSEEN
+    ) -> None:
         """Runs both on rows drawn from the inputs, with equal noise that no capture has seen."""
         results = []
         for run in (reference, graph):
@@ -254,10 +280,7 @@ class Captured:
             tolerance = self.tolerances[ours.numel() > 1]
             # A result may be nothing but the rounding of others, as a gradient whose terms cancel.
             if not torch.linalg.vector_norm(difference).item() <= tolerance * norm + 1e-6 * max(norms):
-                raise CaptureError(
-                    "its results are not those of its graph: it may draw random numbers by Python or NumPy, or depend "
-                    "on something that cannot be seen"
-                )
+                raise CaptureError(f"its results are not those of its graph: {cause}")
 
     def _give_up(self, cause: str) -> None:
         self._variants.clear()

@@ -8,14 +8,20 @@ Programs are as they were if a new guard's marks equal the old ones.
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
-from types import ModuleType
+from contextvars import ContextVar
+from functools import cached_property
+from logging import Logger
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from pvae.capture.guards import MISSING, MODULES_OWN, VALUES, Guard, split_up
+from pvae.capture.guards import COPIED, VALUES, Guard, split_up
+from pvae.runtime import MISSING, MODULES_OWN, PLAIN
 
 __all__ = ["Untold", "footprint"]
 
@@ -45,6 +51,10 @@ def _counts(key: Any, value: Any) -> bool:
     return not (key in MODULES_OWN and isinstance(value, dict))
 
 
+# What is looked into by itself, or never changes.
+_KNOWN_ALONE = (ModuleType, CodeType, ContextVar, Logger, np.ufunc, re.Pattern, torch.layout, torch.memory_format)
+
+
 class _Same:
     """One object; equal to another mark of it, while it lives."""
 
@@ -68,8 +78,12 @@ class _Marks:
         self.seen: dict[int, tuple[int, Any]] = {}  # with the thing, so that ids are theirs
 
     def of(self, thing: Any) -> Any:
+        if isinstance(thing, set | frozenset):
+            return type(thing), self._elements(thing)
         if isinstance(thing, VALUES):
             return type(thing), thing
+        if isinstance(thing, COPIED):
+            return type(thing), getattr(thing, "typecode", ""), bytes(thing)
         if id(thing) in self.seen:
             return self.seen[id(thing)][0]
         self.seen[id(thing)] = len(self.seen), thing
@@ -81,11 +95,24 @@ class _Marks:
             return _Same(thing), thing.shape, thing.tobytes()
         if inspect.ismethod(thing):
             return self.of(thing.__self__), self.of(thing.__func__)
-        if isinstance(thing, nn.Module | type | ModuleType) or inspect.isroutine(thing):
+        if isinstance(thing, property):
+            return self.of(thing.fget), self.of(thing.fset)
+        if isinstance(thing, staticmethod | classmethod):
+            return type(thing), self.of(thing.__func__)
+        if isinstance(thing, cached_property):
+            return self.of(thing.func)
+        if isinstance(thing, (nn.Module, type, *_KNOWN_ALONE)) or inspect.isroutine(thing):
             return _Same(thing)
         if thing is MISSING:
             return "missing"
         parts = split_up(thing)
-        if not parts:
+        if not parts and type(thing) is object:  # tells itself from others
             return _Same(thing)
+        if not parts:
+            raise Untold(type(thing).__name__)
         return type(thing), [[(self.of(key), self.of(value)) for key, value in part.items()] for part in parts]
+
+    def _elements(self, values: Any) -> frozenset[Any]:
+        if not all(isinstance(value, PLAIN) for value in values):
+            raise Untold("an object in a set")
+        return frozenset((type(value), value) for value in values)

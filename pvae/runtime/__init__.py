@@ -9,9 +9,11 @@ from pvae.runtime.isolation import (
     set_rng_state,
     spare_noise,
 )
+from pvae.runtime.namespaces import MISSING, PLAIN, Look, Space, added_to, put_back, spaces_of, variables_of
 from pvae.runtime.processes import ALONE, Processes, resolve_processes
 from pvae.runtime.products import in_precision
-from pvae.runtime.programs import Pair, Program, modules_of, place_pair, reachable
+from pvae.runtime.programs import Pair, Program, modules_of, place_pair
+from pvae.runtime.reach import MODULES_OWN, is_leaf, reachable
 from pvae.runtime.signals import Interrupted, NeverStop, Stop, graceful_stop
 from pvae.runtime.sites import (
     base_distribution,
@@ -33,12 +35,18 @@ from pvae.runtime.turns import in_turn, turn
 
 __all__ = [
     "ALONE",
+    "MISSING",
+    "MODULES_OWN",
+    "PLAIN",
     "Interrupted",
+    "Look",
     "NeverStop",
     "Pair",
     "Processes",
     "Program",
+    "Space",
     "Stop",
+    "added_to",
     "base_distribution",
     "check_pair",
     "check_real",
@@ -53,12 +61,14 @@ __all__ = [
     "graceful_stop",
     "in_precision",
     "in_turn",
+    "is_leaf",
     "isolate",
     "kept_buffers",
     "modules_of",
     "observed_data",
     "outside_modules",
     "place_pair",
+    "put_back",
     "reachable",
     "repeated_plates",
     "resolve_processes",
@@ -66,6 +76,8 @@ __all__ = [
     "set_rng_state",
     "simple_support",
     "spare_noise",
+    "spaces_of",
     "tensors_of",
     "turn",
+    "variables_of",
 ]

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,8 +12,9 @@ from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 from pvae.errors import ArgumentError, DataError, DeviceError
+from pvae.runtime.reach import reachable
 
-__all__ = ["Pair", "Program", "cast", "dtype_of", "modules_of", "place_pair", "reachable", "resolve_device"]
+__all__ = ["Pair", "Program", "cast", "dtype_of", "modules_of", "place_pair", "resolve_device"]
 
 
 Program = Callable[..., Any]
@@ -25,39 +22,8 @@ Program = Callable[..., Any]
 
 
 def modules_of(*programs: Program) -> list[nn.Module]:
-    """The modules that programs are made of: themselves, what they are methods of, close over, call or hold."""
-    return [thing for thing in reachable(*programs) if _is_module(thing)]
-
-
-def reachable(*programs: Any) -> list[Any]:
-    """All that programs are made of, close over, call or hold; modules are not looked into."""
-    seen: dict[int, Any] = {}
-    queue: list[Any] = list(programs)
-    while queue:
-        thing = queue.pop(0)
-        if id(thing) in seen or (type(thing).__module__.split(".")[0] in ("numpy", "torch") and not _is_module(thing)):
-            continue
-        seen[id(thing)] = thing
-        if _is_module(thing) or isinstance(thing, type | ModuleType):
-            continue
-        if isinstance(thing, partial):  # Pyro's handlers wrap programs in partials
-            queue += [thing.func, *thing.args, *thing.keywords.values()]
-        elif isinstance(thing, list | tuple | dict):
-            queue += filter(_is_module, thing.values() if isinstance(thing, dict) else thing)
-        elif inspect.ismethod(thing):
-            queue += [thing.__self__, thing.__func__]
-        elif inspect.isfunction(thing):
-            if (thing.__module__ or "").split(".")[0] not in ("torch", "pyro"):
-                with suppress(ValueError):  # a variable that is not assigned yet
-                    variables = inspect.getclosurevars(thing)
-                    queue += [*variables.nonlocals.values(), *variables.globals.values()]
-        else:
-            queue += getattr(thing, "__dict__", {}).values()
-    return list(seen.values())
-
-
-def _is_module(thing: object) -> bool:
-    return isinstance(thing, nn.Module)
+    """The modules that programs are made of: themselves, what they are methods of, close over, call, name or hold."""
+    return [thing for thing in reachable(*programs, modules_alone=True) if isinstance(thing, nn.Module)]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

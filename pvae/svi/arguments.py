@@ -19,6 +19,16 @@ _FLOATS = (float, np.floating)
 _TENSOR = object()
 
 
+class _Number:
+    """In the place of a float of some class."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+
+_NUMBERS: dict[type, _Number] = {}
+
+
 class _Part(NamedTuple):
     """One argument without its tensors."""
 
@@ -51,7 +61,7 @@ class Arguments(NamedTuple):
             # A number in float64 leaves a program of float32 in float32.
             numbers = (torch.tensor(v, dtype=torch.float64) if isinstance(v, _FLOATS) else v for v in leaves)
             found = [v for v in numbers if isinstance(v, Tensor)]
-            rest = tuple(_TENSOR if isinstance(v, (Tensor, *_FLOATS)) else v for v in leaves)
+            rest = tuple(_without_value(v) for v in leaves)
             parts[key] = _Part(spec, rest, tuple((t.shape, t.stride(), t.dtype, t.device) for t in found))
             tensors += found
         return cls(tuple(tensors), parts)
@@ -64,7 +74,7 @@ class Arguments(NamedTuple):
     @property
     def objects(self) -> tuple[Any, ...]:
         """Whatever is among the arguments that may change without being replaced."""
-        return tuple(v for part in self.parts.values() for v in part.rest if v is not _TENSOR)
+        return tuple(v for part in self.parts.values() for v in part.rest if not _is_input(v))
 
     def same(self, other: Arguments) -> bool:
         """Whether they differ in nothing but tensors."""
@@ -73,20 +83,43 @@ class Arguments(NamedTuple):
 
     def foreign(self) -> tuple[int | str, str] | None:
         """An argument that nobody can compare with another, and what of it; ``None`` if there is none."""
-        found = ((key, find_opaque(v)) for key, part in self.parts.items() for v in part.rest if v is not _TENSOR)
+        found = ((key, find_opaque(v)) for key, part in self.parts.items() for v in part.rest if not _is_input(v))
         return next(((key, what) for key, what in found if what), None)
 
-    def put_together(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with other tensors."""
+    @property
+    def has_floats(self) -> bool:
+        """Whether there are floats among them."""
+        return any(isinstance(v, _Number) for part in self.parts.values() for v in part.rest)
+
+    def put_together(
+        self, tensors: Sequence[Tensor], *, floats: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other tensors, and where asked for with floats in the places of floats."""
         left = iter(tensors)
+
+        def filled(v: Any) -> Any:
+            if not _is_input(v):
+                return v
+            return v.kind(next(left).item()) if floats and isinstance(v, _Number) else next(left)
+
         args, kwargs = [], {}
         for key, part in self.parts.items():
-            value = pytree.tree_unflatten([next(left) if v is _TENSOR else v for v in part.rest], part.spec)
+            value = pytree.tree_unflatten(list(map(filled, part.rest)), part.spec)
             if isinstance(key, str):
                 kwargs[key] = value
             else:
                 args.append(value)
         return tuple(args), kwargs
+
+
+def _without_value(value: Any) -> Any:
+    if isinstance(value, _FLOATS):
+        return _NUMBERS.setdefault(type(value), _Number(type(value)))
+    return _TENSOR if isinstance(value, Tensor) else value
+
+
+def _is_input(value: Any) -> bool:
+    return value is _TENSOR or isinstance(value, _Number)
 
 
 def most_varied(seen: Sequence[Arguments]) -> int | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -103,7 +104,9 @@ class CompiledSVI(SVI):
         run = self._run_for(self._gradients, given, _Gradients)
         if run is None or not run.is_ready(given):
             return self._by_pyro(super().step, run, given, args, kwargs)
-        loss, finite, grads, met = run.captured(*given.tensors)
+        if (results := run.captured.run_graph(*given.tensors)) is None:
+            return self._by_pyro(super().step, run, given, args, kwargs)
+        loss, finite, grads, met = results
         values = pytree.tree_map(Tensor.item, loss)
         if not finite:
             raise NumericalError(
@@ -126,7 +129,9 @@ class CompiledSVI(SVI):
         run = self._run_for(self._losses, given, _Losses)
         if run is None or not run.is_ready(given):
             return self._by_pyro(super().evaluate_loss, run, given, args, kwargs)
-        return pytree.tree_map(Tensor.item, run.captured(*given.tensors))
+        if (loss := run.captured.run_graph(*given.tensors)) is None:
+            return self._by_pyro(super().evaluate_loss, run, given, args, kwargs)
+        return pytree.tree_map(Tensor.item, loss)
 
     def _run_for(self, runs: list[_Run], given: Arguments, kind: type[_Run]) -> _Run | None:
         """What is known of such arguments; none where they cannot be captured, or there are too many kinds of them."""
@@ -221,6 +226,8 @@ class _Run(ABC):
             "check_each_run": False,
             "compile_after": "auto" if compile else None,
         }
+        if self.given.has_floats:
+            options["original"] = partial(self.evaluate, floats=True)
         options["compile_first"] = compile is True and isinstance(self, _Gradients)
         self.captured = Captured(self.evaluate, self.name, (*self.svi._sees, *self.given.objects), **options)
 
@@ -261,8 +268,8 @@ class _Run(ABC):
         self.params += [p for p in params if id(p) not in known]
 
     @abstractmethod
-    def evaluate(self, *tensors: Tensor) -> Any:
-        """What is captured."""
+    def evaluate(self, *tensors: Tensor, floats: bool = False) -> Any:
+        """What is captured, of floats as tensors, and what that is compared with, of floats as they are."""
 
 
 class _Gradients(_Run):
@@ -271,8 +278,10 @@ class _Gradients(_Run):
     name = "CompiledSVI.step"
     tolerances = (1e-5, 0.05)
 
-    def evaluate(self, *tensors: Tensor) -> tuple[Any, Tensor, dict[int, Tensor], dict[int, tuple[()]]]:
-        args, kwargs = self.given.put_together(tensors)
+    def evaluate(
+        self, *tensors: Tensor, floats: bool = False
+    ) -> tuple[Any, Tensor, dict[int, Tensor], dict[int, tuple[()]]]:
+        args, kwargs = self.given.put_together(tensors, floats=floats)
         # Others than those that Pyro meets may get a gradient, too, which waits for whoever moves them.
         self._add(t for t in self.captured.guard.tensors if t.requires_grad and t.is_leaf)
         left = [(param, param.grad) for param in self.params]
@@ -306,8 +315,8 @@ class _Losses(_Run):
     name = "CompiledSVI.evaluate_loss"
     after = 20
 
-    def evaluate(self, *tensors: Tensor) -> Any:
-        args, kwargs = self.given.put_together(tensors)
+    def evaluate(self, *tensors: Tensor, floats: bool = False) -> Any:
+        args, kwargs = self.given.put_together(tensors, floats=floats)
         with torch.no_grad(), pyro.validation_enabled(False), ItemsStayTensors():
             return _detach(self.svi.loss(self.svi.model, self.svi.guide, *args, **kwargs))
 
