@@ -138,6 +138,7 @@ def test_attributes_buffers_and_dtypes(made):
     assert captures(made) == [1, 0, 1, 1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:parameters .* begin at their initial values")
 def test_parameters_in_pyros_store(made):
     def model(x):
         loc = pyro.param("loc", torch.tensor(0.5))
