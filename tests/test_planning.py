@@ -26,7 +26,10 @@ class Shared(proposals.Prior):
 def test_chunks_are_bounded_whatever_the_order_of_the_data(proposal, num_samples):
     labels, images = torch.zeros(100_000), torch.zeros(1, 3, 64, 64).expand(100_000, 3, 64, 64)
     placed, layout = Pair(None, None, [], torch.device("cpu")), Layout(-1, -2)
-    trials = [Trial(Runner(layout), data, (), (), ()) for data in ((labels, images), (images, labels))]
+    trials = [
+        Trial(Runner(layout), data, (), (), (), has_masks=False, scaled=())
+        for data in ((labels, images), (images, labels))
+    ]
     pairs = [Densities(placed, trial) for trial in trials]
     for pair in pairs:
         vars(pair)["space"] = types.SimpleNamespace(dim=50)

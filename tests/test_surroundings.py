@@ -51,6 +51,7 @@ def test_handlers_that_are_for_one_batch(call, handler, small_vae, bits, nothing
     error.match(advice)
 
 
+@pytest.mark.filterwarnings("ignore:the model scales the densities")
 @pytest.mark.parametrize(
     "handler",
     [
