@@ -58,10 +58,11 @@ def numbers(report: Mapping[str, Any]) -> str:
     )
     stages, heavy, left = e["auto"]["stages"], e["guide"]["khat_above_0.7"], e["auto"]["unresolved"]
     answers = ", ".join(f"{stage} {stages[stage]:,}" for stage in STAGES if stage in stages)
+    named = f"{left:.1%} are" if left else "here none is"
     reading = (
         f"The first line of log p(x) is the default. It tries the guide, and where its weights will not do, a Gaussian "
         f"fitted to the image, heavier tails, and chains that are annealed. Here answers come from: {answers}. Where "
-        f"none is to be believed an image is unresolved, and named: {left:.1%} are. The guide alone adds "
+        f"none is to be believed an image is unresolved, and named: {named}. The guide alone adds "
         f"{guide - report['elbo_of_evaluated']:.1f} nats to the ELBO. That is still {auto - guide:.1f} nats low, which "
         f"its small standard error does not say. Its k-hat does: for {heavy:.0%} of the images its weights have a "
         f"heavy tail. The prior finds {guide - prior:.0f} nats less than the guide, and {guide - long_prior:.0f} less "
