@@ -81,21 +81,22 @@ def test_a_latent_that_one_program_masks_is_refused(model, guide, match, there):
         pvae.log_evidence(model, guide, (X, there))
 
 
+def without_missing(x, there):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.mask(mask=there):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
 def masked_guide(x, there):
     with pyro.plate("data", len(x)), poutine.mask(mask=there):
         pyro.sample("z", dist.Normal(x / 2, 1.0))
 
 
 def test_what_is_missing_may_be_left_out_instead_as_the_error_says():
-    def model(x, there):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            with poutine.mask(mask=there):
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    guide = AutoNormal(model)
-    pvae.fit(model, guide, (X, MASK), epochs=60, batch_size=6, lr=0.1, progress=False, compile=False)
-    within(pvae.log_evidence(model, guide, (X, MASK)), normal(X)[MASK].sum())
+    guide = AutoNormal(without_missing)
+    pvae.fit(without_missing, guide, (X, MASK), epochs=60, batch_size=6, lr=0.1, progress=False, compile=False)
+    within(pvae.log_evidence(without_missing, guide, (X, MASK)), normal(X)[MASK].sum())
 
 
 def test_masks_of_entries_are_compared_however_they_are_put():
@@ -324,17 +325,11 @@ def test_one_number_for_each_datum_may_be_made_of_another():
 def test_log_p_that_is_exact_is_resolved():
     """Where x is masked all weights are 1, and the prior's floor is above 0 by a rounding alone."""
 
-    def model(x, there):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            with poutine.mask(mask=there):
-                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
     def guide(x, there):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(torch.where(there, x / 2, 0.0), 1.0))
 
     for kind in (torch.float32, torch.float64):
-        estimate = pvae.log_evidence(model, guide, (X.to(kind), MASK))
+        estimate = pvae.log_evidence(without_missing, guide, (X.to(kind), MASK))
         assert not estimate.unresolved.any()
         within(estimate, torch.where(MASK, normal(X), 0.0))

@@ -14,10 +14,10 @@ from pyro.util import check_site_shape
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pvae.errors import ProgramError, first_line, warn
+from pvae.errors import ProgramError, first_line
 from pvae.evidence.exponential_families import leaf_of
 from pvae.evidence.latents import Layout, inner_support
-from pvae.runtime import base_distribution, simple_support
+from pvae.runtime import base_distribution, simple_support, warn_of_repeated
 
 __all__ = [
     "NotForEachError",
@@ -241,15 +241,7 @@ def check_plates(model: Mapping[str, Any], guide: Mapping[str, Any], dim: int | 
     """
     for name, site in model.items():
         if site["is_observed"]:
-            shape = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)]
-            others = [plate for plate in plates_of(site) if plate.size > 1 and plate.dim != dim]
-            many = [plate for plate in others if -plate.dim > len(shape) or shape[plate.dim] == 1]
-            for plate in many:
-                warn(
-                    f"plate '{plate.name}' makes log p(x|z) {plate.size} times as large: the data of site '{name}' do "
-                    "not vary along it, and are counted once for each of its entries. Take the site out of the plate, "
-                    "or give it data for each."
-                )
+            warn_of_repeated(name, site, (dim,))
             continue
         if name not in guide:
             continue

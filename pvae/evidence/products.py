@@ -11,6 +11,7 @@ from torch import Tensor
 from pvae.errors import ArgumentError, warn
 from pvae.evidence.densities import Batch, Densities
 from pvae.evidence.latents import Latents
+from pvae.runtime import spare_noise
 
 __all__ = ["PRECISIONS", "lower_products"]
 
@@ -42,8 +43,7 @@ def lower_products(densities: Densities, data: Batch, precision: str) -> Densiti
         return densities
     _check(densities, precision)
     lowered = densities.with_products(precision)
-    devices = [densities.placed.device] if densities.placed.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():  # draws are the same for all precisions
+    with spare_noise(densities.placed.device), torch.no_grad():  # draws are the same for all precisions
         change = _measure(densities, lowered, _some(densities, data))
     if math.isinf(change.size):
         warn(f"precision='{precision}': the guide's draws do not tell what it does. Use precision='float32'.")

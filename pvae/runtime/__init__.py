@@ -26,9 +26,9 @@ from pvae.runtime.sites import (
     density_sites,
     enumerated_sites,
     observed_data,
-    repeated_plates,
     simple_support,
     tensors_of,
+    warn_of_repeated,
 )
 from pvae.runtime.surroundings import check_surroundings
 from pvae.runtime.turns import in_turn, turn
@@ -70,7 +70,6 @@ __all__ = [
     "place_pair",
     "put_back",
     "reachable",
-    "repeated_plates",
     "resolve_processes",
     "resolve_seed",
     "set_rng_state",
@@ -80,4 +79,5 @@ __all__ = [
     "tensors_of",
     "turn",
     "variables_of",
+    "warn_of_repeated",
 ]

@@ -12,7 +12,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.errors import ArgumentError, DataError, ProgramError
+from pvae.errors import ArgumentError, DataError, ProgramError, warn
 
 __all__ = [
     "base_distribution",
@@ -25,9 +25,9 @@ __all__ = [
     "density_sites",
     "enumerated_sites",
     "observed_data",
-    "repeated_plates",
     "simple_support",
     "tensors_of",
+    "warn_of_repeated",
 ]
 
 
@@ -147,16 +147,24 @@ def tensors_of(value: Tensor, batch: tuple[Tensor, ...]) -> list[int]:
     return same or equal
 
 
-def repeated_plates(site: Any, around: Collection[int] = ()) -> list[Any]:
-    """The plates of an observed site along which its data do not vary, so that each entry counts them once more.
+def warn_of_repeated(name: str, site: Any, around: Collection[int | None] = (), advice: str = "") -> None:
+    """Says so where an observed site's data do not vary along a plate, so that each entry counts them once more.
 
     Args:
+        name: The site's.
         site: Traced.
-        around: Dimensions of plates that are none of these, as of particles.
+        around: Dimensions of plates that are not meant, as of particles or data.
+        advice: What else may be wrong, a sentence after a space.
     """
     shape = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)]
     plates = [f for f in site["cond_indep_stack"] if f.vectorized and f.size > 1 and f.dim not in around]
-    return [plate for plate in plates if -plate.dim > len(shape) or shape[plate.dim] == 1]
+    for plate in plates:
+        if -plate.dim > len(shape) or shape[plate.dim] == 1:
+            warn(
+                f"plate '{plate.name}' makes log p(x|z) {plate.size} times as large: the data of site '{name}' do not "
+                "vary along it, and are counted once for each of its entries. Take the site out of the plate, or give "
+                f"it data for each.{advice}"
+            )
 
 
 def density_sites(sites: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.data import kind
-from pvae.errors import NumericalError, ProgramError, PVAEError, first_line, warn
+from pvae.errors import NumericalError, ProgramError, PVAEError, first_line
 from pvae.runtime import (
     Program,
     base_distribution,
@@ -20,7 +20,7 @@ from pvae.runtime import (
     check_supports,
     density_sites,
     observed_data,
-    repeated_plates,
+    warn_of_repeated,
 )
 from pvae.svi.traces import params_of, trace_pair
 
@@ -103,7 +103,8 @@ def verify(
     _check_names(sites)
     found = observed_data(model_trace.nodes, batch)
     check_supports(found, batch if data is None else data)
-    _warn_of_repeated(model_trace.nodes, found)
+    for name, _, _ in found:
+        warn_of_repeated(name, model_trace.nodes[name], advice=" If the data are one datum, as X[0], pass X[:1].")
     params = params_of(sites)
     if not params:
         raise ProgramError(
@@ -134,17 +135,6 @@ def _does_not_run(error: Exception, batch: tuple[Tensor, ...], data: tuple[Tenso
     return ProgramError(
         f"the model and the guide do not run on a batch of {', '.join(map(kind, batch))}: {said}. {advice}"
     )
-
-
-def _warn_of_repeated(sites: Mapping[str, Any], found: list[Any]) -> None:
-    """Says so where data are counted once for each entry of a plate."""
-    for name, _, _ in found:
-        for plate in repeated_plates(sites[name]):
-            warn(
-                f"plate '{plate.name}' makes log p(x|z) {plate.size} times as large: the data of site '{name}' do not "
-                "vary along it, and are counted once for each of its entries. Take the site out of the plate, or give "
-                "it data for each. If the data are one datum, as X[0], pass X[:1]."
-            )
 
 
 def _latents_to_sum_out(latent: Mapping[str, Any], proposed: Mapping[str, Any]) -> tuple[str, ...]:
