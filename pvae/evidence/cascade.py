@@ -1,7 +1,8 @@
 """``proposal="auto"``: draws are spent where they are needed, until each datum has a number or is named as unresolved.
 
 The guide is tried on all data. Where its weights say no, a Gaussian is fitted to each datum, then given heavier tails,
-then chains are annealed from it. Draws that decide are thrown away: what counts is drawn afresh.
+then chains are annealed from it. Draws that decide are thrown away: what counts is drawn afresh. Where that in its turn
+says no, it has decided too, and the next stage answers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pvae.evidence.stages import (
     may_reach,
     surely_above,
 )
-from pvae.evidence.verdicts import KHAT_LIMIT, STAGES
+from pvae.evidence.verdicts import KHAT_LIMIT, MIN_ESS, STAGES
 from pvae.evidence.weights import WeightSums
 
 __all__ = ["Cascade"]
@@ -40,19 +41,24 @@ __all__ = ["Cascade"]
 _STD_ERROR = 0.2  # nats, as of 25 effective samples
 _DRAWS = 50  # of a datum in a chunk
 
+_FEW_PILOTS = 50  # show where draws surely will not do
 _PILOTS = 200
 _MORE_PILOTS = 800
+_JOINT_PILOTS = 5000  # of all data's one number, whose k-hat is not pooled: of heavy tails a few show little
 _MANY_PILOTS = (4000, 20_000)  # from the prior, in many dimensions and in few
 _FEW_DIMENSIONS = 5
 _SMALL = 64  # numbers in a datum
+_TELLING = 100  # draws: fewer do not tell whether they will do
 _CHECKS = 3  # times as many draws look again at a k-hat that is too high
 
 _FIT = Refined(start=WIDE_START)
+_FITS = 2  # of a datum: the second, by other draws, may find what the first did not
 
 _CHAINS = 100
 _PILOT_CHAINS = 16
 _MOST_TEMPERATURES = 256
 _VARIANCE = 0.7  # of a chain's log-weight
+_HOPELESS = 0.7  # times its variance before, though temperatures are at least four times as many
 
 
 class _Data(NamedTuple):
@@ -69,6 +75,11 @@ class _Data(NamedTuple):
     batch: tuple[Tensor, ...]
     floor: Tensor
     fitted: Elliptical | None = None
+
+    def take(self, rows: Tensor) -> _Data:
+        """Some of them."""
+        fitted = None if self.fitted is None else self.fitted[rows]
+        return _Data(self.numbers[rows], tuple(t[rows] for t in self.batch), self.floor[rows], fitted)
 
 
 class Cascade:
@@ -107,7 +118,8 @@ class Cascade:
         for name, rows in begins.items():
             for part in _split(rows[needed[rows] > 0], self.few):
                 with _take(block, part, floor) as data:
-                    self._answer(name, data, torch.arange(len(part)), needed[part])
+                    answered = self._answer(name, data, torch.arange(len(part)), needed[part])
+                needed[part[~torch.isin(torch.arange(len(part)), answered)]] = 0
         self._capture_for(int((needed == 0).sum()))
         for part in _split(numbers[needed == 0], self.many):
             with _take(block, part, floor) as data:
@@ -170,30 +182,41 @@ class Cascade:
 
     def _resolve(self, data: _Data) -> None:
         """Answers for data for which the guide's draws will not do."""
-        left, last = torch.arange(len(data.numbers)), "guide"
-        for name in (*(("refined", "heavy-tailed") if self.can_fit else ()), "half from the prior"):
+        last = "guide"
+        for name in (*("refined", "heavy-tailed") * _FITS * self.can_fit, "half from the prior"):
             # A mixture with the prior helps where draws of the prior are of any use.
             is_mixed = name == "half from the prior"
-            some = left[data.floor[left].isfinite()] if is_mixed and self.can_fit else left
-            if self._is_late or not len(some) or (is_mixed and not self.can_mix):
+            open_to = data.floor.isfinite() | (not (is_mixed and self.can_fit))
+            if self._is_late or not open_to.any() or (is_mixed and not self.can_mix):
                 continue
             self.bar.set_postfix_str(name)
-            if self.can_fit and data.fitted is None:
-                data = data._replace(fitted=_FIT.gaussian(self.densities, data.batch))
-            needed, last = self._find_needed(name, data, some), name
-            self._answer(name, data, some[needed > 0], needed[needed > 0])
-            left = left[~torch.isin(left, some[needed > 0])]
+            if name == "refined":
+                data = self._fit(data)
+            some, last = open_to.nonzero()[:, 0], name
+            needed = self._find_needed(name, data, some)
+            answered = self._answer(name, data, some[needed > 0], needed[needed > 0])
+            data = data.take((~torch.isin(torch.arange(len(open_to)), answered)).nonzero()[:, 0])
         if self.can_fit and not self._is_late:
             # Where the prior is not too far, chains from it reach what the guide overlooks.
-            near = data.floor[left].isfinite()
-            self._anneal("annealed from the prior", data, left[near])
-            self._anneal("annealed", data, left[~near])
+            near = data.floor.isfinite()
+            self._anneal("annealed from the prior", data.take(near.nonzero()[:, 0]))
+            self._anneal("annealed", data.take((~near).nonzero()[:, 0]))
         else:
-            self._answer(last, data, left, self.settings.num_samples, accepted=False)
+            self._answer(last, data, torch.arange(len(data.numbers)), self.settings.num_samples, accepted=False)
 
-    def _anneal(self, name: str, data: _Data, left: Tensor) -> None:
+    def _fit(self, data: _Data) -> _Data:
+        """Data with a Gaussian fitted to each; the better one where there is one already."""
+        new = data._replace(fitted=_FIT.gaussian(self.densities, data.batch))
+        if data.fitted is None or new.fitted is None:
+            return new
+        rows = torch.arange(len(data.numbers))
+        first, second = (self._draw("refined", one, rows, _PILOTS).weights.log_px for one in (data, new))
+        return data._replace(fitted=new.fitted.where(second > first, data.fitted))
+
+    def _anneal(self, name: str, data: _Data) -> None:
         """Answers by chains, over as many temperatures as the scatter of pilots' weights asks for."""
-        wanted = torch.full_like(left, FEWEST_TEMPERATURES)
+        left = torch.arange(len(data.numbers))
+        wanted, before = torch.full_like(left, FEWEST_TEMPERATURES), torch.full((len(left),), torch.inf).double()
         while len(left):
             temperatures = int(wanted.min())
             self.bar.set_postfix_str(f"{name}, {temperatures} temperatures")
@@ -201,7 +224,9 @@ class Cascade:
             pilots = self._draw(name, data, left[some], _PILOT_CHAINS, temperatures).weights
             variance = pilots.squares_log / (_PILOT_CHAINS - 1)
             is_last = temperatures >= _MOST_TEMPERATURES or self._is_late
-            done = (variance <= _VARIANCE) | is_last | ~pilots.log_px.isfinite()  # nothing explains these
+            # Nothing explains some, and more temperatures do not help others.
+            is_vain = ~pilots.log_px.isfinite() | (variance > _HOPELESS * before[some])
+            done = (variance <= _VARIANCE) | is_last | is_vain
             is_good = (variance <= 2 * _VARIANCE) & may_reach(pilots, data.floor[left[some]])
             for good in (True, False):
                 rows = done & (is_good == good)
@@ -210,9 +235,10 @@ class Cascade:
                     self._answer(name, data, left[some][rows], needed, temperatures, accepted=good)
             # Their variance falls about as fast as temperatures get more.
             times = 2 ** (variance / _VARIANCE).log2().ceil().nan_to_num(torch.inf).clamp(1, 3)
+            before[some] = torch.where(times >= 4, variance, torch.inf)
             wanted[some] = (temperatures * times).long().clamp(max=_MOST_TEMPERATURES)
             ended = torch.zeros_like(some).masked_scatter(some, done)
-            left, wanted = left[~ended], wanted[~ended]
+            left, wanted, before = left[~ended], wanted[~ended], before[~ended]
 
     def _answer(
         self,
@@ -222,8 +248,10 @@ class Cascade:
         needed: Tensor | int,
         temperatures: int = FEWEST_TEMPERATURES,
         accepted: bool = True,
-    ) -> None:
-        """Draws afresh for some of the data, as often as each needs, and notes the sums.
+    ) -> Tensor:
+        """Draws afresh for some of the data, as often as each needs, and notes the sums that will do.
+
+        Where none come after it, those that will not do are noted too.
 
         Args:
             name: The stage.
@@ -232,8 +260,12 @@ class Cascade:
             needed: Draws for all of these, or for each.
             temperatures: Of chains.
             accepted: Whether trials said that these draws will do.
+
+        Returns:
+            Which of the data have their sums, of `rows`.
         """
         needed = torch.as_tensor(needed).expand(len(rows))
+        has_next, answered = self._has_next(name), [rows[:0]]
         for num_samples in needed.unique().tolist():
             some = rows[needed == num_samples]
             sums = self._draw(name, data, some, num_samples, temperatures)
@@ -243,13 +275,23 @@ class Cascade:
                 # One k-hat scatters. More draws tell whether this one is high by chance; they count for it alone.
                 more = self._draw(name, data, some[high], _CHECKS * num_samples, temperatures).weights
                 looked_at[high] = sums.weights[high].merge(more).khat
-            told = {
-                "stage": torch.full((len(some),), STAGES.index(name)),
-                "accepted": may_reach(sums.weights, data.floor[some]) & accepted,
-                "khat": looked_at,
-            }
-            self.answers.append((data.numbers[some], replace(sums, diagnostics=sums.diagnostics | told)))
+            khat = torch.where(looked_at.isnan(), sums.weights.khat, looked_at)
+            good = accepted & may_reach(sums.weights, data.floor[some])
+            will_do = good & (khat <= KHAT_LIMIT) & (sums.weights.ess >= MIN_ESS)
+            ends_here = not (accepted and has_next and num_samples >= _TELLING) or self._is_late
+            kept = (will_do | ends_here).nonzero()[:, 0]
+            told = {"stage": torch.full((len(some),), STAGES.index(name)), "accepted": good, "khat": looked_at}
+            sums, some = replace(sums, diagnostics=sums.diagnostics | told)[kept], some[kept]
+            self.answers.append((data.numbers[some], sums))
+            answered.append(some)
             self.bar.update(len(some))
+        return torch.cat(answered)
+
+    def _has_next(self, name: str) -> bool:
+        """Whether another stage may answer where this one does not."""
+        if name in ("guide", "defensive"):
+            return self.can_fit or self.can_mix
+        return self.can_fit and not name.startswith("annealed")
 
     def _draw(
         self, name: str, data: _Data, rows: Tensor, num_samples: int, temperatures: int = FEWEST_TEMPERATURES
@@ -265,12 +307,25 @@ class Cascade:
 
     def _try(self, name: str, data: _Data, rows: Tensor) -> WeightSums:
         """The sums over pilots: a few for each datum, and more where these do not tell."""
-        sums = self._draw(name, data, rows, _PILOTS).weights
-        unsure = self.judge.is_unsure(sums).nonzero()[:, 0]
-        if len(unsure):
-            more = self._draw(name, data, rows[unsure], _MORE_PILOTS).weights
-            sums = sums.put(unsure, sums[unsure].merge(more))
+        if name == "guide":
+            sums = self._draw(name, data, rows, _FEW_PILOTS).weights
+            sums = self._try_more(name, data, rows, sums, self.judge.may_do(sums), _PILOTS - _FEW_PILOTS)
+        else:  # made to do
+            sums = self._draw(name, data, rows, _PILOTS).weights
+        sums = self._try_more(name, data, rows, sums, self.judge.is_unsure(sums), _MORE_PILOTS)
+        if self.densities.is_joint:
+            sums = self._try_more(name, data, rows, sums, self.judge.may_do(sums), _JOINT_PILOTS)
         return sums
+
+    def _try_more(
+        self, name: str, data: _Data, rows: Tensor, pilots: WeightSums, mask: Tensor, num_samples: int
+    ) -> WeightSums:
+        """Pilots, and so many more for the data in a mask."""
+        some = mask.nonzero()[:, 0]
+        if not len(some):
+            return pilots
+        more = self._draw(name, data, rows[some], num_samples).weights
+        return pilots.put(some, pilots[some].merge(more))
 
     def _find_needed(self, name: str, data: _Data, rows: Tensor) -> Tensor:
         """How many draws of a stage some of the data need; 0 where they will not do."""
@@ -284,9 +339,7 @@ class Cascade:
     def _try_as_often(self, name: str, data: _Data, rows: Tensor, pilots: WeightSums, needed: Tensor) -> WeightSums:
         """Pilots, and as many more as draws seem to be needed: of heavy tails a few show too small an error."""
         for num_samples in needed[needed > 0].unique().tolist():
-            some = (needed == num_samples).nonzero()[:, 0]
-            more = self._draw(name, data, rows[some], num_samples).weights
-            pilots = pilots.put(some, pilots[some].merge(more))
+            pilots = self._try_more(name, data, rows, pilots, needed == num_samples, num_samples)
         return pilots
 
     @property

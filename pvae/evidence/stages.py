@@ -170,6 +170,11 @@ class Judge:
         needed = (variance.expm1() / (ERROR_MARGIN * self.std_error) ** 2).ceil().amax().long()
         return int(needed.clamp(least, max(least, self.most("annealed"))))
 
+    def may_do(self, pilots: WeightSums) -> Tensor:
+        """Whether it is not yet clear that draws will not do; bool, shape ``(N,)``."""
+        khat, error = pooled_khat(pilots)
+        return khat - 2 * error.nan_to_num(0.0) < _KHAT  # of equal weights k-hat has no error
+
     def is_unsure(self, pilots: WeightSums) -> Tensor:
         """Whether more pilots may change the verdict; bool, shape ``(N,)``."""
         khat, error = pooled_khat(pilots)

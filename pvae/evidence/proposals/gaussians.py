@@ -72,6 +72,12 @@ class Elliptical:
         """Those of some of the data, by their indices or a mask."""
         return replace(self, loc=self.loc[rows], factor=self.factor[rows])
 
+    def where(self, mask: Tensor, other: Elliptical) -> Elliptical:
+        """Those of the data in a mask, and another's of the others."""
+        mask = mask.to(self.loc.device)
+        loc = torch.where(mask[:, None], self.loc, other.loc)
+        return replace(self, loc=loc, factor=torch.where(mask[:, None, None], self.factor, other.factor))
+
     def draw(self, num_samples: int) -> tuple[Latents, Tensor]:
         """Returns K draws for each datum and the log density of them as latents, shape ``(K, N)``."""
         e = self.draw_standard(num_samples)
