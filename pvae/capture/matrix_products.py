@@ -1,7 +1,8 @@
 """Matrix products of tensor programs on the CPU, to the same results within rounding.
 
-For single precision oneDNN may be much faster than the default library. And the default library copies a bias into the
-result before it multiplies, which for large ones the compiler's next loop adds on its way.
+For single precision oneDNN may be much faster than the default library. The default library may take more than twice as
+long for a layer's output for a few rows as for its transpose. And it copies a bias into the result before it multiplies,
+which for large ones the compiler's next loop adds on its way.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -68,21 +70,37 @@ def onednn_choice() -> bool | None:
 
 
 def swap_matrix_products(graph: fx.Graph) -> int:
-    """Has oneDNN do a graph's float32 matrix products on the CPU, where it is the faster; returns how many."""
+    """Has a graph's float32 matrix products on the CPU done in the way that is the faster; returns how many are swapped.
+
+    By oneDNN, where that is the faster on this machine; else by the default library, and those of a few rows, such as
+    ``x @ w.T`` of a small batch, as ``(w @ x.T).T`` where a short measurement finds that faster for their shape.
+    """
     products = [node for node in graph.nodes if node.op == "call_function" and _is_product(node)]
-    if not products or not (_choice[0] if _choice[0] is not None else _onednn_is_faster()):
-        return 0
-    for node in products:
+    by_onednn = products and (_choice[0] if _choice[0] is not None else _onednn_is_faster())
+    swapped = products if by_onednn else [node for node in products if _is_to_turn(node)]
+    for node in swapped:
         bias, a, b = node.args if node.target is aten.addmm.default else (None, *node.args)
         with graph.inserting_before(node):
-            if not a.meta["val"].is_contiguous():
-                # oneDNN would copy it anyway; here the compiler can write it so in the first place.
-                a = graph.call_function(aten.clone.default, (a,), {"memory_format": torch.contiguous_format})
-            product = graph.call_function(torch.ops.pvae.addmm.default, (bias, a, b))
-        product.meta = dict(node.meta)
-        node.replace_all_uses_with(product)
+            result = _by_onednn(graph, bias, a, b) if by_onednn else _turned(graph, bias, a, b)
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
         graph.erase_node(node)
-    return len(products)
+    return len(swapped)
+
+
+def _by_onednn(graph: fx.Graph, bias: fx.Node | None, a: fx.Node, b: fx.Node) -> fx.Node:
+    if not a.meta["val"].is_contiguous():
+        # oneDNN would copy it anyway; here the compiler can write it so in the first place.
+        a = graph.call_function(aten.clone.default, (a,), {"memory_format": torch.contiguous_format})
+    return graph.call_function(torch.ops.pvae.addmm.default, (bias, a, b))
+
+
+def _turned(graph: fx.Graph, bias: fx.Node | None, a: fx.Node, b: fx.Node) -> fx.Node:
+    factors = (graph.call_function(aten.t.default, (factor,)) for factor in (b, a))
+    product = graph.call_function(aten.t.default, (graph.call_function(aten.mm.default, tuple(factors)),))
+    # What follows may view it.
+    product = graph.call_function(aten.clone.default, (product,), {"memory_format": torch.contiguous_format})
+    return product if bias is None else graph.call_function(aten.add.Tensor, (product, bias))
 
 
 def add_biases_later(graph: fx.Graph) -> int:
@@ -103,6 +121,20 @@ def _is_large(node: fx.Node) -> bool:
     """Whether a product with a row as its bias has a large result on the CPU."""
     bias, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
     return not node.kwargs and result.device.type == "cpu" and bias.dim() == 1 and result.numel() >= _LARGE
+
+
+# Rows for which the default library may be slow, and entries of the matrix that they are multiplied by.
+_FEW_ROWS = range(4, 49)
+_MOST_ENTRIES = 2**20
+
+
+def _is_to_turn(node: fx.Node) -> bool:
+    """Whether a product of a few rows with a transposed matrix is faster as the transpose of its transpose."""
+    a, b = (arg.meta["val"] for arg in node.args[-2:])  # type: ignore[union-attr]
+    # On one thread there is next to no difference.
+    is_open = a.shape[0] in _FEW_ROWS and b.numel() <= _MOST_ENTRIES and torch.get_num_threads() > 1
+    is_open = is_open and a.is_contiguous() and b.t().is_contiguous()
+    return is_open and _turning_is_faster(*a.shape, b.shape[1], torch.get_num_threads())
 
 
 # Below so many multiplications a product costs less than the call.
@@ -143,14 +175,27 @@ def _onednn_is_faster() -> bool:
     if not _has_onednn():
         return False
     a, b = (torch.ones(rows, 512, dtype=torch.float32) for rows in (256, 512))
-    ways = {"default": lambda: torch.mm(a, b), "oneDNN": lambda: _onednn_addmm(None, a, b)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    default, onednn = _seconds(lambda: torch.mm(a, b), lambda: _onednn_addmm(None, a, b))
+    logger.info("float32 matrix products: %.0f us, %.0f us by oneDNN", default * 1e6, onednn * 1e6)
+    return onednn < 0.95 * default
+
+
+@cache
+def _turning_is_faster(rows: int, inner: int, columns: int, threads: int) -> bool:  # noqa: ARG001 (threads: for the cache)
+    """Compares ``a @ w.T`` with ``(w @ a.T).T``, which takes a few ms for each shape."""
+    a, w = (torch.ones(length, inner, dtype=torch.float32) for length in (rows, columns))
+    default, turned = _seconds(lambda: torch.mm(a, w.t()), lambda: torch.mm(w, a.t()).t().contiguous())
+    # It is twice as fast or about the same, so that chance decides nothing.
+    return turned < 0.7 * default
+
+
+def _seconds(*ways: Callable[[], Any]) -> list[float]:
+    """How long each takes, by turns."""
+    seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(15):
-        for name, multiply in ways.items():
+        for run, times in zip(ways, seconds, strict=True):
             start = time.perf_counter()
-            multiply()
-            seconds[name].append(time.perf_counter() - start)
+            run()
+            times.append(time.perf_counter() - start)
     # The first few calls of each prepare their kernels.
-    medians = {name: statistics.median(times[3:]) for name, times in seconds.items()}
-    logger.info("float32 matrix products: %s", {name: f"{value * 1e6:.0f} us" for name, value in medians.items()})
-    return medians["oneDNN"] < 0.95 * medians["default"]
+    return [statistics.median(times[3:]) for times in seconds]
