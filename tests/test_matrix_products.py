@@ -89,3 +89,45 @@ def test_biases_of_large_results_are_added_later():
         graph.recompile()
         torch.testing.assert_close(graph(bias, x, w.t()), torch.addmm(bias, x, w.t()), rtol=1e-5, atol=1e-5)
     assert matrix_products.add_biases_later(make_fx(torch.addmm)(torch.ones(600), x[:100], w.t()).graph) == 0
+
+
+@pytest.fixture
+def turning(monkeypatch):
+    """As if the transpose were always the faster, on two threads."""
+    matrix_products.use_onednn(False)
+    monkeypatch.setattr(matrix_products, "_turning_is_faster", lambda *_: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    yield
+    matrix_products.use_onednn(None)
+
+
+def test_layers_of_a_few_rows_are_multiplied_as_transposes(turning):
+    x, w, b, g = torch.randn(16, 200), torch.randn(300, 200), torch.randn(300), torch.randn(16, 300)
+
+    def products(x, w, b, g):
+        return functional.linear(x, w, b).view(4, 4, 300), x @ w.t(), g @ w, g.t() @ x
+
+    graph = make_fx(products)(x, w, b, g)
+    assert matrix_products.swap_matrix_products(graph.graph) == 2  # gradients are fast as they are
+    graph.recompile()
+    for ours, theirs in zip(graph(x, w, b, g), products(x, w, b, g), strict=True):
+        assert ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rows, columns, dtype", [(3, 900, torch.float32), (64, 300, torch.float32), (16, 300, torch.float64)]
+)
+def test_other_layers_stay(turning, rows, columns, dtype):
+    x, w = torch.ones(rows, 200, dtype=dtype), torch.ones(columns, 200, dtype=dtype)
+    assert matrix_products.swap_matrix_products(make_fx(functional.linear)(x, w).graph) == 0
+
+
+def test_on_one_thread_layers_stay(turning, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    graph = make_fx(functional.linear)(torch.ones(16, 200), torch.ones(300, 200))
+    assert matrix_products.swap_matrix_products(graph.graph) == 0
+
+
+def test_the_two_are_compared_for_a_shape():
+    assert isinstance(matrix_products._turning_is_faster(16, 50, 40, 1), bool)
