@@ -154,6 +154,44 @@ def test_chains_end_where_more_temperatures_are_in_vain(monkeypatch):
     assert estimate.unresolved.all()
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Notes each stage's draws, with the number for each datum."""
+    draws, draw = [], cascade.Cascade._draw
+
+    def noted(self, name, data, rows, num_samples, *more):
+        draws.append((name, num_samples))
+        return draw(self, name, data, rows, num_samples, *more)
+
+    monkeypatch.setattr(cascade.Cascade, "_draw", noted)
+    return draws
+
+
+def test_where_the_guide_surely_fails_few_pilots_tell(drawn):
+    oracle = linear_gaussian(10, 20, guide_shift=1.5, guide_scale=0.7)
+    evidence(oracle, oracle.sample(60))
+    assert [many for name, many in drawn if name == "guide"] == [cascade._FEW_PILOTS]
+
+
+def test_one_number_for_all_data_takes_more_pilots(drawn):
+    x = torch.randn(20) + 1.0
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Normal(x.sum() / (len(x) + 1), 1.2 * (len(x) + 1) ** -0.5))
+
+    estimate = pvae.log_evidence(model, guide, x)
+    n = len(x)
+    cov = torch.eye(n, dtype=torch.float64) + 1.0
+    exact = dist.MultivariateNormal(torch.zeros(n).double(), cov).log_prob(x.double())
+    assert (estimate.corrected - exact).abs() <= 5 * estimate.std_error + 1e-5
+    assert ("guide", cascade._JOINT_PILOTS) in drawn or ("defensive", cascade._JOINT_PILOTS) in drawn
+
+
 def test_every_stage_has_a_way():
     assert set(stages.WAYS) == set(verdicts.STAGES)
 

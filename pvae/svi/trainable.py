@@ -274,8 +274,9 @@ def _try_fewest(pair: Pair, batches: Batches, batch: tuple[Tensor, ...], state: 
         batch: One on which it ran.
         state: Of the param store.
     """
-    few = batches.fewest
-    if few is None or 1 < few == len(batch[0]) or few > len(batch[0]):
+    few, size = batches.fewest, len(batch[0])
+    # A batch that has one datum only is tried, too: what ran on it may have been in eval mode.
+    if few is None or not (few < size or few == size == 1):
         return
     # Batch normalization has no variance of one datum in train mode; others may be left out of that.
     training = any(isinstance(part, _BatchNorm) for root in pair.modules for part in root.modules())
