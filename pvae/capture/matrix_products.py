@@ -8,7 +8,7 @@ which for large ones the compiler's next loop adds on its way.
 from __future__ import annotations
 
 import logging
-import statistics
+import math
 import time
 from collections.abc import Callable
 from functools import cache
@@ -190,12 +190,11 @@ def _turning_is_faster(rows: int, inner: int, columns: int, threads: int) -> boo
 
 
 def _seconds(*ways: Callable[[], Any]) -> list[float]:
-    """How long each takes, by turns."""
-    seconds: list[list[float]] = [[] for _ in ways]
+    """How long each takes, by turns: the least of some times, which other work on the machine does not change."""
+    seconds = [math.inf for _ in ways]
     for _ in range(15):
-        for run, times in zip(ways, seconds, strict=True):
+        for number, run in enumerate(ways):
             start = time.perf_counter()
             run()
-            times.append(time.perf_counter() - start)
-    # The first few calls of each prepare their kernels.
-    return [statistics.median(times[3:]) for times in seconds]
+            seconds[number] = min(seconds[number], time.perf_counter() - start)
+    return seconds
