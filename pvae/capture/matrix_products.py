@@ -1,8 +1,8 @@
 """Matrix products of tensor programs on the CPU, to the same results within rounding.
 
-For single precision oneDNN may be much faster than the default library. The default library may take more than twice as
-long for a layer's output for a few rows as for its transpose. And it copies a bias into the result before it multiplies,
-which for large ones the compiler's next loop adds on its way.
+For single precision oneDNN may be much faster than the default library. That may take more than twice as long for a
+layer's output for a few rows as for its transpose. And it copies a bias into the result before it multiplies, which for
+large ones the compiler's next loop adds on its way.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def onednn_choice() -> bool | None:
 
 
 def swap_matrix_products(graph: fx.Graph) -> int:
-    """Has a graph's float32 matrix products on the CPU done in the way that is the faster; returns how many are swapped.
+    """Has a graph's float32 matrix products on the CPU done in the way that is faster; returns how many are swapped.
 
     By oneDNN, where that is the faster on this machine; else by the default library, and those of a few rows, such as
     ``x @ w.T`` of a small batch, as ``(w @ x.T).T`` where a short measurement finds that faster for their shape.
@@ -181,8 +181,8 @@ def _onednn_is_faster() -> bool:
 
 
 @cache
-def _turning_is_faster(rows: int, inner: int, columns: int, threads: int) -> bool:  # noqa: ARG001 (threads: for the cache)
-    """Compares ``a @ w.T`` with ``(w @ a.T).T``, which takes a few ms for each shape."""
+def _turning_is_faster(rows: int, inner: int, columns: int, threads: int) -> bool:
+    """Compares ``a @ w.T`` with ``(w @ a.T).T``, which takes a few ms for each shape and number of threads."""
     a, w = (torch.ones(length, inner, dtype=torch.float32) for length in (rows, columns))
     default, turned = _seconds(lambda: torch.mm(a, w.t()), lambda: torch.mm(w, a.t()).t().contiguous())
     # It is twice as fast or about the same, so that chance decides nothing.
