@@ -143,9 +143,10 @@ def name_lines(ax: Axes, names: Iterable[tuple[str, float, Any]], *, gap: float 
     to_share = ax.transData + ax.transAxes.inverted()
     kept = [(to_share.transform((1, y))[1], words, color) for words, y, color in names if np.isfinite(y)]
     places: list[float] = []
+    top = 1 - gap / 2  # the highest name, of two lines, ends where the Axes do, below their title
     for share, _, _ in sorted(kept, key=lambda entry: entry[0]):
-        places.append(max(min(share, 1.0), places[-1] + gap if places else 0.0))
-    over = max(places, default=0.0) - 1.0
+        places.append(max(min(share, top), places[-1] + gap if places else 0.0))
+    over = max(places, default=0.0) - top
     for place, (_, words, color) in zip(places, sorted(kept, key=lambda entry: entry[0]), strict=True):
         style: dict[str, Any] = {"ha": "left", "va": "center", "color": color, "fontsize": "medium"}
         ax.annotate(words, (1.02, place - max(over, 0.0)), xycoords="axes fraction", annotation_clip=False, **style)
