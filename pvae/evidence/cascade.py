@@ -77,7 +77,7 @@ class _Data(NamedTuple):
     fitted: Elliptical | None = None
 
     def take(self, rows: Tensor) -> _Data:
-        """Some of them."""
+        """Some of them, by their indices or a mask."""
         fitted = None if self.fitted is None else self.fitted[rows]
         return _Data(self.numbers[rows], tuple(t[rows] for t in self.batch), self.floor[rows], fitted)
 
@@ -119,7 +119,7 @@ class Cascade:
             for part in _split(rows[needed[rows] > 0], self.few):
                 with _take(block, part, floor) as data:
                     answered = self._answer(name, data, torch.arange(len(part)), needed[part])
-                needed[part[~torch.isin(torch.arange(len(part)), answered)]] = 0
+                needed[part[~answered]] = 0
         self._capture_for(int((needed == 0).sum()))
         for part in _split(numbers[needed == 0], self.many):
             with _take(block, part, floor) as data:
@@ -195,23 +195,24 @@ class Cascade:
             some, last = open_to.nonzero()[:, 0], name
             needed = self._find_needed(name, data, some)
             answered = self._answer(name, data, some[needed > 0], needed[needed > 0])
-            data = data.take((~torch.isin(torch.arange(len(open_to)), answered)).nonzero()[:, 0])
+            data = data.take(~answered)
         if self.can_fit and not self._is_late:
             # Where the prior is not too far, chains from it reach what the guide overlooks.
             near = data.floor.isfinite()
-            self._anneal("annealed from the prior", data.take(near.nonzero()[:, 0]))
-            self._anneal("annealed", data.take((~near).nonzero()[:, 0]))
+            self._anneal("annealed from the prior", data.take(near))
+            self._anneal("annealed", data.take(~near))
         else:
             self._answer(last, data, torch.arange(len(data.numbers)), self.settings.num_samples, accepted=False)
 
     def _fit(self, data: _Data) -> _Data:
         """Data with a Gaussian fitted to each; the better one where there is one already."""
-        new = data._replace(fitted=_FIT.gaussian(self.densities, data.batch))
-        if data.fitted is None or new.fitted is None:
-            return new
+        fitted = _FIT.gaussian(self.densities, data.batch)
+        again = data._replace(fitted=fitted)
+        if data.fitted is None:
+            return again
         rows = torch.arange(len(data.numbers))
-        first, second = (self._draw("refined", one, rows, _PILOTS).weights.log_px for one in (data, new))
-        return data._replace(fitted=new.fitted.where(second > first, data.fitted))
+        first, second = (self._draw("refined", one, rows, _PILOTS).weights.log_px for one in (data, again))
+        return data._replace(fitted=fitted.where(second > first, data.fitted))
 
     def _anneal(self, name: str, data: _Data) -> None:
         """Answers by chains, over as many temperatures as the scatter of pilots' weights asks for."""
@@ -262,10 +263,10 @@ class Cascade:
             accepted: Whether trials said that these draws will do.
 
         Returns:
-            Which of the data have their sums, of `rows`.
+            Which of the data have their sums now, a mask.
         """
-        needed = torch.as_tensor(needed).expand(len(rows))
-        has_next, answered = self._has_next(name), [rows[:0]]
+        needed, answered = torch.as_tensor(needed).expand(len(rows)), torch.zeros(len(data.numbers), dtype=torch.bool)
+        may_go_on = accepted and self._has_next(name)
         for num_samples in needed.unique().tolist():
             some = rows[needed == num_samples]
             sums = self._draw(name, data, some, num_samples, temperatures)
@@ -278,14 +279,14 @@ class Cascade:
             khat = torch.where(looked_at.isnan(), sums.weights.khat, looked_at)
             good = accepted & may_reach(sums.weights, data.floor[some])
             will_do = good & (khat <= KHAT_LIMIT) & (sums.weights.ess >= MIN_ESS)
-            ends_here = not (accepted and has_next and num_samples >= _TELLING) or self._is_late
+            ends_here = not may_go_on or num_samples < _TELLING or self._is_late
             kept = (will_do | ends_here).nonzero()[:, 0]
             told = {"stage": torch.full((len(some),), STAGES.index(name)), "accepted": good, "khat": looked_at}
             sums, some = replace(sums, diagnostics=sums.diagnostics | told)[kept], some[kept]
             self.answers.append((data.numbers[some], sums))
-            answered.append(some)
+            answered[some] = True
             self.bar.update(len(some))
-        return torch.cat(answered)
+        return answered
 
     def _has_next(self, name: str) -> bool:
         """Whether another stage may answer where this one does not."""
