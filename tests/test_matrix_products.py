@@ -20,7 +20,7 @@ def onednn():
 
 def test_matrix_products_by_onednn(onednn):
     """All layouts that a layer, its input's gradient and its weight's gradient have."""
-    x, w, b, g = torch.randn(64, 100), torch.randn(150, 100), torch.randn(150), torch.randn(64, 150)
+    x, w, b, g = torch.randn(256, 100), torch.randn(150, 100), torch.randn(150), torch.randn(256, 150)
 
     def products(x, w, b, g):
         return functional.linear(x, w, b), x @ w.t(), g @ w, g.t() @ x
@@ -36,7 +36,7 @@ def test_matrix_products_by_onednn(onednn):
     "inputs",
     [
         (torch.ones(2, 3), torch.ones(3, 4)),  # too small to gain
-        (torch.ones(128, 128, dtype=torch.float64), torch.ones(128, 128, dtype=torch.float64)),
+        (torch.ones(256, 256, dtype=torch.float64), torch.ones(256, 256, dtype=torch.float64)),
     ],
 )
 def test_other_products_stay(onednn, inputs):
@@ -44,12 +44,12 @@ def test_other_products_stay(onednn, inputs):
 
 
 def test_a_product_that_adds_a_matrix_stays(onednn):
-    a = torch.ones(128, 128)
+    a = torch.ones(256, 256)
     assert matrix_products.swap_matrix_products(make_fx(torch.addmm)(a, a, a).graph) == 0
 
 
 def test_the_choice_can_be_made(monkeypatch):
-    a = torch.ones(128, 128)
+    a = torch.ones(256, 256)
     matrix_products.use_onednn(False)
     assert matrix_products.swap_matrix_products(make_fx(torch.mm)(a, a).graph) == 0
     matrix_products.use_onednn(None)
@@ -72,7 +72,7 @@ def test_libraries_are_compared_whatever_the_default_dtype(monkeypatch):
 
 def test_biases_of_other_layouts(onednn):
     """A column of a table, and one number for all."""
-    x, w, table = torch.randn(64, 100), torch.randn(150, 100), torch.randn(150, 3)
+    x, w, table = torch.randn(256, 100), torch.randn(150, 100), torch.randn(150, 3)
     for bias in (table[:, 1], table[:1, 0].expand(150)):
         graph = make_fx(functional.linear)(x, w, bias)
         assert matrix_products.swap_matrix_products(graph.graph) == 1
@@ -89,6 +89,49 @@ def test_biases_of_large_results_are_added_later():
         graph.recompile()
         torch.testing.assert_close(graph(bias, x, w.t()), torch.addmm(bias, x, w.t()), rtol=1e-5, atol=1e-5)
     assert matrix_products.add_biases_later(make_fx(torch.addmm)(torch.ones(600), x[:100], w.t()).graph) == 0
+
+
+def products_of(x, w, g):
+    """What a layer's step sums: its weights' gradient, as it is and transposed back."""
+    gradient = g.t() @ x
+    return gradient, gradient.sum(), gradient.t().detach().sum(), (x @ w.t()).sum()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_sums_of_products_of_a_few_rows_are_those_of_their_factors(dtype, tolerance, by_onednn):
+    inputs = [torch.randn(shape, dtype=dtype) for shape in ((16, 700), (400, 700), (16, 400))]
+    graph = make_fx(products_of)(*inputs)
+    if by_onednn and matrix_products._has_onednn():
+        matrix_products.use_onednn(True)
+        matrix_products.swap_matrix_products(graph.graph)
+        matrix_products.use_onednn(None)
+    assert matrix_products.sum_by_factors(graph.graph) == 2  # the layer's result is smaller than its weights
+    graph.recompile()
+    exact = products_of(*(t.double() for t in inputs))
+    for ours, theirs in zip(graph(*inputs), exact, strict=True):
+        # Rounding is of the terms, 280,000 of size 4, which cancel.
+        assert (ours - theirs).abs().max() < tolerance * 4 * 280_000**0.5
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("number", [0, 2])
+def test_sums_by_factors_are_not_finite_where_an_entry_of_the_product_is_not(bad, number):
+    inputs = [torch.zeros(16, 700), torch.zeros(400, 700), torch.zeros(16, 400)]  # infinity times zero is not a number
+    graph = make_fx(products_of)(*inputs)
+    assert matrix_products.sum_by_factors(graph.graph) == 2
+    graph.recompile()
+    inputs[number][3, 5] = bad
+    gradient, one, other, _ = graph(*inputs)
+    assert not gradient.isfinite().all()
+    assert not one.isfinite()
+    assert not other.isfinite()
+
+
+@pytest.mark.parametrize("rows, dtype", [(300, torch.float32), (16, torch.bfloat16)])
+def test_other_products_are_summed_as_they_are(rows, dtype):
+    inputs = [torch.ones(shape, dtype=dtype) for shape in ((rows, 700), (400, 700), (rows, 400))]
+    assert matrix_products.sum_by_factors(make_fx(products_of)(*inputs).graph) == 0
 
 
 @pytest.fixture

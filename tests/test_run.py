@@ -330,6 +330,23 @@ def test_a_gradient_that_is_not_finite_is_named_by_its_parameter(bits):
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_so_is_that_of_wide_layers_in_small_batches_when_compiled():
+    """Where a compiled step looks at the factors of the product that the gradient is."""
+    vae = pvae.VAE.mlp(200, 2, [150])
+    x = torch.ones(40, 200)
+    x[-1, 0] = 0.0  # of this one the loss is finite, and its gradient is not a number
+
+    def objective(model, guide, x):
+        roots = (vae.encode(x).base_dist.loc.square().sum(-1) * x[:, 0]).sqrt()
+        return Trace_ELBO().differentiable_loss(model, guide, x) + roots.sum()
+
+    with pytest.raises(pvae.NumericalError, match=r"a gradient is not finite: that of .*encoder") as caught:
+        fit(vae, x, objective=objective, batch_size=4, epochs=1, compile=True)
+    assert "before its update" in str(caught.value)
+    assert all(p.isfinite().all() for p in vae.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
 @pytest.mark.parametrize("raw", [-200.0, 200.0])
 def test_such_a_scale_in_the_batch_that_is_tried_is_named_too(raw, bits):
     pair = Scaled()

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pvae.capture.exponentials import DECOMPOSITIONS, tell_the_compiler
-from pvae.capture.matrix_products import add_biases_later, swap_matrix_products
+from pvae.capture.matrix_products import add_biases_later, sum_by_factors, swap_matrix_products
 
 __all__ = ["READS_A_NUMBER", "CaptureError", "Graph"]
 
@@ -188,12 +188,13 @@ def _check_shapes(graph: fx.Graph) -> None:
 
 
 def _for_the_compiler(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that reshapes where the module views, as tensors are laid out in other ways, and adds biases later."""
+    """A copy that reshapes where it views, as tensors are laid out in other ways, and adds and sums otherwise."""
     module = copy.deepcopy(module)
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
     add_biases_later(module.graph)
+    sum_by_factors(module.graph)
     module.recompile()
     return module
 

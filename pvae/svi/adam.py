@@ -202,7 +202,7 @@ def flush(means: Sequence[Tensor], squares: Sequence[Tensor], eps: float) -> Non
         kind = torch.finfo(mean.dtype)
         for moment, least in ((mean, 1e-24 * eps), (square, (0.01 * kind.eps * eps) ** 2)):
             if least > kind.tiny:
-                moment.masked_fill_(moment.abs() < least, 0.0)
+                torch.ops.aten.hardshrink.out(moment, least, out=moment)  # one pass over it
 
 
 def move_where(
