@@ -77,9 +77,8 @@ def swap_matrix_products(graph: fx.Graph) -> int:
     ``x @ w.T`` of a small batch, as ``(w @ x.T).T`` where a short measurement finds that faster for their shape.
     """
     products = [node for node in graph.nodes if node.op == "call_function" and _is_product(node)]
-    large = [node for node in products if _is_worth_a_call(node)]
-    by_onednn = large and (_choice[0] if _choice[0] is not None else _onednn_is_faster())
-    swapped = large if by_onednn else [node for node in products if _is_to_turn(node)]
+    by_onednn = [node for node in products if is_worth_onednn(_multiplications(node))]
+    swapped = by_onednn or [node for node in products if _is_to_turn(node)]
     for node in swapped:
         bias, a, b = node.args if node.target is aten.addmm.default else (None, *node.args)
         with graph.inserting_before(node):
@@ -183,13 +182,13 @@ def _is_product(node: fx.Node) -> bool:
     return all(t.shape == b.shape[1:] for t in bias)
 
 
+def _multiplications(product: fx.Node) -> int:
+    a, b = (factor.meta["val"] for factor in product.args[-2:])  # type: ignore[union-attr]
+    return a.numel() * b.shape[1]
+
+
 # Below so many multiplications a call of oneDNN, which takes some 50 us more, gains nothing where it is twice as fast.
 _WORTH_A_CALL = 2**21
-
-
-def _is_worth_a_call(product: fx.Node) -> bool:
-    a, b = (factor.meta["val"] for factor in product.args[-2:])  # type: ignore[union-attr]
-    return a.numel() * b.shape[1] >= _WORTH_A_CALL
 
 
 def is_worth_onednn(multiplications: int) -> bool:
