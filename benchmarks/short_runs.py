@@ -54,14 +54,15 @@ def fits(epochs: list[int], images: int, threads: int, repeats: int) -> None:
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for number in epochs:
         runs = []
-        for _ in range(repeats):
+        for _ in range(repeats):  # in turns, so that a busy moment hits all alike
             with tempfile.TemporaryDirectory() as folder:
                 ways = ("False", "'auto'", "'auto'")
                 runs.append([run(FIT, folder, threads, way, str(number), str(images)) for way in ways])
         plain, cold, warm = (statistics.median(float(run[way][0]) for run in runs) for way in range(3))
+        ratio = statistics.median(float(run[1][0]) / float(run[0][0]) for run in runs)
         compiling = [statistics.median(float(run[way][2]) for run in runs) for way in (1, 2)]
         print(
-            f"| {number} | {plain:.1f} | {cold:.1f} | {warm:.1f} | {cold / plain:.2f} | {compiling[0]:.1f} | "
+            f"| {number} | {plain:.1f} | {cold:.1f} | {warm:.1f} | {ratio:.2f} | {compiling[0]:.1f} | "
             f"{compiling[1]:.1f} |",
             flush=True,
         )
