@@ -38,8 +38,8 @@ logger = logging.getLogger("pvae")
 _MOST_GRAPHS = 32
 _MOST_CHANGES = 8
 
-# Seconds to save at least. With an empty cache on disk compiling one set of shapes takes a quiet CPU 5 to 20: a run that
-# saves 12 ends at most a tenth later than it would uncompiled.
+# Seconds to save at least. With an empty cache on disk compiling one set of shapes takes a quiet CPU 5 to 20, and runs
+# that would save less than 12 were measured to end up to an eighth later than uncompiled.
 _COMPILE_SECONDS = {"cpu": 12.0, "cuda": 25.0}
 
 _UNSEEN = "it may draw random numbers by Python or NumPy, or depend on something that cannot be seen"
