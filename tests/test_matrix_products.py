@@ -99,13 +99,12 @@ def products_of(x, w, g):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("by_onednn", [False, True])
-def test_sums_of_products_of_a_few_rows_are_those_of_their_factors(dtype, tolerance, by_onednn):
+def test_sums_of_products_of_a_few_rows_are_those_of_their_factors(dtype, tolerance, by_onednn, request):
     inputs = [torch.randn(shape, dtype=dtype) for shape in ((16, 700), (400, 700), (16, 400))]
     graph = make_fx(products_of)(*inputs)
-    if by_onednn and matrix_products._has_onednn():
-        matrix_products.use_onednn(True)
+    if by_onednn:
+        request.getfixturevalue("onednn")
         matrix_products.swap_matrix_products(graph.graph)
-        matrix_products.use_onednn(None)
     assert matrix_products.sum_by_factors(graph.graph) == 2  # the layer's result is smaller than its weights
     graph.recompile()
     exact = products_of(*(t.double() for t in inputs))
@@ -159,7 +158,8 @@ def test_layers_of_a_few_rows_are_multiplied_as_transposes(turning):
 
 
 @pytest.mark.parametrize(
-    "rows, columns, dtype", [(3, 900, torch.float32), (64, 300, torch.float32), (16, 300, torch.float64)]
+    "rows, columns, dtype",
+    [(3, 900, torch.float32), (64, 300, torch.float32), (16, 100, torch.float32), (16, 300, torch.float64)],
 )
 def test_other_layers_stay(turning, rows, columns, dtype):
     x, w = torch.ones(rows, 200, dtype=dtype), torch.ones(columns, 200, dtype=dtype)
